@@ -1,0 +1,175 @@
+"""The verbs as functions: what the command line calls, and what a notebook may."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mowmerge import __version__
+from mowmerge.checkpoint import sidecars, writer
+from mowmerge.checkpoint.writer import Staging
+from mowmerge.hub.card import card
+from mowmerge.plan import Plan, Shard, Stored
+from mowmerge.planner import Options, build
+from mowmerge.recipe import parse
+from mowmerge.recipe.model import Recipe
+from mowmerge.report import report
+from mowmerge.tensors import DTYPES
+
+if TYPE_CHECKING:
+    from mowmerge.engine import Sink
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Where the merged checkpoint is, and its report."""
+
+    path: Path
+    report: dict[str, Any]
+
+
+def check(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The parsed recipe; RecipeError with everything that is wrong with it. Loads no torch."""
+    return parse.load(recipe, overrides)
+
+
+def plan(
+    recipe: str | Path | Recipe, *, overrides: Sequence[str] = (), options: Options | None = None
+) -> Plan:
+    """What a merge would do, from headers alone. Loads no torch."""
+    parsed = recipe if isinstance(recipe, Recipe) else check(recipe, overrides)
+    return build(parsed, options)
+
+
+def merge(
+    recipe: str | Path | Recipe,
+    out: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    options: Options | None = None,
+    hashes: bool = True,
+    force: bool = False,
+    begin: Callable[[Plan], Advance] = lambda plan: lambda nbytes: None,
+) -> Result:
+    """Merges a recipe's models into the folder `out`, which appears when it is whole.
+
+    `out` defaults to the recipe's output.path, then to ./merged/<recipe name>. `begin` is given the
+    plan and returns what is called with the number of bytes written, for progress.
+    """
+    from mowmerge.engine import Engine
+
+    began = time.perf_counter()
+    parsed = recipe if isinstance(recipe, Recipe) else check(recipe, overrides)
+    planned = build(parsed, options)
+    target = Path(out or parsed.output.path or Path("merged") / parsed.name)
+    with Staging(target, force=force, keep=_inputs(planned)) as staging:
+        staging.allocate(planned.shards)
+        with _ShardSink(staging.path, planned.shards, begin(planned)) as sink:
+            tensors = Engine(planned).run(sink)
+        try:
+            extra = _write_sidecars(planned, parsed, staging.path)
+            content = report(planned, tensors, time.perf_counter() - began, extra)
+            _write(staging.path / "report.json", json.dumps(content, indent=1) + "\n")
+            _finish(planned, staging.path, hashes)
+        except OSError as error:
+            raise writer.denied(error, staging.path) from error
+        staging.commit()
+    return Result(staging.out, content)
+
+
+class _ShardSink:
+    """Puts bytes at their planned offsets in the staged shards."""
+
+    def __init__(self, folder: Path, shards: Sequence[Shard], advance: Advance) -> None:
+        self._places = {name: (s.file, at) for s in shards for name, at in s.offsets.items()}
+        self._folder, self._advance, self._closing = folder, advance, ExitStack()
+        self._fds: dict[str, int] = {}
+
+    def __enter__(self) -> Sink:
+        for file in {file for file, _ in self._places.values()}:
+            self._fds[file] = os.open(self._folder / file, os.O_WRONLY)
+            self._closing.callback(os.close, self._fds[file])
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._closing.close()
+
+    def write(self, name: str, start: int, data: memoryview) -> None:
+        file, offset = self._places[name]
+        try:
+            writer.write_at(self._fds[file], data, offset + start)
+        except OSError as error:
+            raise writer.denied(error, self._folder / file) from error
+        self._advance(len(data))
+
+
+def _inputs(planned: Plan) -> list[Path]:
+    folders: list[Path] = []
+    for origin in planned.sources.values():
+        folders += [Path(origin.folder)] if isinstance(origin, Stored) else _inputs(origin)
+    return folders
+
+
+def _donor(planned: Plan) -> Path:
+    """The folder that config and tokenizer come from: the base's, or the first model's."""
+    origin = planned.sources[planned.donor]
+    return Path(origin.folder) if isinstance(origin, Stored) else _donor(origin)
+
+
+def _write_sidecars(planned: Plan, recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Writes what goes beside the weights, but for the config; returns facts for the report."""
+    others = [
+        (name, Path(origin.folder))
+        for name, origin in planned.sources.items()
+        if isinstance(origin, Stored)
+    ]
+    left = sidecars.copy(_donor(planned), others, folder)
+    listing = writer.index(planned.shards, planned.specs)
+    if listing:
+        _write(folder / "model.safetensors.index.json", listing)
+    _write(folder / "recipe.yaml", recipe.text)
+    _write(folder / "README.md", card(planned, recipe))
+    return {"mowmerge": __version__, "recipe": recipe.name, "files_left_behind": left}
+
+
+def _finish(planned: Plan, folder: Path, hashes: bool) -> None:
+    """Hashes and the config: last, so that a folder that is not whole never looks loadable."""
+    dtypes = {job.output.dtype for job in planned.jobs if job.output.kind == "float"}
+    changed = any(
+        job.output.dtype != planned_dtype
+        for job in planned.jobs
+        if (planned_dtype := _donor_dtype(planned, job.output.name)) is not None
+    )
+    dtype = DTYPES[next(iter(dtypes))].torch_name if changed and len(dtypes) == 1 else None
+    if hashes:
+        names = sorted(
+            {shard.file for shard in planned.shards}
+            | {p.name for p in folder.iterdir() if p.is_file() and p.name not in _NOT_HASHED}
+        )
+        lines = [f"{writer.sha256(folder / name)}  {name}" for name in names]
+    sidecars.write_config(_donor(planned), folder, dtype)
+    if hashes:
+        if (folder / "config.json").exists():
+            lines.append(f"{writer.sha256(folder / 'config.json')}  config.json")
+        _write(folder / "SHA256SUMS", "\n".join(lines) + "\n")
+
+
+_NOT_HASHED = ("report.json", "README.md")
+
+
+def _donor_dtype(planned: Plan, name: str) -> str | None:
+    origin = planned.sources[planned.donor]
+    spec = origin.specs.get(name)
+    return spec.dtype if spec else None
+
+
+def _write(file: Path, text: str) -> None:
+    file.write_text(text, encoding="utf-8")

@@ -1,0 +1,75 @@
+"""What a tensor's name says: its role, its layer, how deep that is, and what it may be tied to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from mowmerge.tensors import TensorSpec
+
+_LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+_ROLES = tuple(
+    (role, re.compile(pattern))
+    for role, pattern in (
+        ("norm", r"norm|(?:^|[._])ln(?:_\w+)?(?:[._]|\d|$)|layer_?norm"),
+        ("router", r"(?:^|\.)(?:router|gate|shared_expert_gate)(?:\.|$)"),
+        ("head", r"^(?:.*\.)?(?:lm_head|embed_out|proj_out|score|classifier|qa_outputs|cls|head)\."),
+        ("embedding", r"embed|(?:^|\.)(?:wte|wpe|shared)\.|cls_token|class_token|position_ids|patch"),
+        ("attention", r"att(?:n|ention)|[qkvo]_proj|query_key_value|(?:^|\.)(?:in_proj|out_proj)"),
+        ("mlp", r"mlp|ffn|feed_?forward|experts|intermediate|output\.dense|DenseReluDense"),
+        ("mlp", r"(?:^|\.)(?:fc\d?|c_fc|c_proj|w[123]|gate_proj|up_proj|down_proj|lin[12])\."),
+    )
+)
+_EARLY = re.compile(r"embed|wte|wpe|^shared|token|position|patch|conv|stem|pre_?(?:layer)?norm", re.I)
+
+_TIES = (  # a head or copy that may be absent because it is tied, and the embedding it is tied to
+    ("lm_head.weight", ("embed_tokens.weight", "wte.weight", "shared.weight", "embed_in.weight")),
+    ("embed_out.weight", ("embed_in.weight", "embed_tokens.weight")),
+    ("proj_out.weight", ("decoder.embed_tokens.weight",)),
+    ("cls.predictions.decoder.weight", ("word_embeddings.weight",)),
+    ("cls.predictions.decoder.bias", ("cls.predictions.bias",)),
+    ("lm_head.decoder.weight", ("word_embeddings.weight",)),
+    ("lm_head.decoder.bias", ("lm_head.bias",)),
+    ("vocab_projector.weight", ("word_embeddings.weight",)),
+    ("encoder.embed_tokens.weight", ("shared.weight",)),
+    ("decoder.embed_tokens.weight", ("shared.weight",)),
+)
+
+
+def role(name: str) -> str:
+    """embedding | attention | mlp | norm | head | router | other, from the name alone."""
+    return next((role for role, pattern in _ROLES if pattern.search(name)), "other")
+
+
+def stack(name: str) -> tuple[str, int] | None:
+    """The stack of layers a tensor belongs to and its number in it; None outside the layers."""
+    match = _LAYER.search(name)
+    return (name[: match.start(1)], int(match[1])) if match else None
+
+
+def depths(names: Iterable[str]) -> dict[str, float]:
+    """Each tensor's relative depth: layer / (layers - 1) within its own stack of layers.
+
+    Outside the layers: 0 before them (embeddings and the like), 1 after them. The only layer of a
+    stack has depth 0.
+    """
+    places = {name: stack(name) for name in names}
+    last: dict[str, int] = {}
+    for place in places.values():
+        if place:
+            last[place[0]] = max(place[1], last.get(place[0], 0))
+    return {
+        name: place[1] / max(1, last[place[0]]) if place else float(not _EARLY.search(name))
+        for name, place in places.items()
+    }
+
+
+def tied_to(name: str, specs: Mapping[str, TensorSpec]) -> TensorSpec | None:
+    """The stored tensor that an absent `name` is tied to by convention; None where there is none."""
+    for ending, sources in _TIES:
+        if name == ending or name.endswith("." + ending):
+            for source in sources:
+                for other, spec in specs.items():
+                    if other != name and (other == source or other.endswith("." + source)):
+                        return spec
+    return None

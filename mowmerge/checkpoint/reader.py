@@ -1,0 +1,104 @@
+"""Stored checkpoints as TensorReaders: byte ranges read into the caller's buffers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mowmerge.errors import CheckpointError
+from mowmerge.plan import Location, Stored
+from mowmerge.tensors import Tensor, TensorHandle, TensorSpec, torch
+
+
+class StoredReader:
+    """A checkpoint on disk; each handle owns its file, so threads share nothing."""
+
+    def __init__(self, stored: Stored) -> None:
+        self._stored = stored
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """Every tensor, in file order."""
+        return self._stored.specs
+
+    def open(self, name: str) -> TensorHandle:
+        """A handle on one tensor."""
+        location = self._stored.tensors[name]
+        if self._stored.format == "pickle":
+            return _PickleHandle(self._pickles[location.file][name])
+        return _FileHandle(location)
+
+    @cached_property
+    def _pickles(self) -> dict[str, dict[str, Tensor]]:
+        files = {location.file for location in self._stored.tensors.values()}
+        return {file: load_pickle(file) for file in files}
+
+
+class _FileHandle:
+    def __init__(self, location: Location) -> None:
+        self._at, self._size = location.offset, location.spec.itemsize
+        self._name = location.spec.name
+        try:
+            self._file = Path(location.file).open("rb", buffering=0)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot be read any more: {error.strerror}", where=location.file,
+                hint="leave the inputs where they are while a merge runs",
+            ) from error  # fmt: skip
+
+    def read(self, start: int, stop: int, out: memoryview) -> None:
+        self._file.seek(self._at + start * self._size)
+        done, wanted = 0, (stop - start) * self._size
+        while done < wanted:  # one call moves at most 2 GiB
+            got = self._file.readinto(out[done:wanted])
+            if not got:
+                raise CheckpointError(
+                    f"the file ended inside tensor '{self._name}'", where=self._file.name,
+                    hint="it changed while the merge was running: start again",
+                )  # fmt: skip
+            done += got
+
+    def advise(self, start: int, stop: int) -> None:
+        if hasattr(os, "posix_fadvise"):
+            offset, length = self._at + start * self._size, (stop - start) * self._size
+            os.posix_fadvise(self._file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _PickleHandle:
+    def __init__(self, tensor: Tensor) -> None:
+        self._flat = tensor.contiguous().reshape(-1)
+
+    def read(self, start: int, stop: int, out: memoryview) -> None:
+        piece = self._flat[start:stop].view(torch.uint8)
+        out[: piece.numel()] = memoryview(piece.numpy())
+
+    def advise(self, start: int, stop: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def load_pickle(file: str) -> dict[str, Tensor]:
+    """The tensors of a .bin or .pt file, memory-mapped, loaded with weights_only."""
+    try:
+        loaded: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        raise CheckpointError(
+            f"cannot be loaded with weights_only: {error}", where=file,
+            hint="convert it to safetensors where you trust it",
+        ) from error  # fmt: skip
+    tensors = {k: v for k, v in loaded.items() if isinstance(v, torch.Tensor)}
+    if len(tensors) != len(loaded):
+        odd = next(k for k in loaded if k not in tensors)
+        raise CheckpointError(
+            f"entry '{odd}' is no tensor: not a plain state dict", where=file,
+            hint="save model.state_dict() alone",
+        )  # fmt: skip
+    return tensors

@@ -1,0 +1,51 @@
+"""Everything in an output folder that is not a weight and not ours: config, tokenizer, licences."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+from mowmerge.checkpoint.source import SIDECARS, config
+
+_OURS = ("config.json", "report.json", "recipe.yaml", "README.md", "SHA256SUMS", "*.index.json",
+         "recipe.lock.yaml", "trainer_state.json", "all_results.json", "*_results.json")  # fmt: skip
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".md")
+_LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+
+
+def copy(donor: Path, others: Sequence[tuple[str, Path]], out: Path) -> list[str]:
+    """Copies the donor's sidecars and every model's licence files; returns what was left behind.
+
+    Another model's licence file is copied under a name of its own where its text differs.
+    """
+    taken = {file for pattern in SIDECARS for file in donor.glob(pattern) if file.is_file()}
+    for file in sorted(taken):
+        name = file.relative_to(donor).as_posix()
+        if not any(fnmatch(name, pattern) for pattern in _OURS):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, out / name)
+    for model, folder in others:
+        for file in sorted(p for pattern in _LICENCES for p in folder.glob(pattern) if p.is_file()):
+            same = [p for p in out.glob("*") if p.is_file() and p.read_bytes() == file.read_bytes()]
+            if not same:
+                shutil.copyfile(file, out / f"{file.stem}-{model}{file.suffix}")
+    rest = {file for file in donor.iterdir() if file.is_file()} - taken
+    return sorted(f.name for f in rest if f.suffix not in _WEIGHTS and not f.name.startswith("."))
+
+
+def write_config(donor: Path, out: Path, dtype: str | None) -> None:
+    """Writes the donor's config.json with nothing changed but the dtype, where that changed."""
+    settings = config(donor)
+    if not settings:
+        return
+    if dtype is None:
+        shutil.copyfile(donor / "config.json", out / "config.json")
+        return
+    keys = [key for key in ("dtype", "torch_dtype") if key in settings] or ["dtype"]
+    for key in keys:
+        settings[key] = dtype
+    text = json.dumps(settings, indent=2, ensure_ascii=False)
+    (out / "config.json").write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,272 @@
+"""Finds a checkpoint, in a folder or on the Hub, and reads its headers; no tensor is read."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mowmerge.errors import CheckpointError, MowmergeError, SourceError
+from mowmerge.plan import Location, Stored
+from mowmerge.tensors import DTYPES, TensorSpec
+
+SIDECARS = (
+    "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*",
+    "USE_POLICY*", "additional_chat_templates/*", "1_Pooling/*",
+)  # fmt: skip
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?|[\w.-]+@[\w./-]+")
+_QUANTISED = re.compile(
+    r"\.(?:qweight|qzeros|g_idx|weight_packed|weight_scale(?:_inv)?|absmax|quant_map|SCB"
+    r"|nested_absmax|quant_state\..*|input_scale)$"
+)
+_MAX_HEADER = 100_000_000
+
+
+def find(origin: str, *, download: bool = True, allow_pickle: bool = False) -> Stored:
+    """The checkpoint at a path, or at `org/name[@revision]` on the Hub or in its cache.
+
+    With download=False the Hub is asked for headers only. Raises SourceError where there is
+    nothing, CheckpointError where what is there cannot be merged.
+    """
+    if os.path.exists(origin):
+        return _stored(origin, Path(origin), None, allow_pickle)
+    if origin.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(origin):
+        near = "; '~' is not expanded here" if origin.startswith("~") else ""
+        raise SourceError(
+            f"there is no folder or file '{origin}'{near}",
+            hint="give a folder with safetensors files, or a Hub id such as org/name@revision",
+        )
+    repo, _, revision = origin.partition("@")
+    try:
+        return _from_hub(origin, repo, revision or None, download, allow_pickle)
+    except MowmergeError:
+        raise
+    except Exception as error:  # the Hub's own error types vary by version: told apart by name
+        raise _hub_error(repo, revision, error) from error
+
+
+def _from_hub(
+    origin: str, repo: str, revision: str | None, download: bool, allow_pickle: bool
+) -> Stored:
+    from huggingface_hub import snapshot_download
+
+    folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(SIDECARS)))
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    names: list[str] = ["*.safetensors"]
+    if indexes:
+        names = sorted(set(_index(indexes[0]).values()))
+    elif allow_pickle:
+        names += ["pytorch_model*.bin"]
+    missing = [n for n in names if "*" in n or not (folder / n).exists()]
+    if missing and not download:
+        return _remote_headers(origin, repo, folder, names)
+    if missing:
+        snapshot_download(repo, revision=folder.name, allow_patterns=missing)
+    return _stored(origin, folder, folder.name, allow_pickle)
+
+
+def _remote_headers(origin: str, repo: str, folder: Path, names: Sequence[str]) -> Stored:
+    """Tensor names and shapes by range requests, for a plan that will read nothing."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    if "*.safetensors" in names:
+        files = api.list_repo_files(repo, revision=folder.name)
+        names = [f for f in files if f.endswith(".safetensors") and "/" not in f]
+    tensors: dict[str, Location] = {}
+    for name in names:
+        header = api.parse_safetensors_file_metadata(repo, name, revision=folder.name)
+        for key, info in header.tensors.items():
+            spec = TensorSpec(key, str(info.dtype), tuple(info.shape))
+            tensors[key] = Location(spec, str(folder / name), info.data_offsets[0])
+    return Stored(origin, str(folder), folder.name, tensors)
+
+
+def _hub_error(repo: str, revision: str, error: Exception) -> SourceError:
+    kind, at = type(error).__name__, f" at revision '{revision}'" if revision else ""
+    if kind == "GatedRepoError":
+        hint = f"ask for access on its page on the Hub ({repo}), then run `hf auth login`"
+        return SourceError(f"access to '{repo}' is gated", hint=hint)
+    if kind in ("RepositoryNotFoundError", "RevisionNotFoundError"):
+        hint = "check the spelling; for a private repository run `hf auth login`"
+        return SourceError(f"there is no '{repo}'{at} on the Hub, nor such a folder", hint=hint)
+    rev = f" --revision {revision}" if revision else ""
+    return SourceError(
+        f"'{repo}'{at} is neither a folder nor in the Hub cache, and the Hub cannot be reached"
+        f" ({kind})",
+        hint=f"where there is a network: `hf download {repo}{rev}`, then run this again",
+    )
+
+
+def _stored(origin: str, path: Path, revision: str | None, allow_pickle: bool) -> Stored:
+    folder = path if path.is_dir() else path.parent
+    files = _weight_files(origin, path, allow_pickle)
+    _refuse_quantised(origin, folder)
+    tensors: dict[str, Location] = {}
+    pickled = bool(files) and files[0].suffix in (".bin", ".pt", ".pth")
+    for file in files:
+        for location in _pickle_header(file) if pickled else read_header(file):
+            name = location.spec.name
+            if name in tensors:
+                raise CheckpointError(
+                    f"tensor '{name}' is in two files: {Path(tensors[name].file).name}, {file.name}",
+                    where=origin,
+                    hint="remove the file that does not belong to this checkpoint",
+                )
+            tensors[name] = location
+    _refuse_packed(origin, tensors.values())
+    if path.is_dir():
+        _check_index(origin, path, tensors)
+    form = "pickle" if pickled else "safetensors"
+    return Stored(origin, str(folder), revision, tensors, form)
+
+
+def _weight_files(origin: str, path: Path, allow_pickle: bool) -> list[Path]:
+    if path.is_file():
+        if path.suffix == ".safetensors" or (allow_pickle and path.suffix in (".bin", ".pt", ".pth")):
+            return [path]
+        raise CheckpointError(f"'{path.name}' is not a safetensors file", where=origin, hint=_advice(path))
+    indexes = sorted(path.glob("*.safetensors.index.json"))
+    single = path / "model.safetensors"
+    if indexes and single.exists():
+        raise CheckpointError(
+            f"both {single.name} and {indexes[0].name} are there: two sets of weights",
+            where=origin,
+            hint="remove the one that is stale; loaders disagree on which they take",
+        )
+    if indexes:
+        return [path / name for name in sorted(set(_index(indexes[0]).values()))]
+    if single.exists():
+        return [single]
+    if (path / "adapter_config.json").exists():
+        raise CheckpointError(
+            "this is an adapter (adapter_config.json), not a full checkpoint",
+            where=origin,
+            hint="merge it into its base first (peft: merge_and_unload, then save_pretrained)",
+        )
+    files = sorted(path.glob("*.safetensors"))
+    pickles = sorted([*path.glob("pytorch_model*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
+    if files or not (pickles and allow_pickle):
+        if not files:
+            first = next(iter([*pickles, *sorted(path.glob("*.gguf"))]), path)
+            raise CheckpointError("no safetensors files here", where=origin, hint=_advice(first))
+        return files
+    return pickles
+
+
+def _advice(path: Path) -> str:
+    if path.suffix == ".gguf":
+        return "GGUF files are quantised exports: merge the checkpoint they were made from"
+    if path.suffix in (".bin", ".pt", ".pth"):
+        return "pickled weights are read only with --allow-pickle (weights_only, no code is run)"
+    return "give a folder with model.safetensors, or with shards and model.safetensors.index.json"
+
+
+def _index(file: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        return {str(k): str(v) for k, v in weight_map.items()}
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(
+            f"the index cannot be read: {error!r}", where=str(file), hint="download it again"
+        ) from error
+
+
+def _check_index(origin: str, folder: Path, tensors: dict[str, Location]) -> None:
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        absent = [name for name in _index(index) if name not in tensors]
+        if absent:
+            raise CheckpointError(
+                f"{len(absent)} tensor(s) that the index lists are in no shard, first '{absent[0]}'",
+                where=str(index),
+                hint="the index and the shards belong to different saves: download both again",
+            )
+
+
+def read_header(file: Path) -> list[Location]:
+    """Every tensor of a safetensors file, in file order; CheckpointError where it is not whole."""
+    again = "download it again"
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 2 <= length <= min(_MAX_HEADER, max(2, size - 8)):
+                raise CheckpointError(
+                    f"not a safetensors file, or a truncated one ({size} bytes)", where=str(file), hint=again
+                )
+            header: dict[str, Any] = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        found, end = [], 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            start, stop = entry["data_offsets"]
+            spec = TensorSpec(name, entry["dtype"], tuple(entry["shape"]))
+            if spec.dtype not in DTYPES:
+                raise CheckpointError(
+                    f"tensor '{name}' has the unknown dtype '{spec.dtype}'", where=str(file),
+                    hint="is mowmerge older than this file?",
+                )  # fmt: skip
+            if start != end or stop - start != spec.nbytes:
+                raise CheckpointError(f"the header is corrupt at tensor '{name}'", where=str(file), hint=again)
+            found.append(Location(spec, str(file), 8 + length + start))
+            end = stop
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"the shard {file.name} that the index names is not there", where=str(file.parent), hint=again
+        ) from error
+    except PermissionError as error:
+        raise SourceError("permission denied", where=str(file), hint="check who may read it") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"the header is corrupt: {error}", where=str(file), hint=again) from error
+    if size != 8 + length + end:
+        what = "truncated" if size < 8 + length + end else "longer than its header says"
+        raise CheckpointError(
+            f"the file is {what}: {8 + length + end} bytes expected, {size} there", where=str(file), hint=again
+        )
+    return found
+
+
+def _pickle_header(file: Path) -> list[Location]:
+    from mowmerge.checkpoint.reader import load_pickle
+
+    codes = {d.torch_name: d.code for d in DTYPES.values() if d.kind != "packed"}
+    return [
+        Location(TensorSpec(name, codes[str(t.dtype).removeprefix("torch.")], tuple(t.shape)), str(file), 0)
+        for name, t in load_pickle(str(file)).items()
+    ]
+
+
+def config(folder: str | Path) -> dict[str, Any]:
+    """The folder's config.json; empty where there is none."""
+    file = Path(folder) / "config.json"
+    try:
+        loaded = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError as error:
+        raise CheckpointError(f"not valid JSON: {error}", where=str(file)) from error
+    return loaded if isinstance(loaded, dict) else {}
+
+
+def _refuse_quantised(origin: str, folder: Path) -> None:
+    settings = config(folder).get("quantization_config")
+    if settings:
+        method = settings.get("quant_method", "quantised") if isinstance(settings, dict) else "quantised"
+        raise _quantised(origin, f"config.json says it is quantised ({method})")
+
+
+def _refuse_packed(origin: str, locations: Iterable[Location]) -> None:
+    for location in locations:
+        spec = location.spec
+        if spec.kind == "packed":
+            raise _quantised(origin, f"tensor '{spec.name}' is {spec.dtype}")
+        if _QUANTISED.search(spec.name):
+            raise _quantised(origin, f"tensor '{spec.name}' belongs to a quantised weight")
+
+
+def _quantised(origin: str, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"this checkpoint is quantised: {why}; its stored numbers are not weights",
+        where=origin,
+        hint="merge the bf16 or fp16 checkpoint it was made from, then quantise the result",
+    )

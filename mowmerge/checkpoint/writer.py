@@ -1,0 +1,218 @@
+"""Writes a checkpoint header first: every byte has its place before a tensor is computed.
+
+The output is staged beside its final place and renamed there when it is whole, so that at any
+moment there is either nothing under the final name or a finished checkpoint.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from mowmerge.errors import ResourceError
+from mowmerge.plan import Shard
+from mowmerge.tensors import TensorSpec
+
+ALIGN = 64  # the data section of a shard starts at a multiple of this
+SPARE = 16 << 20  # bytes left free beside the weights, for config, tokenizer and report
+
+
+def layout(specs: Sequence[TensorSpec], shard_size: int, metadata: Mapping[str, str]) -> list[Shard]:
+    """The output files: tensors in the given order, cut into shards of at most shard_size bytes.
+
+    Inside a shard wider dtypes come first, so that every tensor is aligned to its element.
+    """
+    groups: list[list[TensorSpec]] = [[]]
+    room = shard_size
+    for spec in specs:
+        if groups[-1] and spec.nbytes > room:
+            groups.append([])
+            room = shard_size
+        groups[-1].append(spec)
+        room -= spec.nbytes
+    n = len(groups)
+    names = [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+    names = names if n > 1 else ["model.safetensors"]
+    return [_shard(name, group, metadata) for name, group in zip(names, groups, strict=True)]
+
+
+def _shard(file: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> Shard:
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    offsets, end = {}, 0
+    for spec in sorted(specs, key=lambda s: -s.itemsize):
+        offsets[spec.name] = end
+        end += spec.nbytes
+        entries[spec.name] = {
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [offsets[spec.name], end],
+        }
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % ALIGN)
+    header = len(text).to_bytes(8, "little") + text
+    placed = {name: len(header) + offset for name, offset in offsets.items()}
+    return Shard(file, header, placed, len(header) + end)
+
+
+def index(shards: Sequence[Shard], specs: Mapping[str, TensorSpec]) -> str | None:
+    """The text of model.safetensors.index.json; None for a single file."""
+    if len(shards) == 1:
+        return None
+    totals = {
+        "total_parameters": sum(s.numel for s in specs.values()),
+        "total_size": sum(s.nbytes for s in specs.values()),
+    }
+    where = {name: shard.file for shard in shards for name in shard.offsets}
+    return json.dumps({"metadata": totals, "weight_map": dict(sorted(where.items()))}, indent=2) + "\n"
+
+
+class Staging:
+    """A folder that becomes `out` on commit and vanishes otherwise."""
+
+    def __init__(self, out: Path, *, force: bool = False, keep: Sequence[Path] = ()) -> None:
+        self.out = out.absolute()
+        self.path = self.out.with_name(f".{self.out.name}.partial")
+        self._old = self.out.with_name(f".{self.out.name}.replaced")
+        self._lock: int | None = None
+        self._check(force, [p.resolve() for p in keep])
+
+    def _check(self, force: bool, inputs: Sequence[Path]) -> None:
+        resolved = self.out.resolve()
+        for path in inputs:
+            if resolved == path or resolved in path.parents:
+                raise ResourceError(
+                    f"the output folder {self.out} holds one of the inputs",
+                    where=str(path), hint="write somewhere else",
+                )  # fmt: skip
+        if self.out.is_dir() and any(self.out.iterdir()):
+            if not force:
+                raise ResourceError(
+                    f"the output folder {self.out} is not empty",
+                    hint="name another, or replace it as a whole with --force",
+                )
+            if not any((self.out / name).exists() for name in ("config.json", "recipe.yaml")):
+                raise ResourceError(
+                    f"--force replaces a checkpoint, and {self.out} does not look like one",
+                    hint="it has neither config.json nor recipe.yaml; remove it yourself if you mean it",
+                )
+        elif self.out.exists() and not self.out.is_dir():
+            raise ResourceError(f"{self.out} is a file", hint="name a folder")
+
+    def __enter__(self) -> Staging:
+        try:
+            if self._old.exists() and not self.out.exists():
+                self._old.rename(self.out)  # a replacement was cut off between its two renames
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(exist_ok=True)
+            self._take_lock()
+            self._clear()
+        except OSError as error:
+            raise denied(error, self.path) from error
+        return self
+
+    def _take_lock(self) -> None:
+        if os.name != "posix":
+            return
+        import fcntl
+
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self._lock)
+            self._lock = None
+            raise ResourceError(
+                f"another merge is writing to {self.out}", hint="wait for it, or name another folder"
+            ) from error
+
+    def _clear(self) -> None:
+        for entry in self.path.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+    def allocate(self, shards: Sequence[Shard]) -> None:
+        """Creates every shard at its full size, with its header; ResourceError if there is no room."""
+        needed = sum(s.nbytes for s in shards) + SPARE
+        free = shutil.disk_usage(self.path).free
+        if needed > free:
+            raise ResourceError(
+                f"the disk is too small: {needed:,} bytes are needed, {free:,} are free",
+                where=str(self.out.parent), hint="free some space, or write to another disk",
+            )  # fmt: skip
+        for shard in shards:
+            file = self.path / shard.file
+            try:
+                fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+                try:
+                    _reserve(fd, shard.nbytes)
+                    write_at(fd, memoryview(shard.header), 0)
+                finally:
+                    os.close(fd)
+            except OSError as error:
+                raise denied(error, file) from error
+
+    def commit(self) -> None:
+        """Puts the folder under its final name."""
+        try:
+            replacing = self.out.is_dir() and any(self.out.iterdir())
+            if replacing:
+                self.out.rename(self._old)
+            self.path.rename(self.out)
+            shutil.rmtree(self._old, ignore_errors=True)
+        except OSError as error:
+            raise denied(error, self.out) from error
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+        if self.path.exists():
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _reserve(fd: int, nbytes: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        try:
+            return os.posix_fallocate(fd, 0, nbytes)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+    os.ftruncate(fd, nbytes)
+
+
+def write_at(fd: int, data: memoryview, offset: int) -> None:
+    """Writes all of `data` at `offset`, in as many calls as it takes."""
+    while data:
+        if hasattr(os, "pwrite"):
+            done = os.pwrite(fd, data, offset)
+        else:
+            os.lseek(fd, offset, os.SEEK_SET)
+            done = os.write(fd, data)
+        data, offset = data[done:], offset + done
+
+
+def denied(error: OSError, path: Path) -> ResourceError:
+    """What the system refused, as an error that says what to do."""
+    hints = {
+        errno.ENOSPC: "free some space, or write to another disk",
+        errno.EDQUOT: "the quota is used up: free some space, or write to another disk",
+        errno.EACCES: "write somewhere you may, or change the folder's permissions",
+        errno.EPERM: "write somewhere you may, or change the folder's permissions",
+        errno.EROFS: "the file system is read-only: write to another",
+    }
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return ResourceError(
+        f"cannot write: {reason}", where=str(path), hint=hints.get(error.errno or 0, "see the reason above")
+    )
+
+
+def sha256(file: Path) -> str:
+    """The file's digest, in hex."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

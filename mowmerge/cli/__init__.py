@@ -1,0 +1,39 @@
+"""The command line: parse, call the api, print. stdout is data, stderr is talk."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from mowmerge.cli.check import check
+from mowmerge.cli.demo import demo
+from mowmerge.cli.merge import merge
+from mowmerge.cli.methods import methods
+from mowmerge.cli.schema import schema
+from mowmerge.errors import MowmergeError
+
+app = typer.Typer(
+    name="mowmerge",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Turns many fine-tuned checkpoints of a model into one.",
+    epilog="Exit codes: 0 done, 1 a bug, 2 usage, 3 recipe, 4 checkpoint, 5 source or Hub,"
+    " 6 disk, memory or permission, 130 interrupted.",
+)
+for command in (merge, check, methods, schema, demo):
+    app.command()(command)
+
+
+def main() -> None:
+    """Runs the command line; a user's mistake is a message and an exit code, not a traceback."""
+    try:
+        app()
+    except MowmergeError as error:
+        for problem in error.problems:
+            print(f"error: {problem}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        sys.exit(130)

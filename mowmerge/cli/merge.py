@@ -1,0 +1,75 @@
+"""`mowmerge merge`: run a recipe, or show what it would do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mowmerge.cli import output
+
+if TYPE_CHECKING:
+    from mowmerge.planner import Options
+
+
+def merge(
+    recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file; - reads stdin.")],
+    out: Annotated[Path | None, typer.Argument(help="The output folder.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a value: parameters.density=0.3.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Show the plan and stop.")] = False,
+    force: Annotated[bool, typer.Option(help="Replace the output folder.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Tensors worked on at once.")] = None,
+    max_memory: Annotated[str | None, typer.Option(help="Peak memory, such as 2GB.")] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")] = "cpu",
+    stats: Annotated[bool, typer.Option(help="Measure task vectors for report.json.")] = True,
+    hash_: Annotated[bool, typer.Option("--hash/--no-hash", help="Write SHA256SUMS.")] = True,
+    allow_pickle: Annotated[
+        bool, typer.Option(help="Also read .bin and .pt files (weights_only).")
+    ] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+) -> None:
+    """Merge the models of a recipe into one checkpoint.
+
+    Examples:
+
+      mowmerge merge recipe.yaml merged/demo
+
+      mowmerge merge recipe.yaml --dry-run --json
+
+      mowmerge merge recipe.yaml merged/demo --set parameters.density=0.3 --force
+    """
+    from mowmerge import api
+
+    options = _options(workers, max_memory, device, stats, not dry_run, allow_pickle)
+    if dry_run:
+        plan = api.plan(recipe, overrides=set_ or [], options=options)
+        output.show_plan(plan, as_json=json_)
+        return
+    with output.Progress(quiet or json_) as progress:
+        result = api.merge(
+            recipe, out, overrides=set_ or [], options=options, hashes=hash_, force=force,
+            begin=progress.begin,
+        )  # fmt: skip
+    output.show_result(result, as_json=json_, quiet=quiet)
+
+
+def _options(
+    workers: int | None,
+    max_memory: str | None,
+    device: str,
+    stats: bool,
+    download: bool,
+    allow_pickle: bool,
+) -> Options:
+    from mowmerge.planner import Options
+    from mowmerge.recipe.model import _bytes as parse_size
+
+    try:
+        limit = parse_size(max_memory) if max_memory else None
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--max-memory") from error
+    return Options(workers, limit, device, stats, download, allow_pickle)

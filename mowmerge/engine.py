@@ -1,0 +1,243 @@
+"""Runs a plan: settles statistics, then streams every tensor through its method into a sink.
+
+Workers share nothing but the plan. Blocks are multiples of 65,536 elements and reductions add up
+runs of that size in index order, so the bytes do not depend on workers, block size or shards.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import closing, contextmanager
+from threading import Event, Lock
+from typing import Any, Protocol
+
+from mowmerge.checkpoint.reader import StoredReader
+from mowmerge.errors import CheckpointError
+from mowmerge.methods import registry
+from mowmerge.methods.contracts import Extent, Fold, Reduction
+from mowmerge.plan import RUN, Plan, Stored, TensorJob, Tied
+from mowmerge.report import TensorReport
+from mowmerge.streaming import OpenJob
+from mowmerge.tensors import TensorHandle, TensorReader, TensorSpec, torch
+
+SPAN = 256 * RUN  # elements in one task of a reduction over the whole model
+
+
+class Sink(Protocol):
+    """Where the bytes of output tensors go; called from any worker."""
+
+    def write(self, name: str, start: int, data: memoryview) -> None:
+        """Takes a tensor's bytes from byte `start` on."""
+        ...
+
+
+class Engine:
+    """A plan with readers for its sources; a source that is a plan itself is merged as it is read."""
+
+    def __init__(self, plan: Plan, stopped: Event | None = None) -> None:
+        self.plan, self.stopped = plan, stopped or Event()
+        self.readers: Mapping[str, TensorReader] = {
+            name: StoredReader(source)
+            if isinstance(source, Stored)
+            else MergedReader(Engine(source, self.stopped))
+            for name, source in plan.sources.items()
+        }
+        self._states: dict[int, Any] = {}
+        self._lock = Lock()
+
+    def run(self, sink: Sink) -> list[TensorReport]:
+        """Streams every tensor of the plan into the sink; one report a tensor, in plan order."""
+        done: dict[str, TensorReport] = {}
+        largest_first = sorted(self.plan.jobs, key=lambda job: -job.read_bytes)
+        _keep_freed_memory()
+        with _one_thread_each(), self._pool() as pool:
+            for group in sorted({j.group for j in self.plan.jobs if j.group is not None}):
+                self._states[group] = self._settle_group(group, pool)
+            for tied in self.plan.tied:
+                self._check_tied(tied)
+            futures = [pool.submit(self._write, job, sink) for job in largest_first]
+            for future in as_completed(futures):
+                done[future.result().name] = future.result()
+        return [done[job.output.name] for job in self.plan.jobs]
+
+    @contextmanager
+    def _pool(self) -> Iterator[ThreadPoolExecutor]:
+        pool = ThreadPoolExecutor(self.plan.workers)
+        try:
+            yield pool
+        except BaseException:
+            self.stopped.set()
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def open(self, job: TensorJob) -> OpenJob:
+        """The job with its inputs open, for one thread; a context manager."""
+        return OpenJob(self.plan, job, self.readers, self.stopped)
+
+    def _write(self, job: TensorJob, sink: Sink) -> TensorReport:
+        began = time.perf_counter()
+        notes, size = [], job.output.itemsize
+        with self.open(job) as opened:
+            give = self.settled(opened)
+            for start, stop in opened.blocks():
+                sink.write(job.output.name, start * size, give(start, stop))
+            merged = give == opened.merged
+            if not merged and job.output.kind != "float" and not opened.identical():
+                notes = ["not a float tensor and not the same in every model: the first is kept"]
+            figures = opened.stats.figures() if opened.stats else {}
+        return TensorReport(
+            name=job.output.name,
+            action="merged" if merged else "copied",
+            method=job.method if merged else None,
+            read_bytes=job.read_bytes,
+            written_bytes=job.output.nbytes,
+            seconds=time.perf_counter() - began,
+            figures=figures,
+            notes=notes,
+        )
+
+    def settled(self, opened: OpenJob) -> Callable[[int, int], memoryview]:
+        """What gives the job's blocks, `copied` or `merged`, with its method's state in place."""
+        job = opened.job
+        if job.method is None or job.output.kind != "float" or opened.identical():
+            return opened.copied
+        if job.group is not None:
+            with self._lock:  # a nested plan settles when it is first read
+                if job.group not in self._states:
+                    self._states[job.group] = self._settle_group(job.group, None)
+            opened.state = self._states[job.group]
+        elif job.scope == "tensor" and opened.spec.reduce is not None:
+            numel = job.output.numel
+            rounds = opened.spec.reduce([Extent(numel, job.parameters)])
+            opened.state = _drive(rounds, lambda fold: opened.observe(fold.fresh(), 0, numel))
+        return opened.merged
+
+    def _settle_group(self, group: int, pool: ThreadPoolExecutor | None) -> Any:
+        """Runs a reduction over every job of a group, in tasks that are merged in plan order."""
+        jobs = [job for job in self.plan.jobs if job.group == group]
+        reduce = registry.get(str(jobs[0].method)).reduce
+        assert reduce is not None
+
+        def part(fold: Fold, job: TensorJob, start: int) -> Fold:
+            with self.open(job) as opened:
+                return opened.observe(fold.fresh(), start, min(start + SPAN, job.output.numel))
+
+        def fill(fold: Fold) -> Fold:
+            total, pending = fold.fresh(), []
+            for job in jobs:
+                for start in range(0, job.output.numel, SPAN):
+                    pending.append(_submit(pool, part, fold, job, start))
+                    if len(pending) > 2 * self.plan.workers:
+                        total.merge(pending.pop(0).result())
+            for future in pending:
+                total.merge(future.result())
+            return total
+
+        return _drive(reduce([Extent(j.output.numel, j.parameters) for j in jobs]), fill)
+
+    def _check_tied(self, tied: Tied) -> None:
+        """CheckpointError where a model stores a tied tensor that differs from what it is tied to."""
+        reader, size = self.readers[tied.model], tied.spec.itemsize
+        with closing(reader.open(tied.spec.name)) as one, closing(reader.open(tied.source.name)) as two:
+            for start in range(0, tied.spec.numel, 16 * RUN):
+                stop = min(start + 16 * RUN, tied.spec.numel)
+                pieces = []
+                for handle in (one, two):
+                    pieces.append(bytearray((stop - start) * size))
+                    handle.read(start, stop, memoryview(pieces[-1]))
+                if pieces[0] != pieces[1]:
+                    raise CheckpointError(
+                        f"'{tied.spec.name}' differs from '{tied.source.name}', to which the base ties it",
+                        where=f"model '{tied.model}'",
+                        hint="its own head would be lost: use a base that stores the head, or drop the"
+                        " tensor with a rule if that is what you want",
+                    )
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """One intra-op thread a worker: reductions inside torch depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _keep_freed_memory() -> None:
+    """Lets the allocator reuse what blocks free instead of giving it back to the system.
+
+    glibc raises its thresholds for that to the size of the largest mapped piece it sees freed, up
+    to 32 MiB; without this every temporary of every block costs page faults again.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
+
+
+def _submit(pool: ThreadPoolExecutor | None, function: Callable[..., Fold], *args: Any) -> Future[Fold]:
+    if pool is not None:
+        return pool.submit(function, *args)
+    future: Future[Fold] = Future()
+    future.set_result(function(*args))
+    return future
+
+
+def _drive(rounds: Reduction, fill: Callable[[Fold], Fold]) -> Any:
+    """Runs a reduction to its end: each fold it yields is filled and sent back."""
+    try:
+        fold = next(rounds)
+        while True:
+            fold = rounds.send(fill(fold))
+    except StopIteration as done:
+        return done.value
+
+
+class MergedReader:
+    """A plan as a TensorReader: a nested recipe, with the bytes that its own merge would write."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._jobs = {job.output.name: job for job in engine.plan.jobs}
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """The nested plan's output tensors."""
+        return self._engine.plan.specs
+
+    def open(self, name: str) -> TensorHandle:
+        """A handle that merges what is read from it."""
+        return _MergedHandle(self._engine, self._jobs[name])
+
+
+class _MergedHandle:
+    """Merges block by block; keeps the last one, since what is read next mostly continues it."""
+
+    def __init__(self, engine: Engine, job: TensorJob) -> None:
+        self._opened, self._job = engine.open(job).__enter__(), job
+        try:
+            self._give = engine.settled(self._opened)
+        except BaseException:
+            self.close()
+            raise
+        self._start, self._data = 0, b""
+
+    def read(self, start: int, stop: int, out: memoryview) -> None:
+        size, block = self._job.output.itemsize, self._opened.block
+        at = start * size
+        while at < stop * size:
+            if not self._start <= at < self._start + len(self._data):
+                first = at // size // block * block
+                last = min(first + block, self._job.output.numel)
+                self._start, self._data = first * size, bytes(self._give(first, last))
+            piece = self._data[at - self._start : stop * size - self._start]
+            out[at - start * size : at - start * size + len(piece)] = piece
+            at += len(piece)
+
+    def advise(self, start: int, stop: int) -> None:
+        pass
+
+    def close(self) -> None:
+        self._opened.__exit__()

@@ -1,0 +1,63 @@
+"""What can go wrong for a user: a message, where it is, what to do, and an exit code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One fault: what is wrong, where (file:line, tensor, model), and what to do about it."""
+
+    message: str
+    where: str = ""
+    hint: str = ""
+
+    def __str__(self) -> str:
+        head = f"{self.where}: {self.message}" if self.where else self.message
+        return f"{head}\n  -> {self.hint}" if self.hint else head
+
+
+class MowmergeError(Exception):
+    """The base of every error that a user can cause; carries one or more problems."""
+
+    exit_code = 1
+
+    def __init__(self, problem: str | Sequence[Problem], *, where: str = "", hint: str = "") -> None:
+        found = [Problem(problem, where, hint)] if isinstance(problem, str) else problem
+        self.problems: tuple[Problem, ...] = tuple(found)
+        super().__init__("\n".join(str(p) for p in self.problems))
+
+
+class RecipeError(MowmergeError):
+    """The recipe is wrong: an unknown key, a value out of range, a model that is not there."""
+
+    exit_code = 3
+
+
+class CheckpointError(MowmergeError):
+    """A checkpoint is wrong: missing tensors, other shapes, a truncated shard, a NaN."""
+
+    exit_code = 4
+
+
+class SourceError(MowmergeError):
+    """A model cannot be had: no such folder or repository, no network, no access."""
+
+    exit_code = 5
+
+
+class ResourceError(MowmergeError):
+    """The machine says no: disk, memory, permission, or an output folder that is taken."""
+
+    exit_code = 6
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """The hint that names the nearest known word, or lists what is known."""
+    near = get_close_matches(word, known, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    return f"known: {', '.join(sorted(known))}" if known else ""

@@ -1,0 +1,129 @@
+"""What a method may see and say: parameter types, random draws, folds over a tensor or a model.
+
+A method is a plain function. It asks for what it needs by reserved parameter names:
+
+    models [N,*S]   the experts' values          deltas [N,*S]  the experts minus the base, in fp32
+    base [*S]       the base's values            state          what the method's `reduce` returned
+    rng             random draws that depend on nothing but seed, model, tensor and element
+
+`deltas` in means a delta out (the engine adds the base); `models` in means a weight out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Protocol, TypeVar, Union
+
+from mowmerge.tensors import Tensor, torch
+
+T = TypeVar("T")
+PerModel = Union[T, Sequence[T]]  # noqa: UP007  (an alias with a type variable)
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values a number may take, both ends included."""
+
+    low: float = float("-inf")
+    high: float = float("inf")
+
+
+Unit = Annotated[float, Range(0.0, 1.0)]
+NonNegative = Annotated[float, Range(0.0)]
+Seed = Annotated[int, Range(0, 2**63 - 1)]
+
+RESERVED = frozenset({"models", "base", "deltas", "state", "rng"})
+SCOPES = ("element", "row", "tensor", "model")
+
+
+class MethodError(ValueError):
+    """A method's parameters contradict each other or the number of models."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A piece of one tensor on its way through a fold: values [N,*B], and what goes with them."""
+
+    values: Tensor
+    parameters: Mapping[str, Any]
+    rng: Draws
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A tensor that a reduction will run over: its number of elements and its parameters."""
+
+    numel: int
+    parameters: Mapping[str, Any]
+
+
+class Fold(Protocol):
+    """One streamed pass: observes blocks in order, and merges with the folds of other tensors.
+
+    `share` below 1 asks for a sample of about that share of the elements instead of all of them.
+    """
+
+    share: float
+
+    def fresh(self) -> Fold:
+        """An empty fold of the same kind."""
+        ...
+
+    def observe(self, block: Block) -> None:
+        """Takes one block in."""
+        ...
+
+    def merge(self, other: Any) -> None:
+        """Takes in what a later tensor's fold has seen."""
+        ...
+
+
+Reduction = Generator[Any, Any, Any]
+"""Yields folds, receives each one filled, returns the state: a pass over the data a yield."""
+
+
+class Draws:
+    """Random draws as a function of (seed, model name, tensor name, element index).
+
+    Philox 4x64 keyed by a digest of the first three and advanced to the fourth: any block can be
+    drawn alone, on any thread, in any order. Element i is the i-th 32-bit word of the stream.
+    """
+
+    def __init__(
+        self, seed: int = 0, models: Sequence[str] = (), tensor: str = "", start: int = 0
+    ) -> None:
+        self.seed, self.models, self.tensor, self.start = seed, models, tensor, start
+
+    def keep(self, density: Sequence[float], like: Tensor) -> Tensor:
+        """1.0 where an element is kept, else 0.0: Bernoulli(density[i]) for model i.
+
+        Shapes: `like` [N,*B] -> [N,*B], in its dtype and on its device. The grain of the
+        probability is 2^-32.
+        """
+        import numpy as np
+
+        numel = like[0].numel()
+        kept = np.empty((len(like), numel), dtype=bool)
+        for i, share in enumerate(density):
+            limit = round(share * 2**32)
+            if limit >= 2**32:
+                kept[i] = True
+                continue
+            np.less(self._words(i, numel), np.uint32(limit), out=kept[i])
+        mask = torch.empty(like.shape, dtype=like.dtype)
+        np.copyto(mask.view(len(like), numel).numpy(), kept)
+        return mask.to(like.device)
+
+    def _words(self, model: int, numel: int) -> Any:
+        import numpy as np
+
+        name = self.models[model] if self.models else str(model)
+        text = f"{self.seed}\0{name}\0{self.tensor}"
+        key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
+        stream = np.random.Philox(key=key)
+        first, skip = divmod(self.start, 8)  # one step of the counter gives eight 32-bit words
+        stream.advance(first)
+        raw = stream.random_raw((skip + numel + 1) // 2)
+        return raw.astype("<u8", copy=False).view("<u4")[skip : skip + numel]

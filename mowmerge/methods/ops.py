@@ -1,0 +1,287 @@
+"""The pieces that methods share: pure functions on blocks, and folds over tensors and models.
+
+Blocks are contiguous and cut at multiples of 65,536 elements, so a fused multiply-add gives each
+element the same bits however a tensor is cut. Arithmetic stays in floating point, in place where
+the temporary is ours: comparisons that make boolean tensors cost several times as much.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from mowmerge.methods.contracts import Block, Draws, Extent, Reduction
+from mowmerge.plan import RUN
+from mowmerge.tensors import Tensor, torch
+
+Elect = Literal["none", "mass", "count", "normfrac", "normmass"]
+SAMPLE_SHARE = 1 / 1024  # of a large tensor or model; SAMPLE_LEAST elements of a small one
+SAMPLE_LEAST = 65_536
+BIN_BITS = 20
+
+
+def spread(value: Any, n: int) -> list[Any]:
+    """One value a model: a scalar n times, or the sequence itself."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        if len(value) != n:
+            raise ValueError(f"{len(value)} values for {n} models")
+        return list(value)
+    return [value] * n
+
+
+def weighted_sum(values: Sequence[Tensor] | Tensor, weight: Sequence[float]) -> Tensor:
+    """sum_i weight[i] * values[i], in index order, as a new tensor."""
+    total = values[0] * weight[0]
+    for value, w in zip(values[1:], weight[1:], strict=True):
+        total.add_(value, alpha=w)
+    return total
+
+
+def scaled(value: Tensor, by: float) -> Tensor:
+    """value * by; the value itself where by is 1."""
+    return value if by == 1.0 else value * by
+
+
+def keep_above(value: Tensor, threshold: float) -> Tensor:
+    """value where |value| >= threshold, else 0; the value itself where the threshold is 0."""
+    if threshold <= 0.0:
+        return value
+    if math.isinf(threshold):
+        return torch.zeros_like(value)
+    edge = torch.tensor([threshold, 0.0], dtype=value.dtype)
+    below = torch.nextafter(edge[0], edge[1])
+    return torch.nn.functional.hardshrink(value, float(below))
+
+
+def elect_sign(
+    values: Sequence[Tensor], elect: Elect, zero: float, power: Sequence[float] = ()
+) -> Tensor:
+    """The elected sign of each entry: +1 or -1, or `zero` where the vote is even.
+
+    mass: sgn(sum_i v_i). count: sgn(sum_i sgn v_i). normfrac: the sign of the entry with the
+    largest v_i^2 / power[i], several of them voting by number. normmass: sgn(sum_i sgn(v_i) *
+    v_i^2 / power[i]). Source: TIES, eq. of the elect step; the last two are variants of its
+    released code.
+    """
+    if elect == "count":
+        vote = values[0].sign()
+        for value in values[1:]:
+            vote += value.sign()
+    elif elect in ("normfrac", "normmass"):
+        wide = [v.double() for v in values]
+        share = torch.stack([v * v / (p or 1.0) for v, p in zip(wide, power, strict=True)])
+        if elect == "normfrac":
+            share = (share == share.amax(0)).double()
+        vote = (torch.stack(wide).sign_() * share).sum(0).sign_().to(values[0].dtype)
+    else:
+        vote = weighted_sum(values, [1.0] * len(values))
+    vote = vote.sign_()
+    return vote if zero == 0.0 else vote.add_(zero / 2).sign_()
+
+
+def agree(
+    values: Sequence[Tensor],
+    sign: Tensor,
+    aggregate: Literal["mean", "sum", "max"],
+    weight: Sequence[float],
+) -> Tensor:
+    """Aggregates the entries whose sign is the elected one (TIES, disjoint merge).
+
+    sum: their sum. mean: their sum over the sum of their weights (0 where none agrees). max: the
+    largest magnitude, with the elected sign.
+    """
+    total = torch.zeros_like(sign)
+    share = torch.zeros_like(sign) if aggregate == "mean" else total
+    for value, w in zip(values, weight, strict=True):
+        mass = (value * sign).relu_()
+        if aggregate == "max":
+            total = torch.maximum(total, mass)
+            continue
+        total += mass
+        if aggregate == "mean":
+            share.add_(mass.sign_(), alpha=w)
+    if aggregate == "mean":
+        share += 1.0 - share.sign().abs_()  # nobody agrees: 0 / 1
+        total /= share
+    return total.mul_(sign)
+
+
+def l1_norms(values: Sequence[Tensor] | Tensor) -> Tensor:
+    """The sum of magnitudes of each value, [N] in fp64."""
+    return torch.stack([v.abs().sum(dtype=torch.float64) for v in values])
+
+
+def restoring(before: Tensor, after: Tensor) -> list[float]:
+    """before / after, one factor a model; 1 where either norm is below 1e-7."""
+    pairs = zip(before.tolist(), after.tolist(), strict=True)
+    return [b / a if b >= 1e-7 and a >= 1e-7 else 1.0 for b, a in pairs]
+
+
+def settle(
+    reduce: Callable[[Sequence[Extent]], Reduction],
+    values: Tensor,
+    parameters: Mapping[str, Any],
+    rng: Draws | None = None,
+) -> Any:
+    """Runs a reduction on one tensor in memory and returns its state: what the engine streams."""
+    rounds = reduce([Extent(values[0].numel(), parameters)])
+    flat = values.reshape(len(values), -1)
+    rng = rng or Draws()
+    try:
+        fold = next(rounds)
+        while True:
+            fold = fold.fresh()
+            for start in range(0, max(flat.shape[1], 1), RUN):
+                draws = Draws(rng.seed, rng.models, rng.tensor, rng.start + start)
+                fold.observe(Block(flat[:, start : start + RUN], parameters, draws))
+            fold = rounds.send(fold)
+    except StopIteration as done:
+        return done.value
+
+
+class Sum:
+    """Adds fn(block) over runs of 65,536 elements, in index order, in fp64."""
+
+    share = 1.0
+
+    def __init__(self, fn: Callable[[Block], Tensor]) -> None:
+        self.fn = fn
+        self.total: Tensor | float = 0.0
+
+    def fresh(self) -> Sum:
+        """An empty sum of the same function."""
+        return Sum(self.fn)
+
+    def observe(self, block: Block) -> None:
+        """Adds a block, run by run."""
+        flat = block.values.reshape(len(block.values), -1)
+        for start in range(0, max(flat.shape[1], 1), RUN):
+            rng = block.rng
+            draws = Draws(rng.seed, rng.models, rng.tensor, rng.start + start)
+            run = Block(flat[:, start : start + RUN], block.parameters, draws)
+            self.total = self.total + self.fn(run).double()
+
+    def merge(self, other: Sum) -> None:
+        """Adds another tensor's total."""
+        self.total = self.total + other.total
+
+
+def gram(block: Block) -> Tensor:
+    """The inner products <v_i, v_j> of a block, [N,N], in fp64."""
+    wide = block.values.double()
+    return wide @ wide.T
+
+
+def kth_largest(ranks: Sequence[int], total: int) -> Reduction:
+    """Returns, for each model i, the ranks[i]-th largest of `total` magnitudes; inf for rank 0.
+
+    Exact. A sample brackets each value, then counting passes narrow the bracket: entries above it
+    are counted, entries inside it go to a histogram over their bit patterns, which order as the
+    magnitudes do. One counting pass is the rule; a sample that misleads costs more passes, never
+    exactness. Memory is one histogram a model, whatever the number of ties.
+    """
+    sample = yield _Sample(len(ranks), max(SAMPLE_SHARE, SAMPLE_LEAST / max(total, 1)))
+    spans = [sample.bracket(i, rank / max(total, 1)) for i, rank in enumerate(ranks)]
+    found = [math.inf if rank == 0 else None for rank in ranks]
+    while None in found:
+        open_spans = [span if f is None else None for span, f in zip(spans, found, strict=True)]
+        count = yield _Count(open_spans, sample.itemsize)
+        for i, rank in enumerate(ranks):
+            if found[i] is None:
+                spans[i], found[i] = count.locate(i, rank)
+    return found
+
+
+def _codes(value: Tensor) -> Any:
+    """The bit patterns of |value| as unsigned integers, which order as the magnitudes do."""
+    magnitude = value.abs().cpu().numpy().ravel()
+    return magnitude.view(f"u{magnitude.itemsize}")
+
+
+class _Sample:
+    """Keeps the bit patterns of a share of each model's magnitudes."""
+
+    def __init__(self, n: int, share: float) -> None:
+        self.n, self.share, self.itemsize = n, share, 4
+        self.kept: list[list[Any]] = [[] for _ in range(n)]
+
+    def fresh(self) -> _Sample:
+        return _Sample(self.n, self.share)
+
+    def observe(self, block: Block) -> None:
+        for kept, value in zip(self.kept, block.values, strict=True):
+            kept.append(_codes(value))
+            self.itemsize = value.element_size()
+
+    def merge(self, other: _Sample) -> None:
+        self.itemsize = max(self.itemsize, other.itemsize)
+        for mine, theirs in zip(self.kept, other.kept, strict=True):
+            mine.extend(theirs)
+
+    def bracket(self, i: int, share: float) -> tuple[int, int]:
+        """Codes between which the magnitude that a `share` of all exceed should lie."""
+        import numpy as np
+
+        codes = np.concatenate(self.kept[i]) if self.kept[i] else np.zeros(0, "u4")
+        top = (1 << (8 * self.itemsize - 1)) - 1
+        n = len(codes)
+        place, margin = n * (1 - share), 8 + 4 * math.sqrt(n * share * (1 - share))
+        first, last = math.floor(place - margin), math.ceil(place + margin)
+        wanted = [k for k in (first, last) if 0 <= k < n]
+        part = np.partition(codes, wanted) if wanted else codes
+        low = int(part[first]) if 0 <= first < n else 0
+        return low, int(part[last]) if 0 <= last < n else top
+
+
+class _Count:
+    """Counts codes above each span and histograms those inside it, in at most 2^20 bins."""
+
+    share = 1.0
+
+    def __init__(self, spans: Sequence[tuple[int, int] | None], itemsize: int) -> None:
+        import numpy as np
+
+        self.spans, self.itemsize = spans, itemsize
+        self.shift = [s and max(0, (s[1] - s[0]).bit_length() - BIN_BITS) for s in spans]
+        self.above = [0] * len(spans)
+        self.bins = [
+            np.zeros(((s[1] - s[0]) >> (shift or 0)) + 1 if s else 0, np.int64)
+            for s, shift in zip(spans, self.shift, strict=True)
+        ]
+
+    def fresh(self) -> _Count:
+        return _Count(self.spans, self.itemsize)
+
+    def observe(self, block: Block) -> None:
+        import numpy as np
+
+        for i, (span, value) in enumerate(zip(self.spans, block.values, strict=True)):
+            if span is None:
+                continue
+            codes = _codes(value)
+            above, reach = codes > span[1], codes >= span[0]
+            self.above[i] += int(np.count_nonzero(above))
+            np.logical_xor(above, reach, out=reach)
+            np.add.at(self.bins[i], (codes.compress(reach) - span[0]) >> self.shift[i], 1)
+
+    def merge(self, other: _Count) -> None:
+        for i, (above, bins) in enumerate(zip(other.above, other.bins, strict=True)):
+            self.above[i] += above
+            self.bins[i] += bins
+
+    def locate(self, i: int, rank: int) -> tuple[tuple[int, int], float | None]:
+        """The span in which the rank-th largest lies, and its value once that is one code."""
+        import numpy as np
+
+        span, shift = self.spans[i] or (0, 0), self.shift[i] or 0
+        low, high = span
+        if rank <= self.above[i]:
+            return (high + 1, (1 << (8 * self.itemsize - 1)) - 1), None
+        reach = self.above[i] + np.cumsum(self.bins[i][::-1])
+        if rank > reach[-1]:
+            return (0, low - 1), None
+        code = low + ((len(reach) - 1 - int(np.searchsorted(reach, rank))) << shift)
+        if shift:
+            return (code, min(high, code + (1 << shift) - 1)), None
+        return (code, code), float(np.array(code, f"u{self.itemsize}").view(f"f{self.itemsize}"))

@@ -1,0 +1,1 @@
+"""Methods that take weights and give weights, with no data."""

@@ -1,0 +1,322 @@
+"""Turns a recipe into a plan by reading headers only: everything is checked before a tensor is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from mowmerge import __version__
+from mowmerge.checkpoint import naming, source
+from mowmerge.checkpoint.writer import layout
+from mowmerge.errors import CheckpointError, Problem, RecipeError, ResourceError
+from mowmerge.methods import registry
+from mowmerge.methods.contracts import Extent, MethodError
+from mowmerge.plan import RUN, Input, Plan, Shard, Stored, TensorJob, Tied, block_length
+from mowmerge.recipe.model import Recipe
+from mowmerge.recipe.values import Place, Setting, setting
+from mowmerge.tensors import TensorSpec, dtype_named
+
+BLOCK = 4 * RUN  # elements worked on at a time, unless memory asks for fewer
+RUNTIME = 300 << 20  # bytes that Python, torch and the plan itself take
+HISTOGRAM = 3 << 23  # bytes a model while an order statistic is counted
+SHARD_SIZE = 5_000_000_000
+LISTED = 5  # names in a message before it says how many more
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the caller decides about a run, beside the recipe."""
+
+    workers: int | None = None
+    max_memory: int | None = None
+    device: str = "cpu"
+    stats: bool = True
+    download: bool = True
+    allow_pickle: bool = False
+
+
+def build(recipe: Recipe, options: Options | None = None) -> Plan:
+    """The plan of a recipe: names, shapes, dtypes, offsets, methods, memory and warnings.
+
+    Raises RecipeError, CheckpointError, SourceError or ResourceError, with every problem found.
+    """
+    return _Planner(recipe, options or Options()).plan()
+
+
+class _Planner:
+    def __init__(self, recipe: Recipe, options: Options) -> None:
+        self.recipe, self.options = recipe, options
+        self.problems: list[Problem] = []
+        self.warnings: list[str] = []
+        self.tied: list[Tied] = []
+        self.dropped: list[str] = []
+        self.rules_used: set[int] = set()
+
+    def plan(self) -> Plan:
+        sources = self._sources()
+        specs = {name: s.specs for name, s in sources.items()}
+        base = "base" if self.recipe.base is not None else None
+        donor = base or next(iter(self.recipe.models))
+        jobs = self._jobs(donor, base, specs)
+        self._raise_problems()
+        jobs = self._grouped(jobs)
+        self._warn(jobs)
+        workers = self.options.workers or min(8, os.cpu_count() or 1)
+        block, peak = self._memory(jobs, workers)
+        return Plan(
+            name=self.recipe.name,
+            donor=donor,
+            base=base,
+            sources=sources,
+            jobs=tuple(jobs),
+            shards=tuple(self._layout(jobs)),
+            workers=workers,
+            block=block,
+            peak_bytes=peak,
+            stats=self.options.stats,
+            device=self.options.device,
+            tied=tuple(self.tied),
+            dropped=tuple(self.dropped),
+            warnings=tuple(self.warnings),
+        )
+
+    def _sources(self) -> dict[str, Stored | Plan]:
+        wanted = {name: ref.source for name, ref in self.recipe.models.items()}
+        if self.recipe.base is not None:
+            if "base" in wanted:
+                raise RecipeError(
+                    "a model may not be named 'base': that is the base's own name",
+                    where=self.recipe.where("models", "base"), hint="give it another name",
+                )  # fmt: skip
+            wanted = {"base": self.recipe.base, **wanted}
+        found: dict[str, Stored | Plan] = {}
+        for name, origin in wanted.items():
+            if isinstance(origin, Recipe):
+                found[name] = build(origin, replace(self.options, stats=False, workers=1))
+                continue
+            try:
+                found[name] = source.find(
+                    self.recipe.locate(origin),
+                    download=self.options.download,
+                    allow_pickle=self.options.allow_pickle,
+                )
+            except (CheckpointError, source.SourceError) as error:
+                key = ("base",) if name == "base" else ("models", name)
+                at = self.recipe.where(*key)
+                self.problems += [
+                    Problem(p.message, f"{at}: {p.where}" if p.where else at, p.hint)
+                    for p in error.problems
+                ]
+                kind = type(error)
+        if self.problems:
+            raise kind(self.problems)
+        return found
+
+    def _jobs(
+        self, donor: str, base: str | None, specs: Mapping[str, Mapping[str, TensorSpec]]
+    ) -> list[TensorJob]:
+        depths = naming.depths(specs[donor])
+        jobs = []
+        for name, spec in specs[donor].items():
+            stack = naming.stack(name)
+            place = Place(name, naming.role(name), stack[1] if stack else None, depths[name])
+            chosen = setting(self.recipe, place)
+            if chosen.rule is not None:
+                self.rules_used.add(chosen.rule)
+            if chosen.drop:
+                self.dropped.append(name)
+                continue
+            job = self._job(spec, chosen, base, specs)
+            if job:
+                jobs.append(job)
+        self._extras(donor, specs)
+        if not jobs and not self.problems:
+            raise RecipeError("nothing is left to write: every tensor is dropped")
+        return jobs
+
+    def _job(
+        self,
+        spec: TensorSpec,
+        chosen: Setting,
+        base: str | None,
+        specs: Mapping[str, Mapping[str, TensorSpec]],
+    ) -> TensorJob | None:
+        method = registry.get(chosen.method)
+        models = [self._input(model, spec, base, specs) for model in chosen.models]
+        inputs = [given for given in models if given is not None]
+        if len(inputs) < len(models):
+            return None
+        from_base = base is not None and (method.wants_base or self.options.stats)
+        output = spec
+        if self.recipe.output.dtype and spec.kind == "float":
+            output = replace(spec, dtype=dtype_named(self.recipe.output.dtype).code)
+        return TensorJob(
+            output=output,
+            models=tuple(inputs),
+            base=Input("base", spec) if from_base or (base and spec.kind != "float") else None,
+            method=method.name if spec.kind == "float" else None,
+            parameters=chosen.parameters if spec.kind == "float" else {},
+            scope=method.scope(chosen.parameters) if spec.kind == "float" else "element",
+        )
+
+    def _input(
+        self,
+        model: str,
+        spec: TensorSpec,
+        base: str | None,
+        specs: Mapping[str, Mapping[str, TensorSpec]],
+    ) -> Input | None:
+        """The model's tensor of that name, or what it is tied to; a problem where it does not fit."""
+        held = specs[model]
+        found = held.get(spec.name) or naming.tied_to(spec.name, held)
+        if found is None:
+            if self.recipe.missing == "base" and base:
+                return Input("base", spec)
+            self.problems.append(
+                Problem(
+                    f"tensor '{spec.name}' is missing",
+                    f"model '{model}'",
+                    "set `missing: base` to take the base's, or drop it with a rule: "
+                    f"- {{match: {{tensors: '{spec.name}'}}, drop: true}}",
+                )
+            )
+            return None
+        for what, theirs, ours in (
+            ("shape", list(found.shape), list(spec.shape)),
+            ("kind of dtype", found.kind, spec.kind),
+        ):
+            if theirs != ours:
+                self.problems.append(
+                    Problem(
+                        f"tensor '{spec.name}' has the {what} {theirs}, but {ours} in the"
+                        f" {'base' if base else 'first model'}",
+                        f"model '{model}'",
+                        "only models of one architecture and vocabulary can be merged",
+                    )
+                )
+                return None
+        return Input(model, found)
+
+    def _extras(self, donor: str, specs: Mapping[str, Mapping[str, TensorSpec]]) -> None:
+        """Tensors that only other models have: tied, dropped by a rule, or a problem."""
+        for model, held in specs.items():
+            for name, spec in held.items():
+                if name in specs[donor]:
+                    continue
+                tied = naming.tied_to(name, held)
+                if tied is not None and naming.tied_to(name, specs[donor]) is not None:
+                    self.tied.append(Tied(model, spec, tied))
+                    self.warnings.append(
+                        f"model '{model}' stores '{name}', which the {donor} ties to '{tied.name}':"
+                        " it has to equal that, and is not written"
+                    )
+                    continue
+                rule = self._dropping(name)
+                if rule is not None:
+                    self.rules_used.add(rule)
+                    self.dropped.append(name)
+                    continue
+                self.problems.append(
+                    Problem(
+                        f"tensor '{name}' is in no other model, nor in the {donor}",
+                        f"model '{model}'",
+                        f"drop it with a rule: - {{match: {{tensors: '{name}'}}, drop: true}}",
+                    )
+                )
+
+    def _dropping(self, name: str) -> int | None:
+        stack = naming.stack(name)
+        chosen = setting(self.recipe, Place(name, naming.role(name), stack[1] if stack else None, 0.0))
+        return chosen.rule if chosen.drop else None
+
+    def _raise_problems(self) -> None:
+        if not self.problems:
+            return
+        shown = self.problems[: 4 * LISTED]
+        more = len(self.problems) - len(shown)
+        if more:
+            shown.append(Problem(f"... and {more} more problems of this kind"))
+        raise CheckpointError(shown)
+
+    def _grouped(self, jobs: Sequence[TensorJob]) -> list[TensorJob]:
+        """Checks each method with its parameters, and joins the jobs that share a statistic."""
+        checked: set[tuple[Any, ...]] = set()
+        groups: dict[tuple[Any, ...], int] = {}
+        grouped = []
+        for job in jobs:
+            if job.method is None:
+                grouped.append(job)
+                continue
+            method, models = registry.get(job.method), tuple(i.model for i in job.models)
+            key = (job.method, tuple(job.parameters.items()), len(models))
+            if key not in checked:
+                checked.add(key)
+                try:
+                    method.check(job.parameters, len(models))
+                except MethodError as error:
+                    raise RecipeError(f"tensor '{job.output.name}': {error}", where=self.recipe.where("method")) from error
+            if job.scope == "model":
+                group = groups.setdefault((job.method, models), len(groups))
+                job = replace(job, group=group)
+            grouped.append(job)
+        for (method_name, _), number in groups.items():
+            extents = [Extent(j.output.numel, j.parameters) for j in grouped if j.group == number]
+            reduce = registry.get(method_name).reduce
+            try:
+                if reduce is not None:
+                    next(reduce(extents), None)
+            except MethodError as error:
+                raise RecipeError(f"{method_name}: {error}", where=self.recipe.where("method")) from error
+        return grouped
+
+    def _warn(self, jobs: Sequence[TensorJob]) -> None:
+        for i in range(len(self.recipe.rules)):
+            if i not in self.rules_used:
+                self.warnings.append(f"{self.recipe.where('rules', i)}: this rule matches no tensor")
+        for job in jobs:
+            if job.method == "task_arithmetic":
+                p = job.parameters
+                total = p["scale"] * sum(p["weight"])
+                if len(job.models) > 1 and total > 1 and not p["normalize"]:
+                    self.warnings.append(
+                        f"task_arithmetic adds up {total:g} task vectors (scale times the weights);"
+                        " above 1 results often break: the paper tunes scale between 0 and 1"
+                    )
+                    break
+
+    def _layout(self, jobs: Sequence[TensorJob]) -> list[Shard]:
+        size = self.recipe.output.shard_size or SHARD_SIZE
+        return layout([job.output for job in jobs], size, {"format": "pt", "mowmerge": __version__})
+
+    def _memory(self, jobs: Sequence[TensorJob], workers: int) -> tuple[int, int]:
+        """The block length and the peak bytes that go with it, within --max-memory."""
+        limit = self.options.max_memory
+        block = BLOCK
+        while True:
+            needs = sorted((_working_bytes(job, block) for job in jobs), reverse=True)
+            peak = RUNTIME + sum(needs[:workers])
+            if limit is None or peak <= limit:
+                return block, peak
+            if block == RUN:
+                largest = max(jobs, key=lambda job: _working_bytes(job, block))
+                raise ResourceError(
+                    f"--max-memory {limit:,} is too little: {peak:,} bytes are the least with {workers}"
+                    f" workers",
+                    where=f"tensor '{largest.output.name}', scope {largest.scope}",
+                    hint="use fewer --workers, or allow more",
+                )
+            block //= 2
+
+
+def _working_bytes(job: TensorJob, block: int) -> int:
+    """Bytes one worker holds for a job: what is read, its values, temporaries, the result."""
+    whole = bool(job.method) and registry.get(str(job.method)).reduce is None
+    length, n = block_length(block, job, whole=whole), len(job.inputs)
+    wide = 8 if any(i.spec.dtype == "F64" for i in job.inputs) else 4
+    read = sum(length * i.spec.itemsize for i in job.inputs)
+    counted = HISTOGRAM * len(job.models) if job.scope in ("tensor", "model") and not whole else 0
+    return read + length * (wide * (2 * n + 4) + job.output.itemsize) + counted

@@ -1,0 +1,1 @@
+"""Recipes: what to merge, by which method, with which values; read, checked and resolved."""

@@ -1,0 +1,135 @@
+"""Every fault of a recipe at once: its structure by pydantic, its parameters by the methods."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from mowmerge.errors import Problem
+from mowmerge.recipe.model import (
+    NAME,
+    Heads,
+    Loc,
+    Match,
+    Origin,
+    Output,
+    Recipe,
+    Rule,
+    Splits,
+    Task,
+)
+from mowmerge.recipe.parameters import (
+    Fault,
+    as_list,
+    as_map,
+    hint_for,
+    method_faults,
+    nearest,
+    shown,
+    unknown_model,
+)
+from mowmerge.recipe.text import dotted
+
+WANTED = {
+    "string_type": "text",
+    "int_type": "a whole number",
+    "bool_type": "true or false",
+    "mapping_type": "a mapping",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+    "tuple_type": "a list",
+}
+
+
+def check(data: Mapping[str, Any], origin: Origin) -> tuple[Recipe | None, list[Problem]]:
+    """The recipe of plain data (nested ones are Recipes by now), and its faults."""
+    recipe, faults = None, []
+    try:
+        recipe = Recipe.model_validate(data, context=origin)
+    except ValidationError as error:
+        faults = list(_structure(error, origin))
+    faults += [*_names(data), *method_faults(data, partial(_match_faults, origin))]
+    return recipe, [Problem(f.message, origin.where(f.loc), f.hint) for f in faults]
+
+
+def _structure(error: ValidationError, origin: Origin, above: Loc = ()) -> Iterator[Fault]:
+    """Pydantic's findings in our words."""
+    for found in error.errors(include_url=False):
+        kind, value, context = found["type"], found["input"], found.get("ctx", {})
+        loc = (*above, *found["loc"])
+        here = loc if kind in ("missing", "extra_forbidden") else origin.known(loc)
+        path, hint = dotted(here) or "the recipe", ""
+        if kind == "extra_forbidden":
+            known = list(_model(here[:-1]).model_fields)
+            message, hint = f"unknown key '{path}'", hint_for(str(here[-1]), known)
+        elif kind == "missing":
+            message = f"'{path}' is missing"
+            hint = "a Hub id, a path or a nested recipe" if here[-1] == "source" else ""
+        elif kind == "value_error":
+            message = f"{path} {context['error']}"
+        elif kind == "literal_error":
+            known = re.findall(r"'([^']*)'", context["expected"])
+            words = known[0] if len(known) == 1 else f"one of {', '.join(known)}"
+            message = f"{path} must be {words}, not {shown(value)}"
+            hint = nearest(value, known)
+        elif kind == "greater_than_equal":
+            message = f"{path} must be at least {context['ge']}, not {shown(value)}"
+        else:
+            message = f"{path} must be {WANTED.get(kind, found['msg'])}, not {shown(value)}"
+        yield Fault(here, message, hint)
+
+
+def _model(loc: Loc) -> type[BaseModel]:
+    """The model whose keys stand at `loc`."""
+    match loc:
+        case ("rules", _):
+            return Rule
+        case ("tasks", _):
+            return Task
+        case ("tasks", _, "splits"):
+            return Splits
+        case ("heads",):
+            return Heads
+        case ("output",):
+            return Output
+    return Match if loc[-1:] == ("match",) else Recipe
+
+
+def _names(data: Mapping[str, Any]) -> Iterator[Fault]:
+    """Names of models and tasks, and that what names a model means one."""
+    models = as_map(data.get("models"))
+    for section in ("models", "tasks"):
+        for name in as_map(data.get(section)):
+            if not re.fullmatch(NAME, name):
+                hint = "letters, digits, '-', '_' and '.', a letter or digit first"
+                message = f"'{name}' in {section} cannot be a name of files"
+                yield Fault((section, name), message, hint)
+    if "base" in models and data.get("base") is not None:
+        message = "a model cannot be named 'base' where the recipe names a base"
+        yield Fault(("models", "base"), message, "give it another name")
+    for i, rule in enumerate(map(as_map, as_list(data.get("rules")))):
+        named = rule.get("models")
+        for j, name in enumerate(as_list(named)):
+            if isinstance(name, str):
+                loc: Loc = ("rules", i, "models")
+                loc = (*loc, j) if isinstance(named, list) else loc
+                yield from unknown_model(name, loc, models)
+    for task, body in as_map(data.get("tasks")).items():
+        expert = as_map(body).get("expert")
+        if isinstance(expert, str):
+            yield from unknown_model(expert, ("tasks", task, "expert"), models)
+    if data.get("missing") == "base" and data.get("base") is None:
+        yield Fault(("missing",), "missing: base needs a base, and the recipe names none")
+
+
+def _match_faults(origin: Origin, match: Any, loc: Loc) -> Iterator[Fault]:
+    """Faults of a filtered value's `match`."""
+    try:
+        Match.model_validate(match)
+    except ValidationError as error:
+        yield from _structure(error, origin, loc)

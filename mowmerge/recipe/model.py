@@ -1,0 +1,347 @@
+"""A recipe as frozen data: what the YAML may hold, with every default filled in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import translate
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    StrictBool,
+    StrictInt,
+    WithJsonSchema,
+    model_validator,
+)
+
+Loc = tuple[str | int, ...]
+Role = Literal["embedding", "attention", "mlp", "norm", "head", "router", "other"]
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
+SPAN = r"[0-9]+\.\.[0-9]+"
+SIZE = r"([0-9]+(?:\.[0-9]+)?) ?([KMGTkmgt]?)([Ii]?)[Bb]"
+
+
+def _listed(value: Any) -> Any:
+    """One item is a list of one."""
+    if value == []:
+        raise ValueError("is an empty list")
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _span(value: Any) -> tuple[int, int]:
+    """3 is (3, 3); "0..11" is (0, 11)."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value, value
+    if not isinstance(value, str) or not re.fullmatch(SPAN, value):
+        raise ValueError("must be a layer such as 3, a range such as 0..11, or a list of those")
+    first, last = map(int, value.split(".."))
+    if first > last:
+        raise ValueError(f"runs backwards: {value}")
+    return first, last
+
+
+def _bytes(value: Any) -> int:
+    """ "5GB" is 5,000,000,000; "1GiB" is 1,073,741,824; an integer is itself."""
+    found = re.fullmatch(SIZE, value) if isinstance(value, str) else None
+    if found:
+        number, prefix, binary = found.groups()
+        value = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper()))
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError("must be a number of bytes such as 5GB, 500MB or 1GiB")
+    return value
+
+
+def _version(value: Any) -> int:
+    if type(value) is not int or value != 1:
+        raise ValueError("must be 1, the only version there is")
+    return value
+
+
+def _source(value: Any) -> Any:
+    if not isinstance(value, Recipe) and not (isinstance(value, str) and value.strip()):
+        raise ValueError("must be a Hub id, a path or a nested recipe")
+    return value
+
+
+def _some(value: Mapping[str, Any]) -> Mapping[str, Any]:
+    if not value:
+        raise ValueError("must name at least one model")
+    return value
+
+
+def _distinct(value: tuple[str, ...]) -> tuple[str, ...]:
+    for name in value:
+        if value.count(name) > 1:
+            raise ValueError(f"names '{name}' twice")
+    return value
+
+
+def _one_or_more(item: Mapping[str, Any]) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": [item, {"type": "array", "items": item, "minItems": 1}]})
+
+
+Source = Annotated["str | Recipe", BeforeValidator(_source)]
+Globs = Annotated[tuple[str, ...], BeforeValidator(_listed), _one_or_more({"type": "string"})]
+Names = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_listed),
+    AfterValidator(_distinct),
+    _one_or_more({"type": "string"}),
+]
+Roles = Annotated[
+    tuple[Role, ...],
+    BeforeValidator(_listed),
+    _one_or_more({"enum": list(get_args(Role))}),
+]
+Layers = Annotated[
+    tuple[Annotated[tuple[int, int], BeforeValidator(_span)], ...],
+    BeforeValidator(_listed),
+    _one_or_more(
+        {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": f"^{SPAN}$"}]}
+    ),
+]
+Bytes = Annotated[
+    int,
+    BeforeValidator(_bytes),
+    WithJsonSchema(
+        {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": f"^{SIZE}$"}]}
+    ),
+]
+Version = Annotated[int, BeforeValidator(_version), WithJsonSchema({"const": 1})]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a recipe was read: name, folder, text as run, and the line (or --set) of each key."""
+
+    name: str = "recipe"
+    folder: Path = field(default_factory=Path)
+    text: str = ""
+    file: str = "<recipe>"
+    lines: Mapping[Loc, int | str] = field(default_factory=dict)
+
+    def known(self, loc: Loc) -> Loc:
+        """The longest part of `loc` that stands in the text."""
+        return next(loc[:n] for n in range(len(loc), -1, -1) if not n or loc[:n] in self.lines)
+
+    def line(self, loc: Loc) -> int | str:
+        """The line of the longest part of `loc` that stands in the text."""
+        return self.lines.get(self.known(loc), 1)
+
+    def where(self, loc: Loc) -> str:
+        """`file.yaml:12`, or `--set key=value` where an override put it there."""
+        line = self.line(loc)
+        return f"{self.file}:{line}" if isinstance(line, int) else line
+
+
+class Strict(BaseModel):
+    """Frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Match(Strict):
+    """Which tensors: all given criteria must hold; none given matches all."""
+
+    role: Roles | None = Field(default=None, description="Role of the tensor, or a list of roles.")
+    layers: Layers | None = Field(
+        default=None,
+        description="A layer, a range with both ends included (0..11), or a list of those.",
+    )
+    tensors: Globs | None = Field(
+        default=None,
+        description="Pattern for the tensor's name (* ? [a-z], case matters), or a list.",
+    )
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        return re.compile("|".join(translate(glob) for glob in self.tensors or ("*",)))
+
+    def names(self, name: str) -> bool:
+        """Whether the tensor's name fits."""
+        return self.tensors is None or self._pattern.match(name) is not None
+
+    def accepts(self, name: str, role: str, layer: int | None) -> bool:
+        """Whether the tensor is meant."""
+        if self.role is not None and role not in self.role:
+            return False
+        if self.layers is not None and not (
+            layer is not None and any(low <= layer <= high for low, high in self.layers)
+        ):
+            return False
+        return self.names(name)
+
+
+class ModelRef(Strict):
+    """One model: its source, and parameters of the method for this model alone."""
+
+    source: Source = Field(description="Hub id (org/name@revision), path, or a nested recipe.")
+    parameters: Mapping[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _beside(cls, value: Any) -> Any:
+        """In the text the parameters stand beside `source`."""
+        if isinstance(value, str | Recipe):
+            return {"source": value}
+        if not isinstance(value, Mapping):
+            raise ValueError("must be a source, or a mapping with 'source' and parameters")
+        rest = {key: v for key, v in value.items() if key != "source"}
+        return {k: v for k, v in value.items() if k == "source"} | {"parameters": rest}
+
+
+class Rule(Strict):
+    """What is different for some tensors; the first rule that matches wins."""
+
+    match: Match = Field(description="Which tensors; all given criteria must hold.")
+    method: str | None = Field(
+        default=None, description="Another method; it starts from its own defaults."
+    )
+    parameters: Mapping[str, Any] = Field(
+        default_factory=dict, description="Parameters of the method for these tensors."
+    )
+    models: Names | None = Field(
+        default=None, description="Only these models take part, in this order."
+    )
+    drop: StrictBool = Field(default=False, description="Do not write these tensors.")
+
+    @model_validator(mode="after")
+    def _alone(self) -> Rule:
+        given = [k for k in ("method", "parameters", "models") if k in self.model_fields_set]
+        if self.drop and given:
+            raise ValueError(f"drops its tensors, so it takes no {' and no '.join(given)}")
+        return self
+
+
+class Heads(Strict):
+    """Tensors that are not merged: each model keeps its own."""
+
+    match: Globs = Field(description="Pattern for the names of the head's tensors, or a list.")
+    policy: Literal["per_task"] = Field(
+        default="per_task", description="per_task: each goes to heads/<model>.safetensors."
+    )
+
+
+class Splits(Strict):
+    """Which split of the data serves what."""
+
+    router: str | None = Field(default=None, description="Split that routers are trained on.")
+    select: str | None = Field(default=None, description="Split that choices are made on.")
+    eval: str | None = Field(default=None, description="Split that scores are taken on.")
+
+
+class Task(Strict):
+    """What a model is trained or measured on."""
+
+    expert: str = Field(description="The model that was fine-tuned for this task.")
+    type: Literal["image-classification", "text-classification", "causal-lm"] = Field(
+        description="What kind of task it is."
+    )
+    data: Mapping[str, Any] = Field(description="Arguments of datasets.load_dataset.")
+    columns: Mapping[str, str] = Field(
+        default_factory=dict, description="Which column is the input, which the label."
+    )
+    splits: Splits = Field(default=Splits(), description="Which split serves what.")
+    metric: str | None = Field(
+        default=None, description="What is measured; the task type's own if absent."
+    )
+    limit: Annotated[StrictInt, Field(ge=1)] | None = Field(
+        default=None, description="At most this many items of each split."
+    )
+    seed: Annotated[StrictInt, Field(ge=0)] = Field(
+        default=0, description="Seed of the order of items."
+    )
+
+
+class Output(Strict):
+    """Where the result goes, and how it is stored."""
+
+    path: str | None = Field(default=None, description="Folder; ./merged/<recipe name> if absent.")
+    dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = Field(
+        default=None, description="Element type of merged tensors; that of the inputs if absent."
+    )
+    shard_size: Bytes = Field(
+        default=5_000_000_000, description="Largest weight file: 5GB, 500MB, 1GiB, or bytes."
+    )
+
+
+class Recipe(Strict):
+    """A merge: models, a method, its parameters, and exceptions by rule."""
+
+    version: Version = Field(default=1, description="Version of the recipe grammar.")
+    base: Source | None = Field(
+        default=None,
+        description="The model that the others were fine-tuned from: Hub id, path or recipe.",
+    )
+    models: Annotated[Mapping[str, ModelRef], AfterValidator(_some)] = Field(
+        description="The models to merge: name: source, or name: {source: ..., weight: ...}."
+    )
+    method: str = Field(description="The merge method; see `mowmerge methods`.")
+    parameters: Mapping[str, Any] = Field(
+        default_factory=dict, description="Parameters of the method."
+    )
+    rules: tuple[Rule, ...] = Field(
+        default=(), description="Exceptions for some tensors; the first rule that matches wins."
+    )
+    missing: Literal["error", "base"] = Field(
+        default="error",
+        description="Where a model lacks a tensor of the base: stop, or take the base's.",
+    )
+    heads: Heads | None = Field(default=None, description="Tensors that are not merged.")
+    tasks: Mapping[str, Task] = Field(
+        default_factory=dict, description="Tasks for fitting, router training and evaluation."
+    )
+    output: Output = Field(default=Output(), description="Where the result goes, and how.")
+    _origin: Origin = PrivateAttr(default_factory=Origin)
+
+    def __hash__(self) -> int:
+        """Identity: what is worked out from a recipe is kept for that recipe."""
+        return id(self)
+
+    def model_post_init(self, context: Any) -> None:
+        """Takes the origin from the validation context."""
+        if isinstance(context, Origin):
+            self._origin = context
+
+    @property
+    def name(self) -> str:
+        """The file's stem, or a nested recipe's key."""
+        return self._origin.name
+
+    @property
+    def folder(self) -> Path:
+        """The folder that relative sources are looked up in first."""
+        return self._origin.folder
+
+    @property
+    def text(self) -> str:
+        """The YAML as run: verbatim, or with the overrides in it."""
+        return self._origin.text
+
+    @property
+    def file(self) -> str:
+        """The file as errors name it."""
+        return self._origin.file
+
+    def where(self, *loc: str | int) -> str:
+        """`file.yaml:12` for a key path such as ("rules", 0, "match")."""
+        return self._origin.where(loc)
+
+    def locate(self, source: str) -> str:
+        """The path that `source` means, from the recipe's folder or here; else `source` itself."""
+        return str(next(iter(existing(source, self.folder)), source))
+
+
+def existing(source: str, folder: Path) -> Sequence[Path]:
+    """The existing paths that `source` may mean, the recipe's folder first."""
+    path = Path(source).expanduser()
+    return [p for p in (folder / path, path) if p.exists()]

@@ -1,0 +1,143 @@
+"""Reads a recipe: text, overrides, nested recipes, and all of its faults at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mowmerge.errors import Problem, RecipeError, did_you_mean
+from mowmerge.recipe.check import check
+from mowmerge.recipe.model import Loc, Origin, Recipe, existing
+from mowmerge.recipe.text import dump, override, read
+
+SUFFIXES = (".yaml", ".yml")
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a file, or of stdin for "-"; RecipeError with every fault in it."""
+    if str(path) == "-":
+        return loads(sys.stdin.read(), overrides=overrides, file="<stdin>")
+    file = Path(path)
+    return loads(_text(file), file.stem, file.parent, overrides, str(path), (file.resolve(),))
+
+
+def loads(
+    text: str,
+    name: str = "recipe",
+    folder: Path | None = None,
+    overrides: Sequence[str] = (),
+    file: str = "<recipe>",
+    above: tuple[Path, ...] = (),
+) -> Recipe:
+    """The recipe of a YAML text; RecipeError with every fault in it.
+
+    Args:
+        text: the YAML.
+        name: names the recipe, and the output folder where the recipe gives none.
+        folder: where relative sources are looked up first; the working directory if absent.
+        overrides: `parameters.density=0.3` and the like, applied in order.
+        file: what errors call the text.
+        above: the files whose nested recipe this is.
+    """
+    document = read(text, file)
+    if overrides:
+        override(document, overrides)
+        text = dump(document.data)
+    origin = Origin(name, folder or Path(), text, file, document.lines)
+    return _recipe(document.data, origin, document.problems, above)
+
+
+def _recipe(
+    data: Any, origin: Origin, problems: Sequence[Problem], above: tuple[Path, ...]
+) -> Recipe:
+    """Data to a recipe, its nested recipes first."""
+    if not isinstance(data, Mapping) or not data:
+        what = "is empty" if not data else "is not a mapping of keys to values"
+        found = Problem(
+            f"the recipe {what}", origin.where(()), "write at least models: and method:"
+        )
+        raise RecipeError([*problems, found])
+    filled, inner = _nested(data, origin, above)
+    recipe, faults = check(filled, origin)
+    every = [*sorted([*problems, *faults], key=_line), *inner]
+    if recipe is None or every:
+        raise RecipeError(every)
+    return recipe
+
+
+def _line(problem: Problem) -> float:
+    """The problem's line; overrides come after all lines."""
+    number = problem.where.rpartition(":")[2]
+    return int(number) if number.isdecimal() else float("inf")
+
+
+def _nested(
+    data: Mapping[str, Any], origin: Origin, above: tuple[Path, ...]
+) -> tuple[dict[str, Any], list[Problem]]:
+    """The data with a Recipe for every nested one, and the faults in those."""
+    problems: list[Problem] = []
+    filled = dict(data)
+    if isinstance(data.get("models"), Mapping):
+        filled["models"] = {
+            name: dict(entry) if isinstance(entry, Mapping) else entry
+            for name, entry in data["models"].items()
+        }
+    for loc, source in _sources(filled):
+        here = filled
+        for part in loc[:-1]:
+            here = here[str(part)]
+        try:
+            here[str(loc[-1])] = _inner(source, loc, origin, above)
+        except RecipeError as error:
+            problems += error.problems
+            here[str(loc[-1])] = "faulty"  # so that faults elsewhere still show
+    return filled, problems
+
+
+def _sources(data: Mapping[str, Any]) -> Iterator[tuple[Loc, Any]]:
+    """Every source that is a nested recipe: a mapping, or a path to a YAML file."""
+    models = data.get("models")
+    found: dict[Loc, Any] = {("base",): data.get("base")}
+    for name, entry in models.items() if isinstance(models, Mapping) else ():
+        if isinstance(entry, Mapping):
+            found["models", name, "source"] = entry.get("source")
+        else:
+            found["models", name] = entry
+    for loc, source in found.items():
+        if isinstance(source, Mapping) or str(source).endswith(SUFFIXES):
+            yield loc, source
+
+
+def _inner(source: Any, loc: Loc, origin: Origin, above: tuple[Path, ...]) -> Recipe:
+    """One nested recipe."""
+    if isinstance(source, Mapping):
+        depth = len(loc)
+        lines = {k[depth:]: line for k, line in origin.lines.items() if k[:depth] == loc}
+        name = str(loc[1] if depth > 1 else loc[0])
+        inner = Origin(name, origin.folder, dump(source), origin.file, lines)
+        return _recipe(source, inner, (), above)
+    path = next(iter(existing(source, origin.folder)), origin.folder / source)
+    if path.resolve() in above:
+        chain = [p.name for p in above[above.index(path.resolve()) :]]
+        message = f"the recipe includes itself: {' -> '.join([*chain, path.name])}"
+        raise RecipeError(message, where=origin.where(loc))
+    text = _text(path, origin.where(loc))
+    return loads(text, path.stem, path.parent, file=str(path), above=(*above, path.resolve()))
+
+
+def _text(path: Path, where: str = "") -> str:
+    """The file's text; RecipeError where it cannot be read."""
+    try:
+        return path.read_text("utf-8-sig")
+    except FileNotFoundError:
+        folder = path.parent
+        near = [p.name for p in folder.glob("*") if p.suffix in SUFFIXES] if folder.is_dir() else []
+        hint = did_you_mean(path.name, near)
+        raise RecipeError(f"there is no file '{path}'", where=where, hint=hint) from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"'{path}' is not UTF-8 text", where=where) from None
+    except OSError as error:
+        message = f"'{path}' cannot be read: {error.strerror}"
+        raise RecipeError(message, where=where) from None

@@ -1,0 +1,98 @@
+"""What a merge did to each tensor: norms, cosines, sign conflicts, kept share, bytes, seconds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+from mowmerge.plan import RUN, Plan, TensorJob
+from mowmerge.tensors import Tensor, torch
+
+
+class DeltaStats:
+    """Running figures over the blocks of one tensor's task vectors."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.numel, self.conflicts, self.kept = n, 0, 0.0, 0.0
+        self.products: Any = torch.zeros(n, n, dtype=torch.float64)
+
+    def update(self, deltas: Tensor, merged: Tensor) -> None:
+        """Takes in a block: deltas [N,*B] and the merged delta [*B]; overwrites `merged`."""
+        flat = deltas.reshape(self.n, -1)
+        for start in range(0, flat.shape[1], RUN):
+            run = flat[:, start : start + RUN]
+            self.products += (run @ run.T).double().cpu()
+        self.numel += flat.shape[1]
+        self.kept += float(merged.sign_().abs_().sum(dtype=torch.float64))
+        if self.n > 1:
+            highest, lowest = flat.amax(0).sign_(), flat.amin(0).sign_()
+            self.conflicts += float(highest.mul_(lowest).lt_(0.0).sum(dtype=torch.float64))
+
+    def figures(self) -> dict[str, Any]:
+        """delta_norms, mean_cosine (over pairs of non-zero deltas), sign_conflict, kept_share."""
+        norms = self.products.diagonal().sqrt().tolist()
+        cosines = [
+            float(self.products[i, j]) / (norms[i] * norms[j])
+            for i, j in combinations(range(self.n), 2)
+            if norms[i] and norms[j]
+        ]
+        count = max(self.numel, 1)
+        return {
+            "delta_norms": norms,
+            "mean_cosine": math.fsum(cosines) / len(cosines) if cosines else None,
+            "sign_conflict": self.conflicts / count if self.n > 1 else None,
+            "kept_share": self.kept / count,
+        }
+
+
+@dataclass
+class TensorReport:
+    """One output tensor's line in report.json."""
+
+    name: str
+    action: str  # merged | copied
+    method: str | None
+    read_bytes: int
+    written_bytes: int
+    seconds: float
+    figures: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def report(
+    plan: Plan, tensors: Sequence[TensorReport], seconds: float, extra: dict[str, Any]
+) -> dict[str, Any]:
+    """The content of report.json."""
+    jobs: dict[str, TensorJob] = {job.output.name: job for job in plan.jobs}
+    return {
+        "version": 1,
+        **extra,
+        "fingerprint": plan.fingerprint,
+        "models": list(plan.sources),
+        "base": plan.base,
+        "warnings": list(plan.warnings) + [f"{t.name}: {n}" for t in tensors for n in t.notes],
+        "dropped": list(plan.dropped),
+        "read_bytes": plan.read_bytes,
+        "written_bytes": plan.write_bytes,
+        "planned_peak_bytes": plan.peak_bytes,
+        "seconds": round(seconds, 3),
+        "tensors": [
+            {
+                "name": t.name,
+                "dtype": jobs[t.name].output.dtype,
+                "shape": list(jobs[t.name].output.shape),
+                "action": t.action,
+                "method": t.method,
+                "models": [i.model for i in jobs[t.name].models],
+                "parameters": dict(jobs[t.name].parameters),
+                **t.figures,
+                "read_bytes": t.read_bytes,
+                "written_bytes": t.written_bytes,
+                "seconds": round(t.seconds, 4),
+            }
+            for t in tensors
+        ],
+    }

@@ -1,0 +1,198 @@
+"""One tensor on one worker: its inputs read block by block, its method applied, its bytes given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing
+from threading import Event
+from typing import Any
+
+from mowmerge.errors import CheckpointError, ResourceError
+from mowmerge.methods import registry
+from mowmerge.methods.contracts import Block, Draws, Fold
+from mowmerge.plan import Plan, TensorJob, block_length
+from mowmerge.report import DeltaStats
+from mowmerge.tensors import DTYPES, Tensor, TensorReader, torch
+
+SAMPLE_RUN = 1024  # elements in a contiguous piece of a sample
+AHEAD = 8  # blocks that are asked for while one is worked on
+
+
+class OpenJob:
+    """A job with its handles open and its buffers allocated; used by one thread."""
+
+    def __init__(
+        self, plan: Plan, job: TensorJob, readers: Mapping[str, TensorReader], stopped: Event
+    ) -> None:
+        self.plan, self.job, self._readers, self._stopped = plan, job, readers, stopped
+        self.spec = registry.get(job.method or "passthrough")
+        self.state: Any = None
+        self.block = block_length(plan.block, job, whole=self.spec.reduce is None)
+        wide = any(spec.dtype == "F64" for spec in (job.output, *(i.spec for i in job.inputs)))
+        self._dtype = torch.float64 if wide else torch.float32
+        self._shaped = job.scope == "row" or (job.scope == "tensor" and self.spec.reduce is None)
+        watched = plan.stats and job.base is not None and job.output.kind == "float"
+        self.stats = DeltaStats(len(job.models)) if watched else None
+        self._closing = ExitStack()
+
+    def __enter__(self) -> OpenJob:
+        job, n = self.job, len(self.job.inputs)
+        with ExitStack() as stack:
+            self._handles = [
+                stack.enter_context(closing(self._readers[i.model].open(i.spec.name)))
+                for i in job.inputs
+            ]
+            try:
+                widest = max(i.spec.itemsize for i in job.inputs)
+                self._raw = torch.empty(n, self.block * widest, dtype=torch.uint8)
+                self._values = torch.empty(n * self.block, dtype=self._dtype, device=self.plan.device)
+                self._out = torch.empty(self.block, dtype=DTYPES[job.output.dtype].torch)
+            except (MemoryError, RuntimeError) as error:
+                raise ResourceError(
+                    f"not enough memory for '{job.output.name}': {error}",
+                    hint="lower --max-memory or --workers",
+                ) from error
+            self._bytes = [memoryview(row.numpy()) for row in self._raw]
+            self._closing = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._closing.close()
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """(start, stop) of each block in order, asking ahead for the next; ends a stopped run."""
+        numel = self.job.output.numel
+        for i, start in enumerate(range(0, numel, self.block)):
+            if self._stopped.is_set():
+                raise KeyboardInterrupt
+            stop = min(start + self.block, numel)
+            if i % AHEAD == 0 and stop < numel:
+                for handle in self._handles:
+                    handle.advise(stop, min(stop + 2 * AHEAD * self.block, numel))
+            yield start, stop
+
+    def identical(self) -> bool:
+        """Whether the output is a copy: all that decides it has the same bytes.
+
+        A tensor that equals the base in every model is the base's, for every method that works on
+        deltas; one that is equal in every model is that, for methods that are idempotent.
+        """
+        job, spec = self.job, self.spec
+        if job.output.kind == "float" and job.method:
+            alike = spec.values == "deltas" or spec.holds("idempotent", job.parameters)
+            if not alike or len({i.spec.dtype for i in job.inputs[self._first :]}) > 1:
+                return False
+        if len(job.inputs) - self._first == 1:
+            return True
+        return all(self._equal(start, stop) for start, stop in self.blocks())
+
+    @property
+    def _first(self) -> int:
+        """The input that a copy is made of: the base, or the first model of a method on models."""
+        job = self.job
+        models_only = job.base and job.method and self.spec.values == "models"
+        return 1 if models_only and job.output.kind == "float" else 0
+
+    def _equal(self, start: int, stop: int) -> bool:
+        first, *rest = (
+            self._read(i, start, stop).view(torch.uint8)
+            for i in range(self._first, len(self._handles))
+        )
+        return all(torch.equal(first, row) for row in rest)
+
+    def copied(self, start: int, stop: int) -> memoryview:
+        """The bytes of a block of a copy, in the output's dtype."""
+        job = self.job
+        if job.output.kind == "float":
+            values = self._load(start, stop)
+            if self.stats:
+                deltas = values[1:].sub_(values[0])
+                self.stats.update(deltas, deltas[0].clone())
+        value = self._read(self._first, start, stop)
+        if job.inputs[self._first].spec.dtype != job.output.dtype:
+            return self._cast(value)
+        return memoryview(value.view(torch.uint8).numpy())
+
+    def merged(self, start: int, stop: int) -> memoryview:
+        """The bytes of a block of the merged tensor, in the output's dtype."""
+        base, values = self._working(start, stop)
+        job, spec = self.job, self.spec
+        shape = (-1, *job.output.shape[1:]) if self._shaped and job.output.shape[1:] else (-1,)
+        given: dict[str, Any] = dict(job.parameters)
+        if "state" in spec.inputs:
+            given["state"] = self.state
+        if "rng" in spec.inputs:
+            given["rng"] = self._draws(start)
+        if "base" in spec.inputs:
+            given["base"] = base.view(shape) if base is not None else None
+        result = spec.function(values.view(len(values), *shape), **given).reshape(-1)
+        weight = base + result if base is not None and spec.values == "deltas" else result
+        if self.stats and base is not None:
+            if spec.values == "models":
+                values.sub_(base)
+            self.stats.update(values, result if spec.values == "deltas" else weight - base)
+        return self._cast(weight)
+
+    def observe(self, fold: Fold, start: int, stop: int) -> Fold:
+        """Feeds elements start..stop, or a sample of them, to a fold."""
+        step, wide = self.block, self.block
+        if fold.share < 1:
+            pieces = max(1, round((stop - start) * fold.share / SAMPLE_RUN))
+            step, wide = max(1, (stop - start) // pieces), SAMPLE_RUN
+        for first in range(start, stop, step):
+            if self._stopped.is_set():
+                raise KeyboardInterrupt
+            _, values = self._working(first, min(first + min(wide, step), stop))
+            fold.observe(Block(values, self.job.parameters, self._draws(first)))
+        return fold
+
+    def _working(self, start: int, stop: int) -> tuple[Tensor | None, Tensor]:
+        """The base and what the method works on: models, or deltas."""
+        values = self._load(start, stop)
+        if self.job.base is None:
+            return None, values
+        base, models = values[0], values[1:]
+        return base, models.sub_(base) if self.spec.values == "deltas" else models
+
+    def _load(self, start: int, stop: int) -> Tensor:
+        """The inputs' values, base first, [inputs, stop-start]; CheckpointError where not finite."""
+        n = len(self._handles)
+        values = self._values[: n * (stop - start)].view(n, stop - start)
+        for i in range(n):
+            values[i].copy_(self._read(i, start, stop))
+        if not torch.isfinite(values.sum()):
+            self._blame(values)
+        return values
+
+    def _blame(self, values: Tensor) -> None:
+        for given, row in zip(self.job.inputs, values, strict=True):
+            bad = row.numel() - int(torch.isfinite(row).sum())
+            if bad:
+                raise CheckpointError(
+                    f"tensor '{given.spec.name}' holds NaN or Inf ({bad} in the block that was read)",
+                    where=f"model '{given.model}'",
+                    hint="the file is damaged or the training diverged: leave this model out",
+                )
+
+    def _read(self, i: int, start: int, stop: int) -> Tensor:
+        """Elements of input i in its own dtype, in the reused buffer."""
+        spec = self.job.inputs[i].spec
+        nbytes = (stop - start) * spec.itemsize
+        self._handles[i].read(start, stop, self._bytes[i][:nbytes])
+        return self._raw[i, :nbytes].view(DTYPES[spec.dtype].torch)
+
+    def _draws(self, start: int) -> Draws:
+        job = self.job
+        seed = int(job.parameters.get("seed", 0))
+        return Draws(seed, [i.model for i in job.models], job.output.name, start)
+
+    def _cast(self, weight: Tensor) -> memoryview:
+        out = self._out[: weight.numel()]
+        out.copy_(weight)
+        narrow = self.job.output.dtype == "F16"
+        if (narrow or not torch.isfinite(weight.sum())) and not bool(torch.isfinite(out).all()):
+            raise CheckpointError(
+                f"the merged '{self.job.output.name}' overflows {DTYPES[self.job.output.dtype].torch_name}",
+                hint="lower scale or the weights, or set output.dtype to a wider type",
+            )
+        return memoryview(out.view(torch.uint8).numpy())
