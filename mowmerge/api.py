@@ -85,6 +85,13 @@ def merge(
     return Result(staging.out, content)
 
 
+def demo(folder: str | Path) -> list[dict[str, Any]]:
+    """Builds a small real zoo in `folder`, merges it, and returns how well each model does."""
+    from mowmerge.demo import minilm
+
+    return list(minilm.run(Path(folder), lambda recipe, out: merge(recipe, out, force=True)))
+
+
 class _ShardSink:
     """Puts bytes at their planned offsets in the staged shards."""
 

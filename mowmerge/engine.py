@@ -34,7 +34,7 @@ class Sink(Protocol):
 
 
 class Engine:
-    """A plan with readers for its sources; a source that is a plan itself is merged as it is read."""
+    """A plan with readers for its sources; one that is itself a plan is merged as it is read."""
 
     def __init__(self, plan: Plan, stopped: Event | None = None) -> None:
         self.plan, self.stopped = plan, stopped or Event()
@@ -139,9 +139,12 @@ class Engine:
         return _drive(reduce([Extent(j.output.numel, j.parameters) for j in jobs]), fill)
 
     def _check_tied(self, tied: Tied) -> None:
-        """CheckpointError where a model stores a tied tensor that differs from what it is tied to."""
+        """CheckpointError where a tied tensor differs from what the base ties it to."""
         reader, size = self.readers[tied.model], tied.spec.itemsize
-        with closing(reader.open(tied.spec.name)) as one, closing(reader.open(tied.source.name)) as two:
+        with (
+            closing(reader.open(tied.spec.name)) as one,
+            closing(reader.open(tied.source.name)) as two,
+        ):
             for start in range(0, tied.spec.numel, 16 * RUN):
                 stop = min(start + 16 * RUN, tied.spec.numel)
                 pieces = []
@@ -150,10 +153,10 @@ class Engine:
                     handle.read(start, stop, memoryview(pieces[-1]))
                 if pieces[0] != pieces[1]:
                     raise CheckpointError(
-                        f"'{tied.spec.name}' differs from '{tied.source.name}', to which the base ties it",
+                        f"'{tied.spec.name}' is not '{tied.source.name}', its tie in the base",
                         where=f"model '{tied.model}'",
-                        hint="its own head would be lost: use a base that stores the head, or drop the"
-                        " tensor with a rule if that is what you want",
+                        hint="it would be lost: use a base that stores this tensor, or drop it with"
+                        " a rule",
                     )
 
 
@@ -177,7 +180,9 @@ def _keep_freed_memory() -> None:
     torch.empty(31 << 20, dtype=torch.uint8)
 
 
-def _submit(pool: ThreadPoolExecutor | None, function: Callable[..., Fold], *args: Any) -> Future[Fold]:
+def _submit(
+    pool: ThreadPoolExecutor | None, function: Callable[..., Fold], *args: Any
+) -> Future[Fold]:
     if pool is not None:
         return pool.submit(function, *args)
     future: Future[Fold] = Future()

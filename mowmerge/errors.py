@@ -25,7 +25,9 @@ class MowmergeError(Exception):
 
     exit_code = 1
 
-    def __init__(self, problem: str | Sequence[Problem], *, where: str = "", hint: str = "") -> None:
+    def __init__(
+        self, problem: str | Sequence[Problem], *, where: str = "", hint: str = ""
+    ) -> None:
         found = [Problem(problem, where, hint)] if isinstance(problem, str) else problem
         self.problems: tuple[Problem, ...] = tuple(found)
         super().__init__("\n".join(str(p) for p in self.problems))

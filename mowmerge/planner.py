@@ -5,14 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
 from mowmerge import __version__
 from mowmerge.checkpoint import naming, source
 from mowmerge.checkpoint.writer import layout
-from mowmerge.errors import CheckpointError, Problem, RecipeError, ResourceError
+from mowmerge.errors import CheckpointError, Problem, RecipeError, ResourceError, SourceError
 from mowmerge.methods import registry
 from mowmerge.methods.contracts import Extent, MethodError
 from mowmerge.plan import RUN, Input, Plan, Shard, Stored, TensorJob, Tied, block_length
@@ -20,7 +18,7 @@ from mowmerge.recipe.model import Recipe
 from mowmerge.recipe.values import Place, Setting, setting
 from mowmerge.tensors import TensorSpec, dtype_named
 
-BLOCK = 4 * RUN  # elements worked on at a time, unless memory asks for fewer
+BLOCK = 2 * RUN  # elements worked on at a time, unless memory asks for fewer
 RUNTIME = 300 << 20  # bytes that Python, torch and the plan itself take
 HISTOGRAM = 3 << 23  # bytes a model while an order statistic is counted
 SHARD_SIZE = 5_000_000_000
@@ -57,6 +55,12 @@ class _Planner:
         self.rules_used: set[int] = set()
 
     def plan(self) -> Plan:
+        if self.recipe.heads:
+            raise RecipeError(
+                "heads that are kept per task cannot be written yet",
+                where=self.recipe.where("heads"),
+                hint="leave `heads` out, or drop the heads with a rule",
+            )
         sources = self._sources()
         specs = {name: s.specs for name, s in sources.items()}
         base = "base" if self.recipe.base is not None else None
@@ -104,7 +108,7 @@ class _Planner:
                     download=self.options.download,
                     allow_pickle=self.options.allow_pickle,
                 )
-            except (CheckpointError, source.SourceError) as error:
+            except (CheckpointError, SourceError) as error:
                 key = ("base",) if name == "base" else ("models", name)
                 at = self.recipe.where(*key)
                 self.problems += [
@@ -170,7 +174,7 @@ class _Planner:
         base: str | None,
         specs: Mapping[str, Mapping[str, TensorSpec]],
     ) -> Input | None:
-        """The model's tensor of that name, or what it is tied to; a problem where it does not fit."""
+        """The model's tensor of that name, or its tie; a problem where that does not fit."""
         held = specs[model]
         found = held.get(spec.name) or naming.tied_to(spec.name, held)
         if found is None:
@@ -230,7 +234,9 @@ class _Planner:
 
     def _dropping(self, name: str) -> int | None:
         stack = naming.stack(name)
-        chosen = setting(self.recipe, Place(name, naming.role(name), stack[1] if stack else None, 0.0))
+        chosen = setting(
+            self.recipe, Place(name, naming.role(name), stack[1] if stack else None, 0.0)
+        )
         return chosen.rule if chosen.drop else None
 
     def _raise_problems(self) -> None:
@@ -258,7 +264,9 @@ class _Planner:
                 try:
                     method.check(job.parameters, len(models))
                 except MethodError as error:
-                    raise RecipeError(f"tensor '{job.output.name}': {error}", where=self.recipe.where("method")) from error
+                    raise RecipeError(
+                        f"tensor '{job.output.name}': {error}", where=self.recipe.where("method")
+                    ) from error
             if job.scope == "model":
                 group = groups.setdefault((job.method, models), len(groups))
                 job = replace(job, group=group)
@@ -270,13 +278,17 @@ class _Planner:
                 if reduce is not None:
                     next(reduce(extents), None)
             except MethodError as error:
-                raise RecipeError(f"{method_name}: {error}", where=self.recipe.where("method")) from error
+                raise RecipeError(
+                    f"{method_name}: {error}", where=self.recipe.where("method")
+                ) from error
         return grouped
 
     def _warn(self, jobs: Sequence[TensorJob]) -> None:
         for i in range(len(self.recipe.rules)):
             if i not in self.rules_used:
-                self.warnings.append(f"{self.recipe.where('rules', i)}: this rule matches no tensor")
+                self.warnings.append(
+                    f"{self.recipe.where('rules', i)}: this rule matches no tensor"
+                )
         for job in jobs:
             if job.method == "task_arithmetic":
                 p = job.parameters
@@ -304,8 +316,8 @@ class _Planner:
             if block == RUN:
                 largest = max(jobs, key=lambda job: _working_bytes(job, block))
                 raise ResourceError(
-                    f"--max-memory {limit:,} is too little: {peak:,} bytes are the least with {workers}"
-                    f" workers",
+                    f"--max-memory {limit:,} is too little: {peak:,} bytes are the least with"
+                    f" {workers} worker(s)",
                     where=f"tensor '{largest.output.name}', scope {largest.scope}",
                     hint="use fewer --workers, or allow more",
                 )

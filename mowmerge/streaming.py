@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
 from threading import Event
@@ -45,7 +46,9 @@ class OpenJob:
             try:
                 widest = max(i.spec.itemsize for i in job.inputs)
                 self._raw = torch.empty(n, self.block * widest, dtype=torch.uint8)
-                self._values = torch.empty(n * self.block, dtype=self._dtype, device=self.plan.device)
+                self._values = torch.empty(
+                    n * self.block, dtype=self._dtype, device=self.plan.device
+                )
                 self._out = torch.empty(self.block, dtype=DTYPES[job.output.dtype].torch)
             except (MemoryError, RuntimeError) as error:
                 raise ResourceError(
@@ -111,7 +114,7 @@ class OpenJob:
         value = self._read(self._first, start, stop)
         if job.inputs[self._first].spec.dtype != job.output.dtype:
             return self._cast(value)
-        return memoryview(value.view(torch.uint8).numpy())
+        return value.view(torch.uint8).numpy().data
 
     def merged(self, start: int, stop: int) -> memoryview:
         """The bytes of a block of the merged tensor, in the output's dtype."""
@@ -126,12 +129,12 @@ class OpenJob:
         if "base" in spec.inputs:
             given["base"] = base.view(shape) if base is not None else None
         result = spec.function(values.view(len(values), *shape), **given).reshape(-1)
-        weight = base + result if base is not None and spec.values == "deltas" else result
         if self.stats and base is not None:
-            if spec.values == "models":
-                values.sub_(base)
-            self.stats.update(values, result if spec.values == "deltas" else weight - base)
-        return self._cast(weight)
+            if spec.values == "deltas":
+                self.stats.update(values, result.clone())
+            else:
+                self.stats.update(values.sub_(base), result - base)
+        return self._cast(result.add_(base) if spec.values == "deltas" else result)
 
     def observe(self, fold: Fold, start: int, stop: int) -> Fold:
         """Feeds elements start..stop, or a sample of them, to a fold."""
@@ -155,12 +158,12 @@ class OpenJob:
         return base, models.sub_(base) if self.spec.values == "deltas" else models
 
     def _load(self, start: int, stop: int) -> Tensor:
-        """The inputs' values, base first, [inputs, stop-start]; CheckpointError where not finite."""
+        """The inputs' values, base first, [inputs, stop-start]; all finite or CheckpointError."""
         n = len(self._handles)
         values = self._values[: n * (stop - start)].view(n, stop - start)
         for i in range(n):
             values[i].copy_(self._read(i, start, stop))
-        if not torch.isfinite(values.sum()):
+        if not math.isfinite(values.sum().item()):
             self._blame(values)
         return values
 
@@ -169,7 +172,7 @@ class OpenJob:
             bad = row.numel() - int(torch.isfinite(row).sum())
             if bad:
                 raise CheckpointError(
-                    f"tensor '{given.spec.name}' holds NaN or Inf ({bad} in the block that was read)",
+                    f"tensor '{given.spec.name}' holds NaN or Inf ({bad} in one block)",
                     where=f"model '{given.model}'",
                     hint="the file is damaged or the training diverged: leave this model out",
                 )
@@ -190,9 +193,11 @@ class OpenJob:
         out = self._out[: weight.numel()]
         out.copy_(weight)
         narrow = self.job.output.dtype == "F16"
-        if (narrow or not torch.isfinite(weight.sum())) and not bool(torch.isfinite(out).all()):
+        if (narrow or not math.isfinite(weight.sum().item())) and not bool(
+            torch.isfinite(out).all()
+        ):
             raise CheckpointError(
-                f"the merged '{self.job.output.name}' overflows {DTYPES[self.job.output.dtype].torch_name}",
+                f"the merged '{self.job.output.name}' overflows {self.job.output.dtype}",
                 hint="lower scale or the weights, or set output.dtype to a wider type",
             )
-        return memoryview(out.view(torch.uint8).numpy())
+        return out.view(torch.uint8).numpy().data

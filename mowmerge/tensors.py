@@ -28,7 +28,16 @@ else:
     torch = _LazyTorch()
     Tensor = Any
 
-__all__ = ["DTYPES", "Dtype", "Tensor", "TensorHandle", "TensorReader", "TensorSpec", "dtype_named", "torch"]
+__all__ = [
+    "DTYPES",
+    "Dtype",
+    "Tensor",
+    "TensorHandle",
+    "TensorReader",
+    "TensorSpec",
+    "dtype_named",
+    "torch",
+]
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,22 @@ _ROLES = tuple(
     for role, pattern in (
         ("norm", r"norm|(?:^|[._])ln(?:_\w+)?(?:[._]|\d|$)|layer_?norm"),
         ("router", r"(?:^|\.)(?:router|gate|shared_expert_gate)(?:\.|$)"),
-        ("head", r"^(?:.*\.)?(?:lm_head|embed_out|proj_out|score|classifier|qa_outputs|cls|head)\."),
-        ("embedding", r"embed|(?:^|\.)(?:wte|wpe|shared)\.|cls_token|class_token|position_ids|patch"),
+        (
+            "head",
+            r"^(?:.*\.)?(?:lm_head|embed_out|proj_out|score|classifier|qa_outputs|cls|head)\.",
+        ),
+        (
+            "embedding",
+            r"embed|(?:^|\.)(?:wte|wpe|shared)\.|cls_token|class_token|position_ids|patch",
+        ),
         ("attention", r"att(?:n|ention)|[qkvo]_proj|query_key_value|(?:^|\.)(?:in_proj|out_proj)"),
         ("mlp", r"mlp|ffn|feed_?forward|experts|intermediate|output\.dense|DenseReluDense"),
         ("mlp", r"(?:^|\.)(?:fc\d?|c_fc|c_proj|w[123]|gate_proj|up_proj|down_proj|lin[12])\."),
     )
 )
-_EARLY = re.compile(r"embed|wte|wpe|^shared|token|position|patch|conv|stem|pre_?(?:layer)?norm", re.I)
+_EARLY = re.compile(
+    r"embed|wte|wpe|^shared|token|position|patch|conv|stem|pre_?(?:layer)?norm", re.I
+)
 
 _TIES = (  # a head or copy that may be absent because it is tied, and the embedding it is tied to
     ("lm_head.weight", ("embed_tokens.weight", "wte.weight", "shared.weight", "embed_in.weight")),
@@ -65,7 +73,7 @@ def depths(names: Iterable[str]) -> dict[str, float]:
 
 
 def tied_to(name: str, specs: Mapping[str, TensorSpec]) -> TensorSpec | None:
-    """The stored tensor that an absent `name` is tied to by convention; None where there is none."""
+    """The stored tensor that an absent `name` is tied to by convention, or None."""
     for ending, sources in _TIES:
         if name == ending or name.endswith("." + ending):
             for source in sources:

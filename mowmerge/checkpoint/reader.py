@@ -42,7 +42,7 @@ class _FileHandle:
         self._at, self._size = location.offset, location.spec.itemsize
         self._name = location.spec.name
         try:
-            self._file = Path(location.file).open("rb", buffering=0)
+            self._file = Path(location.file).open("rb", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise CheckpointError(
                 f"cannot be read any more: {error.strerror}", where=location.file,
@@ -76,7 +76,7 @@ class _PickleHandle:
 
     def read(self, start: int, stop: int, out: memoryview) -> None:
         piece = self._flat[start:stop].view(torch.uint8)
-        out[: piece.numel()] = memoryview(piece.numpy())
+        out[: piece.numel()] = piece.numpy().data
 
     def advise(self, start: int, stop: int) -> None:
         pass

@@ -11,7 +11,7 @@ from pathlib import Path
 from mowmerge.checkpoint.source import SIDECARS, config
 
 _OURS = ("config.json", "report.json", "recipe.yaml", "README.md", "SHA256SUMS", "*.index.json",
-         "recipe.lock.yaml", "trainer_state.json", "all_results.json", "*_results.json")  # fmt: skip
+         "recipe.lock.yaml", "trainer_state.json", "*_results.json")  # fmt: skip
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".md")
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 

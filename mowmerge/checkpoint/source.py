@@ -112,7 +112,8 @@ def _stored(origin: str, path: Path, revision: str | None, allow_pickle: bool) -
             name = location.spec.name
             if name in tensors:
                 raise CheckpointError(
-                    f"tensor '{name}' is in two files: {Path(tensors[name].file).name}, {file.name}",
+                    f"tensor '{name}' is in two files, {Path(tensors[name].file).name} and"
+                    f" {file.name}",
                     where=origin,
                     hint="remove the file that does not belong to this checkpoint",
                 )
@@ -126,9 +127,13 @@ def _stored(origin: str, path: Path, revision: str | None, allow_pickle: bool) -
 
 def _weight_files(origin: str, path: Path, allow_pickle: bool) -> list[Path]:
     if path.is_file():
-        if path.suffix == ".safetensors" or (allow_pickle and path.suffix in (".bin", ".pt", ".pth")):
+        if path.suffix == ".safetensors" or (
+            allow_pickle and path.suffix in (".bin", ".pt", ".pth")
+        ):
             return [path]
-        raise CheckpointError(f"'{path.name}' is not a safetensors file", where=origin, hint=_advice(path))
+        raise CheckpointError(
+            f"'{path.name}' is not a safetensors file", where=origin, hint=_advice(path)
+        )
     indexes = sorted(path.glob("*.safetensors.index.json"))
     single = path / "model.safetensors"
     if indexes and single.exists():
@@ -180,7 +185,7 @@ def _check_index(origin: str, folder: Path, tensors: dict[str, Location]) -> Non
         absent = [name for name in _index(index) if name not in tensors]
         if absent:
             raise CheckpointError(
-                f"{len(absent)} tensor(s) that the index lists are in no shard, first '{absent[0]}'",
+                f"the index lists {len(absent)} tensor(s) that no shard has, first '{absent[0]}'",
                 where=str(index),
                 hint="the index and the shards belong to different saves: download both again",
             )
@@ -195,7 +200,9 @@ def read_header(file: Path) -> list[Location]:
             length = int.from_bytes(stream.read(8), "little")
             if not 2 <= length <= min(_MAX_HEADER, max(2, size - 8)):
                 raise CheckpointError(
-                    f"not a safetensors file, or a truncated one ({size} bytes)", where=str(file), hint=again
+                    f"not a safetensors file, or a truncated one ({size} bytes)",
+                    where=str(file),
+                    hint=again,
                 )
             header: dict[str, Any] = json.loads(stream.read(length))
         header.pop("__metadata__", None)
@@ -209,21 +216,31 @@ def read_header(file: Path) -> list[Location]:
                     hint="is mowmerge older than this file?",
                 )  # fmt: skip
             if start != end or stop - start != spec.nbytes:
-                raise CheckpointError(f"the header is corrupt at tensor '{name}'", where=str(file), hint=again)
+                raise CheckpointError(
+                    f"the header is corrupt at tensor '{name}'", where=str(file), hint=again
+                )
             found.append(Location(spec, str(file), 8 + length + start))
             end = stop
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"the shard {file.name} that the index names is not there", where=str(file.parent), hint=again
+            f"the shard {file.name} that the index names is not there",
+            where=str(file.parent),
+            hint=again,
         ) from error
     except PermissionError as error:
-        raise SourceError("permission denied", where=str(file), hint="check who may read it") from error
+        raise SourceError(
+            "permission denied", where=str(file), hint="check who may read it"
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"the header is corrupt: {error}", where=str(file), hint=again) from error
+        raise CheckpointError(
+            f"the header is corrupt: {error}", where=str(file), hint=again
+        ) from error
     if size != 8 + length + end:
         what = "truncated" if size < 8 + length + end else "longer than its header says"
         raise CheckpointError(
-            f"the file is {what}: {8 + length + end} bytes expected, {size} there", where=str(file), hint=again
+            f"the file is {what}: {8 + length + end} bytes expected, {size} there",
+            where=str(file),
+            hint=again,
         )
     return found
 
@@ -233,7 +250,11 @@ def _pickle_header(file: Path) -> list[Location]:
 
     codes = {d.torch_name: d.code for d in DTYPES.values() if d.kind != "packed"}
     return [
-        Location(TensorSpec(name, codes[str(t.dtype).removeprefix("torch.")], tuple(t.shape)), str(file), 0)
+        Location(
+            TensorSpec(name, codes[str(t.dtype).removeprefix("torch.")], tuple(t.shape)),
+            str(file),
+            0,
+        )
         for name, t in load_pickle(str(file)).items()
     ]
 
@@ -251,7 +272,9 @@ def config(folder: str | Path) -> dict[str, Any]:
 def _refuse_quantised(origin: str, folder: Path) -> None:
     settings = config(folder).get("quantization_config")
     if settings:
-        method = settings.get("quant_method", "quantised") if isinstance(settings, dict) else "quantised"
+        method = (
+            settings.get("quant_method", "quantised") if isinstance(settings, dict) else "quantised"
+        )
         raise _quantised(origin, f"config.json says it is quantised ({method})")
 
 

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 
 from mowmerge.errors import ResourceError
@@ -20,10 +21,13 @@ from mowmerge.plan import Shard
 from mowmerge.tensors import TensorSpec
 
 ALIGN = 64  # the data section of a shard starts at a multiple of this
+_SEEKING = Lock()  # held between seek and write where there is no pwrite
 SPARE = 16 << 20  # bytes left free beside the weights, for config, tokenizer and report
 
 
-def layout(specs: Sequence[TensorSpec], shard_size: int, metadata: Mapping[str, str]) -> list[Shard]:
+def layout(
+    specs: Sequence[TensorSpec], shard_size: int, metadata: Mapping[str, str]
+) -> list[Shard]:
     """The output files: tensors in the given order, cut into shards of at most shard_size bytes.
 
     Inside a shard wider dtypes come first, so that every tensor is aligned to its element.
@@ -69,7 +73,9 @@ def index(shards: Sequence[Shard], specs: Mapping[str, TensorSpec]) -> str | Non
         "total_size": sum(s.nbytes for s in specs.values()),
     }
     where = {name: shard.file for shard in shards for name in shard.offsets}
-    return json.dumps({"metadata": totals, "weight_map": dict(sorted(where.items()))}, indent=2) + "\n"
+    return (
+        json.dumps({"metadata": totals, "weight_map": dict(sorted(where.items()))}, indent=2) + "\n"
+    )
 
 
 class Staging:
@@ -80,6 +86,8 @@ class Staging:
         self.path = self.out.with_name(f".{self.out.name}.partial")
         self._old = self.out.with_name(f".{self.out.name}.replaced")
         self._lock: int | None = None
+        if self._old.exists() and not self.out.exists():
+            self._old.rename(self.out)  # a replacement was cut off between its two renames
         self._check(force, [p.resolve() for p in keep])
 
     def _check(self, force: bool, inputs: Sequence[Path]) -> None:
@@ -99,15 +107,13 @@ class Staging:
             if not any((self.out / name).exists() for name in ("config.json", "recipe.yaml")):
                 raise ResourceError(
                     f"--force replaces a checkpoint, and {self.out} does not look like one",
-                    hint="it has neither config.json nor recipe.yaml; remove it yourself if you mean it",
+                    hint="it has neither config.json nor recipe.yaml: remove it yourself",
                 )
         elif self.out.exists() and not self.out.is_dir():
             raise ResourceError(f"{self.out} is a file", hint="name a folder")
 
     def __enter__(self) -> Staging:
         try:
-            if self._old.exists() and not self.out.exists():
-                self._old.rename(self.out)  # a replacement was cut off between its two renames
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self.path.mkdir(exist_ok=True)
             self._take_lock()
@@ -128,7 +134,8 @@ class Staging:
             os.close(self._lock)
             self._lock = None
             raise ResourceError(
-                f"another merge is writing to {self.out}", hint="wait for it, or name another folder"
+                f"another merge is writing to {self.out}",
+                hint="wait for it, or name another folder",
             ) from error
 
     def _clear(self) -> None:
@@ -136,7 +143,7 @@ class Staging:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def allocate(self, shards: Sequence[Shard]) -> None:
-        """Creates every shard at its full size, with its header; ResourceError if there is no room."""
+        """Creates every shard at full size, with its header; ResourceError if there is no room."""
         needed = sum(s.nbytes for s in shards) + SPARE
         free = shutil.disk_usage(self.path).free
         if needed > free:
@@ -168,7 +175,10 @@ class Staging:
             raise denied(error, self.out) from error
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
         if self._lock is not None:
             os.close(self._lock)
@@ -179,7 +189,8 @@ class Staging:
 def _reserve(fd: int, nbytes: int) -> None:
     if hasattr(os, "posix_fallocate"):
         try:
-            return os.posix_fallocate(fd, 0, nbytes)
+            os.posix_fallocate(fd, 0, nbytes)
+            return
         except OSError as error:
             if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                 raise
@@ -192,8 +203,9 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
         if hasattr(os, "pwrite"):
             done = os.pwrite(fd, data, offset)
         else:
-            os.lseek(fd, offset, os.SEEK_SET)
-            done = os.write(fd, data)
+            with _SEEKING:
+                os.lseek(fd, offset, os.SEEK_SET)
+                done = os.write(fd, data)
         data, offset = data[done:], offset + done
 
 
@@ -208,7 +220,9 @@ def denied(error: OSError, path: Path) -> ResourceError:
     }
     reason = os.strerror(error.errno) if error.errno else str(error)
     return ResourceError(
-        f"cannot write: {reason}", where=str(path), hint=hints.get(error.errno or 0, "see the reason above")
+        f"cannot write: {reason}",
+        where=str(path),
+        hint=hints.get(error.errno or 0, "see the reason above"),
     )
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
+from mowmerge import __version__
 from mowmerge.cli.check import check
 from mowmerge.cli.demo import demo
 from mowmerge.cli.merge import merge
@@ -22,8 +24,17 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 a bug, 2 usage, 3 recipe, 4 checkpoint, 5 source or Hub,"
     " 6 disk, memory or permission, 130 interrupted.",
 )
-for command in (merge, check, methods, schema, demo):
+COMMANDS = (merge, check, methods, schema, demo)
+for command in COMMANDS:
     app.command()(command)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(__version__)
 
 
 def main() -> None:

@@ -11,7 +11,9 @@ from mowmerge.cli import output
 
 
 def demo(
-    folder: Annotated[Path, typer.Argument(help="Where to put models and merge.")] = Path("mowmerge-demo"),
+    folder: Annotated[Path, typer.Argument(help="Where to put models and merge.")] = Path(
+        "mowmerge-demo"
+    ),
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Merge all-MiniLM-L6-v2 with two variants fine-tuned from it here, in about a minute."""

@@ -66,7 +66,7 @@ def _options(
     allow_pickle: bool,
 ) -> Options:
     from mowmerge.planner import Options
-    from mowmerge.recipe.model import _bytes as parse_size
+    from mowmerge.recipe.model import parse_size
 
     try:
         limit = parse_size(max_memory) if max_memory else None

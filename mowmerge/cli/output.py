@@ -27,7 +27,9 @@ def size(nbytes: float) -> str:
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Left-aligned columns, the first row as heading."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
@@ -46,9 +48,16 @@ def show_plan(plan: Plan, *, as_json: bool) -> None:
     for job in plan.jobs:
         shape = "x".join(map(str, job.output.shape)) or "scalar"
         rows.append(
-            (job.output.name, job.output.dtype, shape, job.method or "copy", job.scope, _inputs(job),
-             _parameters(job))
-        )  # fmt: skip
+            (
+                job.output.name,
+                job.output.dtype,
+                shape,
+                job.method or "copy",
+                job.scope,
+                _inputs(job),
+                _parameters(job),
+            )
+        )
     print(table(rows))
     print(
         f"\n{len(plan.jobs)} tensors in {len(plan.shards)} file(s);"
@@ -68,7 +77,10 @@ def plan_object(plan: Plan) -> dict[str, Any]:
         "peak_bytes": plan.peak_bytes,
         "workers": plan.workers,
         "block": plan.block,
-        "shards": [{"file": s.file, "bytes": s.nbytes, "tensors": list(s.offsets)} for s in plan.shards],
+        "shards": [
+            {"file": shard.file, "bytes": shard.nbytes, "tensors": list(shard.offsets)}
+            for shard in plan.shards
+        ],
         "tensors": [
             {
                 "name": job.output.name,
@@ -79,20 +91,26 @@ def plan_object(plan: Plan) -> dict[str, Any]:
                 "scope": job.scope,
                 "parameters": dict(job.parameters),
                 "inputs": [
-                    {"model": i.model, "tensor": i.spec.name, "dtype": i.spec.dtype, "bytes": i.spec.nbytes}
-                    for i in job.inputs
+                    {
+                        "model": given.model,
+                        "tensor": given.spec.name,
+                        "dtype": given.spec.dtype,
+                        "bytes": given.spec.nbytes,
+                    }
+                    for given in job.inputs
                 ],
             }
             for job in plan.jobs
         ],
         "dropped": list(plan.dropped),
         "warnings": list(plan.warnings),
-    }  # fmt: skip
+    }
 
 
 def _inputs(job: TensorJob) -> str:
     return ",".join(
-        i.model if i.spec.name == job.output.name else f"{i.model}:{i.spec.name}" for i in job.inputs
+        i.model if i.spec.name == job.output.name else f"{i.model}:{i.spec.name}"
+        for i in job.inputs
     )
 
 
@@ -128,7 +146,10 @@ class Progress:
         return lambda nbytes: bar.update(nbytes) and None
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
         if self._bar is not None:
             self._bar.close()

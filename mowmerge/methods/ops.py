@@ -38,20 +38,16 @@ def weighted_sum(values: Sequence[Tensor] | Tensor, weight: Sequence[float]) -> 
     return total
 
 
-def scaled(value: Tensor, by: float) -> Tensor:
-    """value * by; the value itself where by is 1."""
-    return value if by == 1.0 else value * by
-
-
 def keep_above(value: Tensor, threshold: float) -> Tensor:
-    """value where |value| >= threshold, else 0; the value itself where the threshold is 0."""
+    """value where |value| >= threshold, else 0, as a new tensor."""
     if threshold <= 0.0:
-        return value
+        return value.clone()
     if math.isinf(threshold):
         return torch.zeros_like(value)
-    edge = torch.tensor([threshold, 0.0], dtype=value.dtype)
-    below = torch.nextafter(edge[0], edge[1])
-    return torch.nn.functional.hardshrink(value, float(below))
+    import numpy as np
+
+    kind = np.dtype(f"f{value.element_size()}").type
+    return torch.nn.functional.hardshrink(value, float(np.nextafter(kind(threshold), kind(0))))
 
 
 def elect_sign(
@@ -75,7 +71,9 @@ def elect_sign(
             share = (share == share.amax(0)).double()
         vote = (torch.stack(wide).sign_() * share).sum(0).sign_().to(values[0].dtype)
     else:
-        vote = weighted_sum(values, [1.0] * len(values))
+        vote = values[0].clone()
+        for value in values[1:]:
+            vote += value
     vote = vote.sign_()
     return vote if zero == 0.0 else vote.add_(zero / 2).sign_()
 
@@ -88,21 +86,23 @@ def agree(
 ) -> Tensor:
     """Aggregates the entries whose sign is the elected one (TIES, disjoint merge).
 
-    sum: their sum. mean: their sum over the sum of their weights (0 where none agrees). max: the
-    largest magnitude, with the elected sign.
+    sum: their sum. mean: their sum over the sum of their weights (over 1 where that is 0). max: the
+    largest magnitude, with the elected sign. Overwrites the values.
     """
-    total = torch.zeros_like(sign)
-    share = torch.zeros_like(sign) if aggregate == "mean" else total
+    total, share = torch.zeros_like(sign), torch.zeros_like(sign)
     for value, w in zip(values, weight, strict=True):
-        mass = (value * sign).relu_()
+        mass = value.mul_(sign).relu_()
         if aggregate == "max":
-            total = torch.maximum(total, mass)
+            torch.maximum(total, mass, out=total)
             continue
         total += mass
         if aggregate == "mean":
             share.add_(mass.sign_(), alpha=w)
     if aggregate == "mean":
-        share += 1.0 - share.sign().abs_()  # nobody agrees: 0 / 1
+        if min(weight) > 0:  # a share is 0, where total is 0 too, or at least the smallest weight
+            share.clamp_min_(min(weight))
+        else:
+            share += 1.0 - share.sign().abs_()
         total /= share
     return total.mul_(sign)
 
@@ -235,53 +235,91 @@ class _Sample:
 
 
 class _Count:
-    """Counts codes above each span and histograms those inside it, in at most 2^20 bins."""
+    """Counts codes above each span and histograms those inside it, in at most 2^20 bins.
+
+    A bin wider than one code also keeps its least and largest code: where they agree, as they do
+    in most bins, the bin is as good as one code.
+    """
 
     share = 1.0
 
     def __init__(self, spans: Sequence[tuple[int, int] | None], itemsize: int) -> None:
-        import numpy as np
-
         self.spans, self.itemsize = spans, itemsize
-        self.shift = [s and max(0, (s[1] - s[0]).bit_length() - BIN_BITS) for s in spans]
-        self.above = [0] * len(spans)
-        self.bins = [
-            np.zeros(((s[1] - s[0]) >> (shift or 0)) + 1 if s else 0, np.int64)
-            for s, shift in zip(spans, self.shift, strict=True)
-        ]
+        self.tallies = [_Tally(*s, itemsize) if s else None for s in spans]
 
     def fresh(self) -> _Count:
         return _Count(self.spans, self.itemsize)
 
     def observe(self, block: Block) -> None:
-        import numpy as np
-
-        for i, (span, value) in enumerate(zip(self.spans, block.values, strict=True)):
-            if span is None:
-                continue
-            codes = _codes(value)
-            above, reach = codes > span[1], codes >= span[0]
-            self.above[i] += int(np.count_nonzero(above))
-            np.logical_xor(above, reach, out=reach)
-            np.add.at(self.bins[i], (codes.compress(reach) - span[0]) >> self.shift[i], 1)
+        for tally, value in zip(self.tallies, block.values, strict=True):
+            if tally:
+                tally.observe(_codes(value))
 
     def merge(self, other: _Count) -> None:
-        for i, (above, bins) in enumerate(zip(other.above, other.bins, strict=True)):
-            self.above[i] += above
-            self.bins[i] += bins
+        for mine, theirs in zip(self.tallies, other.tallies, strict=True):
+            if mine and theirs:
+                mine.merge(theirs)
 
     def locate(self, i: int, rank: int) -> tuple[tuple[int, int], float | None]:
         """The span in which the rank-th largest lies, and its value once that is one code."""
         import numpy as np
 
-        span, shift = self.spans[i] or (0, 0), self.shift[i] or 0
-        low, high = span
-        if rank <= self.above[i]:
-            return (high + 1, (1 << (8 * self.itemsize - 1)) - 1), None
-        reach = self.above[i] + np.cumsum(self.bins[i][::-1])
+        tally = self.tallies[i]
+        assert tally is not None
+        low, high = tally.locate(rank)
+        if low != high or not tally.low <= low <= tally.high:
+            return (low, high), None
+        kind = str(self.itemsize)
+        return (low, low), float(np.array(low, "u" + kind).view("f" + kind))
+
+
+class _Tally:
+    """One model's counts for one span of codes."""
+
+    def __init__(self, low: int, high: int, itemsize: int) -> None:
+        import numpy as np
+
+        self.low, self.high, self.above = low, high, 0
+        self.shift = max(0, (high - low).bit_length() - BIN_BITS)
+        self.top = (1 << (8 * itemsize - 1)) - 1
+        bins, kind = ((high - low) >> self.shift) + 1, f"u{itemsize}"
+        self.bins = np.zeros(bins, np.int64)
+        self.least = np.full(bins if self.shift else 0, np.iinfo(kind).max, kind)
+        self.most = np.zeros(bins if self.shift else 0, kind)
+
+    def observe(self, codes: Any) -> None:
+        import numpy as np
+
+        above, reach = codes > self.high, codes >= self.low
+        self.above += int(np.count_nonzero(above))
+        if self.low == self.high:
+            self.bins[0] += int(np.count_nonzero(reach)) - int(np.count_nonzero(above))
+            return
+        inside = codes.compress(np.logical_xor(above, reach, out=reach))
+        place = (inside - self.low) >> self.shift
+        np.add.at(self.bins, place, 1)
+        if self.shift:
+            np.minimum.at(self.least, place, inside)
+            np.maximum.at(self.most, place, inside)
+
+    def merge(self, other: _Tally) -> None:
+        import numpy as np
+
+        self.above += other.above
+        self.bins += other.bins
+        np.minimum(self.least, other.least, out=self.least)
+        np.maximum(self.most, other.most, out=self.most)
+
+    def locate(self, rank: int) -> tuple[int, int]:
+        """The codes between which the rank-th largest lies."""
+        import numpy as np
+
+        reach = self.above + np.cumsum(self.bins[::-1])
+        if rank <= self.above:
+            return self.high + 1, self.top
         if rank > reach[-1]:
-            return (0, low - 1), None
-        code = low + ((len(reach) - 1 - int(np.searchsorted(reach, rank))) << shift)
-        if shift:
-            return (code, min(high, code + (1 << shift) - 1)), None
-        return (code, code), float(np.array(code, f"u{self.itemsize}").view(f"f{self.itemsize}"))
+            return 0, self.low - 1
+        place = len(reach) - 1 - int(np.searchsorted(reach, rank))
+        if self.shift:
+            return int(self.least[place]), int(self.most[place])
+        return self.low + place, self.low + place

@@ -170,7 +170,7 @@ def merge_method(
         inputs, parameters, optional = _signature(function)
         _found[name] = MethodSpec(
             name=name,
-            family=function.__module__.rsplit(".", 2)[-2],
+            family=f"other.{function.__module__}".split(".")[-2],
             function=function,
             paper=paper,
             inputs=inputs,

@@ -49,7 +49,7 @@ def _span(value: Any) -> tuple[int, int]:
     return first, last
 
 
-def _bytes(value: Any) -> int:
+def parse_size(value: Any) -> int:
     """ "5GB" is 5,000,000,000; "1GiB" is 1,073,741,824; an integer is itself."""
     found = re.fullmatch(SIZE, value) if isinstance(value, str) else None
     if found:
@@ -111,7 +111,7 @@ Layers = Annotated[
 ]
 Bytes = Annotated[
     int,
-    BeforeValidator(_bytes),
+    BeforeValidator(parse_size),
     WithJsonSchema(
         {"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": f"^{SIZE}$"}]}
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 from typing import Any, Literal
 
 from mowmerge.methods.contracts import Draws, Extent, PerModel, Reduction, Seed, Unit
@@ -10,11 +11,9 @@ from mowmerge.methods.ops import (
     Sum,
     agree,
     elect_sign,
-    keep_above,
     kth_largest,
     l1_norms,
     restoring,
-    scaled,
     settle,
     spread,
     weighted_sum,
@@ -26,10 +25,11 @@ State = tuple[Sequence[float], Sequence[float]]
 
 
 def _dropped(deltas: Tensor, density: Sequence[float], threshold: Any, rng: Draws) -> list[Tensor]:
-    """D_i with its dropped entries at 0: below the threshold, or drawn."""
+    """New D_i with the dropped entries at 0: up to the largest that is dropped, or drawn."""
     if threshold:
-        return [keep_above(d, t) for d, t in zip(deltas, threshold, strict=True)]
-    return list(deltas) if min(density) == 1 else list(deltas * rng.keep(density, deltas))
+        pairs = zip(deltas, threshold, strict=True)
+        return [torch.nn.functional.hardshrink(d, 0.0 if t == inf else t) for d, t in pairs]
+    return list(deltas.clone() if min(density) == 1 else rng.keep(density, deltas).mul_(deltas))
 
 
 def _statistics(extents: Sequence[Extent]) -> Reduction:
@@ -38,9 +38,8 @@ def _statistics(extents: Sequence[Extent]) -> Reduction:
     density = p["density"]
     threshold: Sequence[float] = ()
     if p["mask"] == "magnitude":
-        # dropping int((1-d) n) entries, those equal to the last dropped one with them
-        ranks = [total - int((1 - d) * total) for d in density]
-        threshold = yield from kth_largest(ranks, total)
+        dropped = [int((1 - d) * total) for d in density]
+        threshold = yield from kth_largest([total - k + 1 if k else 0 for k in dropped], total)
     nothing = 2.0**-33  # a density that rounds to 0 draws nothing, and 1 over it may overflow
     factor: Sequence[float] = [
         1 / d if d > nothing and p["rescale"] == "density" else 1.0 for d in density
@@ -87,7 +86,7 @@ def dare(
         density: share of entries kept; 1 drops none and draws nothing, 0 drops all.
         elect: add everything (none), or elect a sign by the sum (mass) or by number (count) and
             keep what agrees, as TIES does; an even vote counts as plus.
-        aggregate: sum, or mean by weight of the entries that remain (after the election, if any).
+        aggregate: sum, or mean by weight (of the entries that agree, after an election).
         mask: drop at random, or drop the smallest magnitudes of each tensor.
         rescale: divide by density, restore each tensor's L1 norm, or leave as it is.
         scale: factor on the result.
@@ -95,18 +94,19 @@ def dare(
 
     Source: DARE, arXiv:2311.03099, section 3; reference code mask_weights_utils.py.
     Differs: draws depend on seed, model name, tensor name and element only. The released variant
-    with an election also trims (TIES at a fifth); this one does not, like mergekit's. rescale: l1 is
-    mergekit's, and not unbiased.
+    with an election also trims (TIES at a fifth); this one does not, like mergekit's. The L1
+    rescale is mergekit's, and not unbiased.
     """
     n, rng = len(deltas), rng or Draws(seed)
-    options = {"density": [float(d) for d in spread(density, n)], "mask": mask, "rescale": rescale}
+    each, weights = spread(density, n), spread(weight, n)
     if state is None:
+        options = {"density": each, "mask": mask, "rescale": rescale}
         state = settle(_statistics, deltas, options, rng)
-    (threshold, factor), weights = state, spread(weight, n)
-    kept = _dropped(deltas, options["density"], threshold, rng)
+    threshold, factor = state
+    kept = _dropped(deltas, each, threshold, rng)
     factors = [f * w for f, w in zip(factor, weights, strict=True)]
     if elect == "none":
         total = weighted_sum(kept, [scale * f for f in factors])
         return total / (sum(weights) or 1.0) if aggregate == "mean" else total
-    kept = [scaled(k, f) for k, f in zip(kept, factors, strict=True)]
-    return scaled(agree(kept, elect_sign(kept, elect, 1.0), aggregate, weights), scale)
+    kept = [k if f == 1 else k.mul_(f) for k, f in zip(kept, factors, strict=True)]
+    return agree(kept, elect_sign(kept, elect, 1.0), aggregate, weights).mul_(scale)

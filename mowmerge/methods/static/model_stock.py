@@ -69,9 +69,10 @@ def model_stock(
     n = len(deltas)
     if not filter_wise:
         products = settle(_inner_products, deltas, {}) if state is None else state
-        t = float(_share(products[None], average, clamp))
-        return weighted_sum(deltas, [t / n] * n)
+        share = float(_share(products[None], average, clamp)) / n
+        return weighted_sum(deltas, [share] * n)
     rows = deltas.flatten(2) if deltas.dim() > 2 else deltas.reshape(n, 1, -1)
     t = _share(_row_products(rows), average, clamp) / n
     total = weighted_sum(rows, [1.0] * n)
-    return (total * t.to(total.dtype)[:, None]).reshape(deltas.shape[1:])
+    merged: Tensor = total * t.to(total.dtype)[:, None]
+    return merged.reshape(deltas.shape[1:])

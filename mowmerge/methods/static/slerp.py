@@ -34,7 +34,7 @@ def slerp(
     """The point at share t of the great arc from the first model's tensor a to the second's b.
 
     cos O = <a,b> / (|a| |b|); out = sin((1-t) O)/sin O * a + sin(t O)/sin O * b, with each tensor
-    flattened to one vector; (1-t) a + t b where |cos O| > dot_threshold, or is 1.
+    flattened to one vector; (1-t) a + t b where |cos O| > dot_threshold, or > 1 - 1e-9.
 
     Shapes: models [2,*S] -> [*S].
 
@@ -51,7 +51,7 @@ def slerp(
     (aa, ab), (_, bb) = products.tolist()
     norms = [math.sqrt(s) if math.sqrt(s) > eps else 1.0 for s in (aa, bb)]
     cosine = max(-1.0, min(1.0, ab / (norms[0] * norms[1])))
-    if abs(cosine) > dot_threshold or abs(cosine) == 1.0:
+    if abs(cosine) > min(dot_threshold, 1.0 - 1e-9):
         return weighted_sum(models, [1.0 - t, t])
     angle = math.acos(cosine)
     ends = [math.sin((1.0 - t) * angle), math.sin(t * angle)]

@@ -15,7 +15,6 @@ from mowmerge.methods.ops import (
     kth_largest,
     l1_norms,
     restoring,
-    scaled,
     settle,
     spread,
 )
@@ -36,10 +35,8 @@ class State:
 def _trimmed(deltas: Tensor, state: State, weight: Any) -> list[Tensor]:
     """weight_i * factor_i * D_i where |D_i| reaches threshold_i, else 0."""
     factors = [f * w for f, w in zip(state.factor, spread(weight, len(deltas)), strict=True)]
-    return [
-        scaled(keep_above(delta, threshold), factor)
-        for delta, threshold, factor in zip(deltas, state.threshold, factors, strict=True)
-    ]
+    kept = [keep_above(d, threshold) for d, threshold in zip(deltas, state.threshold, strict=True)]
+    return [k if f == 1 else k.mul_(f) for k, f in zip(kept, factors, strict=True)]
 
 
 def _statistics(extents: Sequence[Extent]) -> Reduction:
@@ -109,12 +106,14 @@ def ties(
         scale: factor on the result, the paper's lambda.
 
     Raises:
-        MethodError: trim is global and density, elect, zero_sign or rescale differs between tensors.
+        MethodError: trim is global and density, elect, zero_sign or rescale is not the same for all
+            tensors.
 
     Source: TIES-Merging, arXiv:2306.01708, algorithm 1; reference code merge_utils.py.
     Differs: density is a share, never a percentage. Entries equal to the threshold are all kept, as
     in the reference. The global threshold keeps floor(K D) + 1 entries, as the reference does; the
-    one for each tensor floor(K d), at least 1, as mergekit does. Weights and rescale are mergekit's.
+    one for each tensor floor(K d), at least 1, as mergekit does. Weights, rescale: mergekit's.
+    Where several shares are the largest, normfrac takes their majority; the reference the first.
     """
     n = len(deltas)
     if state is None:
@@ -126,4 +125,4 @@ def ties(
     kept = _trimmed(deltas, state, weight)
     zero = {"majority": state.majority, "plus": 1.0, "drop": 0.0}[zero_sign]
     sign = elect_sign(kept, elect, zero, state.power)
-    return scaled(agree(kept, sign, aggregate, spread(weight, n)), scale)
+    return agree(kept, sign, aggregate, spread(weight, n)).mul_(scale)

@@ -1,0 +1,87 @@
+"""Writes the pages that are read off the code: methods.md, cli.md, recipe.schema.json."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from mowmerge.cli import COMMANDS
+from mowmerge.methods import registry
+from mowmerge.recipe.schema import json_schema
+
+HERE = Path(__file__).parent
+NOTE = "<!-- made by docs/generate.py -->\n\n"
+
+
+def pages() -> dict[str, str]:
+    """File name -> content of every generated page."""
+    return {
+        "methods.md": NOTE + methods(),
+        "cli.md": NOTE + cli(),
+        "recipe.schema.json": json.dumps(json_schema(), indent=1) + "\n",
+    }
+
+
+def methods() -> str:
+    """Every method: what it computes, takes and promises."""
+    specs = [registry.get(name) for name in registry.names()]
+    lines = ["# Methods", "", "| method | needs | scope | laws | paper |", "|---|---|---|---|---|"]
+    for spec in specs:
+        base = "base, " if spec.needs_base else ""
+        count = str(spec.count) if spec.count else f"{spec.at_least}+"
+        defaults = {p.name: p.default for p in spec.parameters.values()}
+        laws = ", ".join(sorted(spec.laws))
+        lines.append(
+            f"| [{spec.name}](#{spec.name}) | {base}{count} | {spec.scope(defaults)} | {laws} |"
+            f" {spec.paper} |"
+        )
+    lines += [
+        "", "Scope is the smallest unit on which the result is exact, with default parameters.",
+        "Laws: identity (one model, returned), idempotent (equal models, returned), permutation (the",
+        "order of models does not matter), scale (deltas or weights times c give c times the result).",
+    ]  # fmt: skip
+    for spec in specs:
+        lines += ["", f"## {spec.name}", "", "```text", spec.doc, "```", ""]
+        lines += ["| parameter | values | default | per model |", "|---|---|---|---|"]
+        for p in spec.parameters.values():
+            values = ", ".join(p.choices) or f"{p.kind} {p.range}".strip()
+            default = str(p.default).lower() if isinstance(p.default, bool) else p.default
+            lines.append(f"| {p.name} | {values} | {default} | {'yes' if p.per_model else ''} |")
+    return "\n".join(lines) + "\n"
+
+
+def cli() -> str:
+    """Every command: its arguments and options."""
+    lines = ["# Command line"]
+    for command in COMMANDS:
+        doc = inspect.getdoc(command) or ""
+        lines += ["", f"## mowmerge {command.__name__}", "", doc.split("\n")[0], ""]
+        lines += ["| argument or option | default | meaning |", "|---|---|---|"]
+        lines += [_option(*row) for row in _parameters(command)]
+    lines += ["", "Exit codes: 0 done, 1 a bug, 2 usage, 3 recipe, 4 checkpoint, 5 source or Hub,"]
+    return "\n".join([*lines, "6 disk, memory or permission, 130 interrupted.", ""])
+
+
+def _parameters(command: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
+    hints = get_type_hints(command, include_extras=True)
+    signature = inspect.signature(command).parameters
+    return [(name, get_args(hints[name])[1], p.default) for name, p in signature.items()]
+
+
+def _option(name: str, info: Any, default: Any) -> str:
+    shown = name.upper() if type(info).__name__ == "ArgumentInfo" else None
+    given = [info.default, *(info.param_decls or ())]  # the first flag stands as the default
+    flags = [d for d in given if isinstance(d, str) and d.startswith("-")]
+    shown = shown or ", ".join(flags) or "--" + name.replace("_", "-")
+    if default is True and not flags:
+        shown += f", --no-{name}"
+    value = "" if default in (None, False, True, inspect.Parameter.empty) else str(default).lower()
+    return f"| `{shown}` | {value} | {info.help} |"
+
+
+if __name__ == "__main__":
+    for file, text in pages().items():
+        (HERE / file).write_text(text, encoding="utf-8")

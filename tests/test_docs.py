@@ -1,0 +1,48 @@
+"""Generated pages are fresh, README's commands are two, recipes carry the modeline and work."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def _generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("page", ["methods.md", "cli.md", "recipe.schema.json"])
+def test_generated_page_is_fresh(page: str) -> None:
+    current = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    assert current == _generator().pages()[page], "run `python docs/generate.py`"
+
+
+def test_readme_has_one_demo_and_one_test_command() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = dict(re.findall(r"<!-- (\w+) -->\n```sh\n(.*?)\n```", text, re.S))
+    assert set(blocks) == {"demo", "test"}
+    assert all("\n" not in command for command in blocks.values())
+
+
+def test_links_in_pages_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_files_are_short() -> None:
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
+        for path in (ROOT / "mowmerge").rglob("*.py")
+    }
+    assert {path: n for path, n in lengths.items() if n > 400} == {}
