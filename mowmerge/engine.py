@@ -14,7 +14,7 @@ from threading import Event, Lock
 from typing import Any, Protocol
 
 from mowmerge.checkpoint.reader import StoredReader
-from mowmerge.errors import CheckpointError
+from mowmerge.errors import CheckpointError, ResourceError
 from mowmerge.methods import registry
 from mowmerge.methods.contracts import Extent, Fold, Reduction
 from mowmerge.plan import RUN, Plan, Stored, TensorJob, Tied
@@ -49,14 +49,14 @@ class Engine:
 
     def run(self, sink: Sink) -> list[TensorReport]:
         """Streams every tensor of the plan into the sink; one report a tensor, in plan order."""
+        _try_device(self.plan.device)
         done: dict[str, TensorReport] = {}
         largest_first = sorted(self.plan.jobs, key=lambda job: -job.read_bytes)
         _keep_freed_memory()
         with _one_thread_each(), self._pool() as pool:
             for group in sorted({j.group for j in self.plan.jobs if j.group is not None}):
                 self._states[group] = self._settle_group(group, pool)
-            for tied in self.plan.tied:
-                self._check_tied(tied)
+            self._check_ties()
             futures = [pool.submit(self._write, job, sink) for job in largest_first]
             for future in as_completed(futures):
                 done[future.result().name] = future.result()
@@ -138,6 +138,13 @@ class Engine:
 
         return _drive(reduce([Extent(j.output.numel, j.parameters) for j in jobs]), fill)
 
+    def _check_ties(self) -> None:
+        for tied in self.plan.tied:
+            self._check_tied(tied)
+        for reader in self.readers.values():
+            if isinstance(reader, MergedReader):
+                reader.engine._check_ties()
+
     def _check_tied(self, tied: Tied) -> None:
         """CheckpointError where a tied tensor differs from what the base ties it to."""
         reader, size = self.readers[tied.model], tied.spec.itemsize
@@ -169,6 +176,17 @@ def _one_thread_each() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _try_device(device: str) -> None:
+    """ResourceError where torch cannot use the device."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ResourceError(
+            f"the device '{device}' cannot be used: {str(error).splitlines()[0]}",
+            hint="use --device cpu, or install a torch build for that device",
+        ) from error
 
 
 def _keep_freed_memory() -> None:
@@ -204,17 +222,17 @@ class MergedReader:
     """A plan as a TensorReader: a nested recipe, with the bytes that its own merge would write."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        self.engine = engine
         self._jobs = {job.output.name: job for job in engine.plan.jobs}
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
         """The nested plan's output tensors."""
-        return self._engine.plan.specs
+        return self.engine.plan.specs
 
     def open(self, name: str) -> TensorHandle:
         """A handle that merges what is read from it."""
-        return _MergedHandle(self._engine, self._jobs[name])
+        return _MergedHandle(self.engine, self._jobs[name])
 
 
 class _MergedHandle:

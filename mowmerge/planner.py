@@ -19,8 +19,8 @@ from mowmerge.recipe.values import Place, Setting, setting
 from mowmerge.tensors import TensorSpec, dtype_named
 
 BLOCK = 2 * RUN  # elements worked on at a time, unless memory asks for fewer
-RUNTIME = 300 << 20  # bytes that Python, torch and the plan itself take
-HISTOGRAM = 3 << 23  # bytes a model while an order statistic is counted
+RUNTIME = 250 << 20  # bytes that Python, torch and the plan itself take
+HISTOGRAM = 12 << 20  # bytes a model while an order statistic is counted
 SHARD_SIZE = 5_000_000_000
 LISTED = 5  # names in a message before it says how many more
 
@@ -100,7 +100,9 @@ class _Planner:
         found: dict[str, Stored | Plan] = {}
         for name, origin in wanted.items():
             if isinstance(origin, Recipe):
-                found[name] = build(origin, replace(self.options, stats=False, workers=1))
+                inner = build(origin, replace(self.options, stats=False, workers=1))
+                self.warnings += [f"{name}: {warning}" for warning in inner.warnings]
+                found[name] = inner
                 continue
             try:
                 found[name] = source.find(
@@ -212,7 +214,8 @@ class _Planner:
                 if name in specs[donor]:
                     continue
                 tied = naming.tied_to(name, held)
-                if tied is not None and naming.tied_to(name, specs[donor]) is not None:
+                alike = tied is not None and replace(tied, name=name) == spec
+                if tied and alike and naming.tied_to(name, specs[donor]):
                     self.tied.append(Tied(model, spec, tied))
                     self.warnings.append(
                         f"model '{model}' stores '{name}', which the {donor} ties to '{tied.name}':"

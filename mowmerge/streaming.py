@@ -107,9 +107,9 @@ class OpenJob:
         """The bytes of a block of a copy, in the output's dtype."""
         job = self.job
         if job.output.kind == "float":
-            values = self._load(start, stop)
-            if self.stats:
-                deltas = values[1:].sub_(values[0])
+            base, values = self._working(start, stop)
+            if self.stats and base is not None:
+                deltas = values if self.spec.values == "deltas" else values.sub_(base)
                 self.stats.update(deltas, deltas[0].clone())
         value = self._read(self._first, start, stop)
         if job.inputs[self._first].spec.dtype != job.output.dtype:
@@ -145,31 +145,29 @@ class OpenJob:
         for first in range(start, stop, step):
             if self._stopped.is_set():
                 raise KeyboardInterrupt
-            _, values = self._working(first, min(first + min(wide, step), stop))
+            _, values = self._working(first, min(first + min(wide, step), stop), check=False)
             fold.observe(Block(values, self.job.parameters, self._draws(first)))
         return fold
 
-    def _working(self, start: int, stop: int) -> tuple[Tensor | None, Tensor]:
-        """The base and what the method works on: models, or deltas."""
-        values = self._load(start, stop)
-        if self.job.base is None:
-            return None, values
-        base, models = values[0], values[1:]
-        return base, models.sub_(base) if self.spec.values == "deltas" else models
-
-    def _load(self, start: int, stop: int) -> Tensor:
-        """The inputs' values, base first, [inputs, stop-start]; all finite or CheckpointError."""
+    def _working(
+        self, start: int, stop: int, *, check: bool = True
+    ) -> tuple[Tensor | None, Tensor]:
+        """The base [B] and what the method works on, models or deltas [N,B], all finite."""
         n = len(self._handles)
         values = self._values[: n * (stop - start)].view(n, stop - start)
-        for i in range(n):
-            values[i].copy_(self._read(i, start, stop))
-        if not math.isfinite(values.sum().item()):
-            self._blame(values)
-        return values
+        base = values[0] if self.job.base else None
+        for i, row in enumerate(values):
+            row.copy_(self._read(i, start, stop))
+            if i and base is not None and self.spec.values == "deltas":
+                row.sub_(base)  # while the row is still in cache
+        if check and not math.isfinite(values.sum().item()):
+            self._blame(start, stop)
+        return base, values[1:] if base is not None else values
 
-    def _blame(self, values: Tensor) -> None:
-        for given, row in zip(self.job.inputs, values, strict=True):
-            bad = row.numel() - int(torch.isfinite(row).sum())
+    def _blame(self, start: int, stop: int) -> None:
+        """Raises for the first input with a NaN or Inf in the block, if there is one."""
+        for i, given in enumerate(self.job.inputs):
+            bad = stop - start - int(torch.isfinite(self._read(i, start, stop)).sum())
             if bad:
                 raise CheckpointError(
                     f"tensor '{given.spec.name}' holds NaN or Inf ({bad} in one block)",

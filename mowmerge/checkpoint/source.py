@@ -6,6 +6,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,13 @@ def find(origin: str, *, download: bool = True, allow_pickle: bool = False) -> S
     nothing, CheckpointError where what is there cannot be merged.
     """
     if os.path.exists(origin):
-        return _stored(origin, Path(origin), None, allow_pickle)
+        try:
+            return _stored(origin, Path(origin), None, allow_pickle)
+        except OSError as error:
+            raise SourceError(
+                f"cannot be read: {error.strerror}", where=str(error.filename or origin),
+                hint="check who may read it",
+            ) from error  # fmt: skip
     if origin.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(origin):
         near = "; '~' is not expanded here" if origin.startswith("~") else ""
         raise SourceError(
@@ -54,34 +61,65 @@ def _from_hub(
     from huggingface_hub import snapshot_download
 
     folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(SIDECARS)))
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    names: list[str] = ["*.safetensors"]
-    if indexes:
-        names = sorted(set(_index(indexes[0]).values()))
-    elif allow_pickle:
-        names += ["pytorch_model*.bin"]
-    missing = [n for n in names if "*" in n or not (folder / n).exists()]
-    if missing and not download:
-        return _remote_headers(origin, repo, folder, names)
+    _refuse_quantised(origin, folder)
+    wanted = _wanted(origin, repo, folder, allow_pickle)
+    missing = [name for name in wanted if not (folder / name).exists()]
+    if missing and not download and not missing[0].endswith(".bin"):
+        return _remote_headers(origin, repo, folder, wanted)
     if missing:
         snapshot_download(repo, revision=folder.name, allow_patterns=missing)
+    absent = [name for name in missing if not (folder / name).exists()]
+    if absent:
+        raise SourceError(
+            f"of '{origin}' the Hub cache lacks {absent[0]}", hint=_download_hint(repo, revision)
+        )
     return _stored(origin, folder, folder.name, allow_pickle)
+
+
+def _wanted(origin: str, repo: str, folder: Path, allow_pickle: bool) -> list[str]:
+    """The weight files of a repository, as a folder with all its files would be read."""
+    from huggingface_hub import HfApi
+
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if indexes:
+        return sorted(set(_index(indexes[0]).values()))
+    if (folder / "model.safetensors").exists():
+        return ["model.safetensors"]
+    cached = sorted(p.name for p in folder.iterdir())
+    try:
+        listed = HfApi().list_repo_files(repo, revision=folder.name)
+    except Exception:
+        if not any(name.endswith((".safetensors", ".bin")) for name in cached):
+            raise
+        listed = cached
+    top = [name for name in listed if "/" not in name]
+    if "model.safetensors" in top:
+        return ["model.safetensors"]
+    files = [name for name in top if name.endswith(".safetensors")]
+    pickles = [name for name in top if fnmatch(name, "pytorch_model*.bin")]
+    if "adapter_config.json" in top:
+        return []  # refused with advice when the folder is read
+    if not files and not (pickles and allow_pickle):
+        first = next(iter([*pickles, *(n for n in top if n.endswith(".gguf"))]), "")
+        raise CheckpointError("no safetensors files here", where=origin, hint=_advice(Path(first)))
+    return files or pickles
 
 
 def _remote_headers(origin: str, repo: str, folder: Path, names: Sequence[str]) -> Stored:
     """Tensor names and shapes by range requests, for a plan that will read nothing."""
     from huggingface_hub import HfApi
 
-    api = HfApi()
-    if "*.safetensors" in names:
-        files = api.list_repo_files(repo, revision=folder.name)
-        names = [f for f in files if f.endswith(".safetensors") and "/" not in f]
     tensors: dict[str, Location] = {}
     for name in names:
-        header = api.parse_safetensors_file_metadata(repo, name, revision=folder.name)
-        for key, info in header.tensors.items():
-            spec = TensorSpec(key, str(info.dtype), tuple(info.shape))
-            tensors[key] = Location(spec, str(folder / name), info.data_offsets[0])
+        header = HfApi().parse_safetensors_file_metadata(repo, name, revision=folder.name)
+        entries = {
+            key: {"dtype": str(i.dtype), "shape": i.shape, "data_offsets": list(i.data_offsets)}
+            for key, i in header.tensors.items()
+        }
+        found, _ = _locations(folder / name, entries, 0)
+        tensors |= {location.spec.name: location for location in found}
+    _refuse_packed(origin, tensors.values())
+    _check_index(origin, folder, tensors)
     return Stored(origin, str(folder), folder.name, tensors)
 
 
@@ -93,12 +131,16 @@ def _hub_error(repo: str, revision: str, error: Exception) -> SourceError:
     if kind in ("RepositoryNotFoundError", "RevisionNotFoundError"):
         hint = "check the spelling; for a private repository run `hf auth login`"
         return SourceError(f"there is no '{repo}'{at} on the Hub, nor such a folder", hint=hint)
-    rev = f" --revision {revision}" if revision else ""
     return SourceError(
         f"'{repo}'{at} is neither a folder nor in the Hub cache, and the Hub cannot be reached"
         f" ({kind})",
-        hint=f"where there is a network: `hf download {repo}{rev}`, then run this again",
+        hint=_download_hint(repo, revision),
     )
+
+
+def _download_hint(repo: str, revision: str | None) -> str:
+    rev = f" --revision {revision}" if revision else ""
+    return f"where there is a network: `hf download {repo}{rev}`, then run this again"
 
 
 def _stored(origin: str, path: Path, revision: str | None, allow_pickle: bool) -> Stored:
@@ -205,33 +247,14 @@ def read_header(file: Path) -> list[Location]:
                     hint=again,
                 )
             header: dict[str, Any] = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        found, end = [], 0
-        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            start, stop = entry["data_offsets"]
-            spec = TensorSpec(name, entry["dtype"], tuple(entry["shape"]))
-            if spec.dtype not in DTYPES:
-                raise CheckpointError(
-                    f"tensor '{name}' has the unknown dtype '{spec.dtype}'", where=str(file),
-                    hint="is mowmerge older than this file?",
-                )  # fmt: skip
-            if start != end or stop - start != spec.nbytes:
-                raise CheckpointError(
-                    f"the header is corrupt at tensor '{name}'", where=str(file), hint=again
-                )
-            found.append(Location(spec, str(file), 8 + length + start))
-            end = stop
+        found, end = _locations(file, header, 8 + length)
     except FileNotFoundError as error:
         raise CheckpointError(
             f"the shard {file.name} that the index names is not there",
             where=str(file.parent),
             hint=again,
         ) from error
-    except PermissionError as error:
-        raise SourceError(
-            "permission denied", where=str(file), hint="check who may read it"
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"the header is corrupt: {error}", where=str(file), hint=again
         ) from error
@@ -243,6 +266,29 @@ def read_header(file: Path) -> list[Location]:
             hint=again,
         )
     return found
+
+
+def _locations(file: Path, header: dict[str, Any], data: int) -> tuple[list[Location], int]:
+    """A header's tensors in file order, and the length of the data that starts at byte `data`."""
+    found, end = [], 0
+    header.pop("__metadata__", None)
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = entry["data_offsets"]
+        spec = TensorSpec(name, entry["dtype"], tuple(entry["shape"]))
+        if spec.dtype not in DTYPES:
+            raise CheckpointError(
+                f"tensor '{name}' has the unknown dtype '{spec.dtype}'", where=str(file),
+                hint="is mowmerge older than this file?",
+            )  # fmt: skip
+        whole = all(type(n) is int and n >= 0 for n in spec.shape)
+        if not whole or start != end or stop - start != spec.nbytes:
+            raise CheckpointError(
+                f"the header is corrupt at tensor '{name}'", where=str(file),
+                hint="download it again",
+            )  # fmt: skip
+        found.append(Location(spec, str(file), data + start))
+        end = stop
+    return found, end
 
 
 def _pickle_header(file: Path) -> list[Location]:

@@ -82,24 +82,39 @@ class Staging:
     """A folder that becomes `out` on commit and vanishes otherwise."""
 
     def __init__(self, out: Path, *, force: bool = False, keep: Sequence[Path] = ()) -> None:
-        self.out = out.absolute()
-        self.path = self.out.with_name(f".{self.out.name}.partial")
-        self._old = self.out.with_name(f".{self.out.name}.replaced")
-        self._lock: int | None = None
-        if self._old.exists() and not self.out.exists():
-            self._old.rename(self.out)  # a replacement was cut off between its two renames
-        self._check(force, [p.resolve() for p in keep])
-
-    def _check(self, force: bool, inputs: Sequence[Path]) -> None:
-        resolved = self.out.resolve()
-        for path in inputs:
-            if resolved == path or resolved in path.parents:
+        self.out = Path(os.path.abspath(out))
+        if self.out.is_symlink():
+            self.out = self.out.resolve()
+        for path in (p.resolve() for p in keep):
+            if self.out.resolve() == path or self.out.resolve() in path.parents:
                 raise ResourceError(
                     f"the output folder {self.out} holds one of the inputs",
                     where=str(path), hint="write somewhere else",
                 )  # fmt: skip
+        self.path = self.out.with_name(f".{self.out.name}.partial")
+        self._old = self.out.with_name(f".{self.out.name}.replaced")
+        self._force, self._ours = force, False
+        self._lock: int | None = None
+
+    def __enter__(self) -> Staging:
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(exist_ok=True)
+            self._take_lock()
+            self._ours = True
+            self._restore()
+            self._check()
+            self._clear()
+        except BaseException as error:
+            self.__exit__(None, None, None)
+            if isinstance(error, OSError):
+                raise denied(error, self.path) from error
+            raise
+        return self
+
+    def _check(self) -> None:
         if self.out.is_dir() and any(self.out.iterdir()):
-            if not force:
+            if not self._force:
                 raise ResourceError(
                     f"the output folder {self.out} is not empty",
                     hint="name another, or replace it as a whole with --force",
@@ -112,15 +127,12 @@ class Staging:
         elif self.out.exists() and not self.out.is_dir():
             raise ResourceError(f"{self.out} is a file", hint="name a folder")
 
-    def __enter__(self) -> Staging:
-        try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.path.mkdir(exist_ok=True)
-            self._take_lock()
-            self._clear()
-        except OSError as error:
-            raise denied(error, self.path) from error
-        return self
+    def _restore(self) -> None:
+        """Ends a replacement that was cut off: before its second rename the old folder returns."""
+        if self.out.exists():
+            shutil.rmtree(self._old, ignore_errors=True)
+        elif self._old.exists():
+            self._old.rename(self.out)
 
     def _take_lock(self) -> None:
         if os.name != "posix":
@@ -130,13 +142,14 @@ class Staging:
         self._lock = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._lock)
-            self._lock = None
+            ours = os.path.samestat(os.fstat(self._lock), self.path.stat())  # not renamed since
+        except (BlockingIOError, FileNotFoundError):
+            ours = False
+        if not ours:
             raise ResourceError(
                 f"another merge is writing to {self.out}",
                 hint="wait for it, or name another folder",
-            ) from error
+            )
 
     def _clear(self) -> None:
         for entry in self.path.iterdir():
@@ -170,9 +183,11 @@ class Staging:
             if replacing:
                 self.out.rename(self._old)
             self.path.rename(self.out)
-            shutil.rmtree(self._old, ignore_errors=True)
+            self._ours = False
         except OSError as error:
             raise denied(error, self.out) from error
+        finally:
+            self._restore()
 
     def __exit__(
         self,
@@ -180,10 +195,11 @@ class Staging:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
+        if self._ours:
+            shutil.rmtree(self.path, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
-        if self.path.exists():
-            shutil.rmtree(self.path, ignore_errors=True)
+            self._lock = None
 
 
 def _reserve(fd: int, nbytes: int) -> None:

@@ -45,6 +45,8 @@ def main() -> None:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:  # typer makes Ctrl-C an exit with 130
+        if isinstance(end, SystemExit) and end.code != 130:
+            raise
         print("interrupted: nothing was written", file=sys.stderr)
         sys.exit(130)

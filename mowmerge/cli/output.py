@@ -64,6 +64,8 @@ def show_plan(plan: Plan, *, as_json: bool) -> None:
         f" read {size(plan.read_bytes)}, write {size(plan.write_bytes)},"
         f" peak memory {size(plan.peak_bytes)} with {plan.workers} worker(s)"
     )
+    if plan.dropped:
+        print(f"dropped by a rule: {', '.join(plan.dropped)}")
     warn(plan.warnings)
 
 

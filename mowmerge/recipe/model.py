@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -344,4 +345,4 @@ class Recipe(Strict):
 def existing(source: str, folder: Path) -> Sequence[Path]:
     """The existing paths that `source` may mean, the recipe's folder first."""
     path = Path(source).expanduser()
-    return [p for p in (folder / path, path) if p.exists()]
+    return [p for p in (folder / path, path) if os.path.exists(p)]
