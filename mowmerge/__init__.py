@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mowmerge.api import Result, check, demo, merge, plan
+    from mowmerge.api import Result, check, merge
     from mowmerge.methods.registry import merge_method
 
-__all__ = ["Result", "__version__", "check", "demo", "merge", "merge_method", "plan"]
+__all__ = ["Result", "__version__", "check", "merge", "merge_method"]
 
 _HOMES = {"merge_method": "mowmerge.methods.registry"}
 

@@ -70,7 +70,8 @@ def merge(
     parsed = recipe if isinstance(recipe, Recipe) else check(recipe, overrides)
     planned = build(parsed, options)
     target = Path(out or parsed.output.path or Path("merged") / parsed.name)
-    with Staging(target, force=force, keep=_inputs(planned)) as staging:
+    keep = [folder for _, folder in _inputs(planned)]
+    with Staging(target, force=force, keep=keep) as staging:
         staging.allocate(planned.shards)
         with _ShardSink(staging.path, planned.shards, begin(planned)) as sink:
             tensors = Engine(planned).run(sink)
@@ -118,11 +119,15 @@ class _ShardSink:
         self._advance(len(data))
 
 
-def _inputs(planned: Plan) -> list[Path]:
-    folders: list[Path] = []
-    for origin in planned.sources.values():
-        folders += [Path(origin.folder)] if isinstance(origin, Stored) else _inputs(origin)
-    return folders
+def _inputs(planned: Plan) -> list[tuple[str, Path]]:
+    """Every model that is read, those of nested recipes too: its name and its folder."""
+    found: list[tuple[str, Path]] = []
+    for name, origin in planned.sources.items():
+        if isinstance(origin, Stored):
+            found.append((name, Path(origin.folder)))
+        else:
+            found += [(f"{name}-{inner}", folder) for inner, folder in _inputs(origin)]
+    return found
 
 
 def _donor(planned: Plan) -> Path:
@@ -133,12 +138,7 @@ def _donor(planned: Plan) -> Path:
 
 def _write_sidecars(planned: Plan, recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Writes what goes beside the weights, but for the config; returns facts for the report."""
-    others = [
-        (name, Path(origin.folder))
-        for name, origin in planned.sources.items()
-        if isinstance(origin, Stored)
-    ]
-    left = sidecars.copy(_donor(planned), others, folder)
+    left = sidecars.copy(_donor(planned), _inputs(planned), folder)
     listing = writer.index(planned.shards, planned.specs)
     if listing:
         _write(folder / "model.safetensors.index.json", listing)

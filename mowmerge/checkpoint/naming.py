@@ -9,7 +9,7 @@ from mowmerge.tensors import TensorSpec
 
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 _ROLES = tuple(
-    (role, re.compile(pattern))
+    (role, re.compile(pattern, re.I))
     for role, pattern in (
         ("norm", r"norm|(?:^|[._])ln(?:_\w+)?(?:[._]|\d|$)|layer_?norm"),
         ("router", r"(?:^|\.)(?:router|gate|shared_expert_gate)(?:\.|$)"),
@@ -27,7 +27,7 @@ _ROLES = tuple(
     )
 )
 _EARLY = re.compile(
-    r"embed|wte|wpe|^shared|token|position|patch|conv|stem|pre_?(?:layer)?norm", re.I
+    r"embed|wte|wpe|^shared|token|position|patch|conv|stem|pre_?(?:laye?r)?norm", re.I
 )
 
 _TIES = (  # a head or copy that may be absent because it is tied, and the embedding it is tied to

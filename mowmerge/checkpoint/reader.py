@@ -94,6 +94,11 @@ def load_pickle(file: str) -> dict[str, Tensor]:
             f"cannot be loaded with weights_only: {error}", where=file,
             hint="convert it to safetensors where you trust it",
         ) from error  # fmt: skip
+    if not isinstance(loaded, dict):
+        raise CheckpointError(
+            "holds no mapping of names to tensors: not a plain state dict", where=file,
+            hint="save model.state_dict() alone",
+        )  # fmt: skip
     tensors = {k: v for k, v in loaded.items() if isinstance(v, torch.Tensor)}
     if len(tensors) != len(loaded):
         odd = next(k for k in loaded if k not in tensors)

@@ -87,7 +87,8 @@ def _wanted(origin: str, repo: str, folder: Path, allow_pickle: bool) -> list[st
         return ["model.safetensors"]
     cached = sorted(p.name for p in folder.iterdir())
     try:
-        listed = HfApi().list_repo_files(repo, revision=folder.name)
+        found = HfApi().model_info(repo, revision=folder.name).siblings or []
+        listed = [file.rfilename for file in found]
     except Exception:
         if not any(name.endswith((".safetensors", ".bin")) for name in cached):
             raise

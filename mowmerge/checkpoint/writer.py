@@ -83,7 +83,7 @@ class Staging:
 
     def __init__(self, out: Path, *, force: bool = False, keep: Sequence[Path] = ()) -> None:
         self.out = Path(os.path.abspath(out))
-        if self.out.is_symlink():
+        if os.path.islink(self.out):
             self.out = self.out.resolve()
         for path in (p.resolve() for p in keep):
             if self.out.resolve() == path or self.out.resolve() in path.parents:

@@ -13,7 +13,7 @@ from mowmerge.cli.demo import demo
 from mowmerge.cli.merge import merge
 from mowmerge.cli.methods import methods
 from mowmerge.cli.schema import schema
-from mowmerge.errors import MowmergeError
+from mowmerge.errors import MowmergeError, ResourceError
 
 app = typer.Typer(
     name="mowmerge",
@@ -45,6 +45,9 @@ def main() -> None:
         for problem in error.problems:
             print(f"error: {problem}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:  # a full stdout, a disk that fails: the machine's fault, not a bug
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(ResourceError.exit_code)
     except (KeyboardInterrupt, SystemExit) as end:  # typer makes Ctrl-C an exit with 130
         if isinstance(end, SystemExit) and end.code != 130:
             raise

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 
 def merge(
     recipe: Annotated[str, typer.Argument(help="The recipe, a YAML file; - reads stdin.")],
-    out: Annotated[Path | None, typer.Argument(help="The output folder.")] = None,
+    out: Annotated[Path | None, typer.Argument(help="The output folder.", readable=False)] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override a value: parameters.density=0.3.")
     ] = None,
@@ -44,6 +46,8 @@ def merge(
     """
     from mowmerge import api
 
+    if quiet or json_ or not sys.stderr.isatty():
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported
     options = _options(workers, max_memory, device, stats, not dry_run, allow_pickle)
     if dry_run:
         plan = api.plan(recipe, overrides=set_ or [], options=options)

@@ -193,14 +193,14 @@ def kth_largest(ranks: Sequence[int], total: int) -> Reduction:
     return found
 
 
-def _codes(value: Tensor) -> Any:
+def _codes(value: Tensor, itemsize: int) -> Any:
     """The bit patterns of |value| as unsigned integers, which order as the magnitudes do."""
     magnitude = value.abs().cpu().numpy().ravel()
-    return magnitude.view(f"u{magnitude.itemsize}")
+    return magnitude.astype(f"f{itemsize}", copy=False).view(f"u{itemsize}")
 
 
 class _Sample:
-    """Keeps the bit patterns of a share of each model's magnitudes."""
+    """Keeps a share of each model's magnitudes."""
 
     def __init__(self, n: int, share: float) -> None:
         self.n, self.share, self.itemsize = n, share, 4
@@ -211,7 +211,7 @@ class _Sample:
 
     def observe(self, block: Block) -> None:
         for kept, value in zip(self.kept, block.values, strict=True):
-            kept.append(_codes(value))
+            kept.append(value.abs().cpu().numpy().ravel())
             self.itemsize = value.element_size()
 
     def merge(self, other: _Sample) -> None:
@@ -223,7 +223,8 @@ class _Sample:
         """Codes between which the magnitude that a `share` of all exceed should lie."""
         import numpy as np
 
-        codes = np.concatenate(self.kept[i]) if self.kept[i] else np.zeros(0, "u4")
+        magnitudes = np.concatenate([np.zeros(0, f"f{self.itemsize}"), *self.kept[i]])
+        codes = magnitudes.view(f"u{self.itemsize}")
         top = (1 << (8 * self.itemsize - 1)) - 1
         n = len(codes)
         place, margin = n * (1 - share), 8 + 4 * math.sqrt(n * share * (1 - share))
@@ -253,7 +254,7 @@ class _Count:
     def observe(self, block: Block) -> None:
         for tally, value in zip(self.tallies, block.values, strict=True):
             if tally:
-                tally.observe(_codes(value))
+                tally.observe(_codes(value, self.itemsize))
 
     def merge(self, other: _Count) -> None:
         for mine, theirs in zip(self.tallies, other.tallies, strict=True):
