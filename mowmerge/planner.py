@@ -18,9 +18,9 @@ from mowmerge.recipe.model import Recipe
 from mowmerge.recipe.values import Place, Setting, setting
 from mowmerge.tensors import TensorSpec, dtype_named
 
-BLOCK = 2 * RUN  # elements worked on at a time, unless memory asks for fewer
+BLOCK = 4 * RUN  # elements worked on at a time, unless memory asks for fewer
 RUNTIME = 250 << 20  # bytes that Python, torch and the plan itself take
-HISTOGRAM = 12 << 20  # bytes a model while an order statistic is counted
+HISTOGRAM = 4 << 20  # bytes a model while an order statistic is counted
 SHARD_SIZE = 5_000_000_000
 LISTED = 5  # names in a message before it says how many more
 

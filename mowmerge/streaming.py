@@ -19,6 +19,41 @@ SAMPLE_RUN = 1024  # elements in a contiguous piece of a sample
 AHEAD = 8  # blocks that are asked for while one is worked on
 
 
+class _Buffers:
+    """A worker's reused memory cut to one block length: what is read, its values, what is written.
+
+    Inputs of one dtype lie in one tensor, so that one call widens them all; those that need no
+    widening are read into the values themselves. Few calls a block matter: between two of them
+    workers wait for each other.
+    """
+
+    def __init__(self, opened: OpenJob, length: int) -> None:
+        kinds = [DTYPES[i.spec.dtype].torch for i in opened.job.inputs]
+        n, dtype = len(kinds), opened.dtype
+        self.values = opened.memory("values", n * length, dtype).view(n, length)
+        self.together: Tensor | None = None
+        if len(set(kinds)) > 1:
+            self.raw = [opened.memory(f"raw {i}", length, kind) for i, kind in enumerate(kinds)]
+        elif kinds[0] == dtype and self.values.device.type == "cpu":
+            self.raw = list(self.values)
+        else:
+            self.together = opened.memory("raw", n * length, kinds[0], "cpu").view(n, length)
+            self.raw = list(self.together)
+        self.bytes = [row.view(torch.uint8).numpy().data for row in self.raw]
+        first = 1 if opened.job.base else 0
+        self.base, self.models = self.values[0] if first else None, self.values[first:]
+        self.out = opened.memory("out", length, DTYPES[opened.job.output.dtype].torch, "cpu")
+        self.out_bytes = self.out.view(torch.uint8).numpy().data
+
+    def widen(self) -> None:
+        """Fills the values from what was read."""
+        if self.together is not None:
+            self.values.copy_(self.together)
+        elif self.raw[0].data_ptr() != self.values.data_ptr():
+            for row, raw in zip(self.values, self.raw, strict=True):
+                row.copy_(raw)
+
+
 class OpenJob:
     """A job with its handles open and its buffers allocated; used by one thread."""
 
@@ -30,37 +65,47 @@ class OpenJob:
         self.state: Any = None
         self.block = block_length(plan.block, job, whole=self.spec.reduce is None)
         wide = any(spec.dtype == "F64" for spec in (job.output, *(i.spec for i in job.inputs)))
-        self._dtype = torch.float64 if wide else torch.float32
+        self.dtype = torch.float64 if wide else torch.float32
         self._shaped = job.scope == "row" or (job.scope == "tensor" and self.spec.reduce is None)
+        self._deltas = job.base is not None and self.spec.values == "deltas"
         watched = plan.stats and job.base is not None and job.output.kind == "float"
         self.stats = DeltaStats(len(job.models)) if watched else None
+        self._pools: dict[str, Tensor] = {}
+        self._buffers: dict[int, _Buffers] = {}
         self._closing = ExitStack()
 
     def __enter__(self) -> OpenJob:
-        job, n = self.job, len(self.job.inputs)
         with ExitStack() as stack:
             self._handles = [
                 stack.enter_context(closing(self._readers[i.model].open(i.spec.name)))
-                for i in job.inputs
+                for i in self.job.inputs
             ]
-            try:
-                widest = max(i.spec.itemsize for i in job.inputs)
-                self._raw = torch.empty(n, self.block * widest, dtype=torch.uint8)
-                self._values = torch.empty(
-                    n * self.block, dtype=self._dtype, device=self.plan.device
-                )
-                self._out = torch.empty(self.block, dtype=DTYPES[job.output.dtype].torch)
-            except (MemoryError, RuntimeError) as error:
-                raise ResourceError(
-                    f"not enough memory for '{job.output.name}': {error}",
-                    hint="lower --max-memory or --workers",
-                ) from error
-            self._bytes = [memoryview(row.numpy()) for row in self._raw]
+            self.buffers(self.block)
             self._closing = stack.pop_all()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._closing.close()
+
+    def memory(self, name: str, length: int, dtype: Any, device: str | None = None) -> Tensor:
+        """The first `length` elements of a pool; the first to ask decides how large it is."""
+        if name not in self._pools:
+            try:
+                self._pools[name] = torch.empty(
+                    length, dtype=dtype, device=device or self.plan.device
+                )
+            except (MemoryError, RuntimeError) as error:
+                raise ResourceError(
+                    f"not enough memory for '{self.job.output.name}': {error}",
+                    hint="lower --max-memory or --workers",
+                ) from error
+        return self._pools[name][:length]
+
+    def buffers(self, length: int) -> _Buffers:
+        """The buffers for blocks of that length: mostly the full one, and a last shorter one."""
+        if length not in self._buffers:
+            self._buffers[length] = _Buffers(self, length)
+        return self._buffers[length]
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """(start, stop) of each block in order, asking ahead for the next; ends a stopped run."""
@@ -107,19 +152,19 @@ class OpenJob:
         """The bytes of a block of a copy, in the output's dtype."""
         job = self.job
         if job.output.kind == "float":
-            base, values = self._working(start, stop)
+            base, values = self._working(start, stop, check=True)
             if self.stats and base is not None:
-                deltas = values if self.spec.values == "deltas" else values.sub_(base)
+                deltas = values if self._deltas else values.sub_(base)
                 self.stats.update(deltas, deltas[0].clone())
         value = self._read(self._first, start, stop)
         if job.inputs[self._first].spec.dtype != job.output.dtype:
-            return self._cast(value)
-        return value.view(torch.uint8).numpy().data
+            return self._cast(value, start, stop)
+        return self.buffers(stop - start).bytes[self._first]
 
     def merged(self, start: int, stop: int) -> memoryview:
         """The bytes of a block of the merged tensor, in the output's dtype."""
-        base, values = self._working(start, stop)
         job, spec = self.job, self.spec
+        base, values = self._working(start, stop, check="propagates" not in spec.laws)
         shape = (-1, *job.output.shape[1:]) if self._shaped and job.output.shape[1:] else (-1,)
         given: dict[str, Any] = dict(job.parameters)
         if "state" in spec.inputs:
@@ -130,11 +175,11 @@ class OpenJob:
             given["base"] = base.view(shape) if base is not None else None
         result = spec.function(values.view(len(values), *shape), **given).reshape(-1)
         if self.stats and base is not None:
-            if spec.values == "deltas":
+            if self._deltas:
                 self.stats.update(values, result.clone())
             else:
                 self.stats.update(values.sub_(base), result - base)
-        return self._cast(result.add_(base) if spec.values == "deltas" else result)
+        return self._cast(result.add_(base) if self._deltas else result, start, stop)
 
     def observe(self, fold: Fold, start: int, stop: int) -> Fold:
         """Feeds elements start..stop, or a sample of them, to a fold."""
@@ -149,20 +194,17 @@ class OpenJob:
             fold.observe(Block(values, self.job.parameters, self._draws(first)))
         return fold
 
-    def _working(
-        self, start: int, stop: int, *, check: bool = True
-    ) -> tuple[Tensor | None, Tensor]:
-        """The base [B] and what the method works on, models or deltas [N,B], all finite."""
-        n = len(self._handles)
-        values = self._values[: n * (stop - start)].view(n, stop - start)
-        base = values[0] if self.job.base else None
-        for i, row in enumerate(values):
-            row.copy_(self._read(i, start, stop))
-            if i and base is not None and self.spec.values == "deltas":
-                row.sub_(base)  # while the row is still in cache
-        if check and not math.isfinite(values.sum().item()):
+    def _working(self, start: int, stop: int, *, check: bool) -> tuple[Tensor | None, Tensor]:
+        """The base [B] and what the method works on, models or deltas [N,B]."""
+        buffers = self.buffers(stop - start)
+        for handle, row in zip(self._handles, buffers.bytes, strict=True):
+            handle.read(start, stop, row)
+        buffers.widen()
+        if self._deltas:
+            buffers.models.sub_(buffers.base)
+        if check and not math.isfinite(buffers.values.sum().item()):
             self._blame(start, stop)
-        return base, values[1:] if base is not None else values
+        return buffers.base, buffers.models
 
     def _blame(self, start: int, stop: int) -> None:
         """Raises for the first input with a NaN or Inf in the block, if there is one."""
@@ -177,25 +219,25 @@ class OpenJob:
 
     def _read(self, i: int, start: int, stop: int) -> Tensor:
         """Elements of input i in its own dtype, in the reused buffer."""
-        spec = self.job.inputs[i].spec
-        nbytes = (stop - start) * spec.itemsize
-        self._handles[i].read(start, stop, self._bytes[i][:nbytes])
-        return self._raw[i, :nbytes].view(DTYPES[spec.dtype].torch)
+        buffers = self.buffers(stop - start)
+        self._handles[i].read(start, stop, buffers.bytes[i])
+        return buffers.raw[i]
 
     def _draws(self, start: int) -> Draws:
         job = self.job
         seed = int(job.parameters.get("seed", 0))
         return Draws(seed, [i.model for i in job.models], job.output.name, start)
 
-    def _cast(self, weight: Tensor) -> memoryview:
-        out = self._out[: weight.numel()]
-        out.copy_(weight)
+    def _cast(self, weight: Tensor, start: int, stop: int) -> memoryview:
+        """The bytes of a result in the output's dtype; all finite, or the error says whose fault."""
+        buffers = self.buffers(stop - start)
+        buffers.out.copy_(weight)
         narrow = self.job.output.dtype == "F16"
-        if (narrow or not math.isfinite(weight.sum().item())) and not bool(
-            torch.isfinite(out).all()
-        ):
-            raise CheckpointError(
-                f"the merged '{self.job.output.name}' overflows {self.job.output.dtype}",
-                hint="lower scale or the weights, or set output.dtype to a wider type",
-            )
-        return out.view(torch.uint8).numpy().data
+        if narrow or not math.isfinite(weight.sum().item()):
+            if not bool(torch.isfinite(buffers.out).all()):
+                self._blame(start, stop)
+                raise CheckpointError(
+                    f"the merged '{self.job.output.name}' overflows {self.job.output.dtype}",
+                    hint="lower scale or the weights, or set output.dtype to a wider type",
+                )
+        return buffers.out_bytes

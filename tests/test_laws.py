@@ -428,6 +428,14 @@ def test_scale(spec: MethodSpec, values: Tensor, given: dict[str, Any], data: An
     assert close(call(spec, values * c, given), call(spec, values, given) * c)
 
 
+@with_declared("propagates")
+def test_propagates(spec: MethodSpec, values: Tensor, given: dict[str, Any], data: Any) -> None:
+    """A NaN or Inf in any model is one in the result, at the same place."""
+    at = tuple(data.draw(st.integers(0, side - 1)) for side in values.shape)
+    values[at] = data.draw(st.sampled_from([float("nan"), float("inf"), float("-inf")]))
+    assert not torch.isfinite(call(spec, values, given)[at[1:]])
+
+
 def test_every_law_is_tested() -> None:
     tested = {name.removeprefix("test_") for name in globals()}
     assert set(LAWS) <= tested

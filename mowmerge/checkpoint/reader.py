@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +51,15 @@ class _FileHandle:
             ) from error  # fmt: skip
 
     def read(self, start: int, stop: int, out: memoryview) -> None:
-        self._file.seek(self._at + start * self._size)
-        done, wanted = 0, (stop - start) * self._size
-        while done < wanted:  # one call moves at most 2 GiB
-            got = self._file.readinto(out[done:wanted])
+        offset = self._at + start * self._size
+        while out:  # one call moves at most 2 GiB
+            got = _read_at(self._file, out, offset)
             if not got:
                 raise CheckpointError(
                     f"the file ended inside tensor '{self._name}'", where=self._file.name,
                     hint="it changed while the merge was running: start again",
                 )  # fmt: skip
-            done += got
+            out, offset = out[got:], offset + got
 
     def advise(self, start: int, stop: int) -> None:
         if hasattr(os, "posix_fadvise"):
@@ -68,6 +68,13 @@ class _FileHandle:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _read_at(file: FileIO, out: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(file.fileno(), [out], offset)
+    file.seek(offset)
+    return file.readinto(out) or 0
 
 
 class _PickleHandle:

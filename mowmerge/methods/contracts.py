@@ -88,7 +88,7 @@ class Draws:
     """Random draws as a function of (seed, model name, tensor name, element index).
 
     Philox 4x64 keyed by a digest of the first three and advanced to the fourth: any block can be
-    drawn alone, on any thread, in any order. Element i is the i-th 32-bit word of the stream.
+    drawn alone, on any thread, in any order. Element i is the i-th 16-bit word of the stream.
     """
 
     def __init__(
@@ -100,30 +100,32 @@ class Draws:
         """1.0 where an element is kept, else 0.0: Bernoulli(density[i]) for model i.
 
         Shapes: `like` [N,*B] -> [N,*B], in its dtype and on its device. The grain of the
-        probability is 2^-32.
+        probability is 2^-32: the one word in 65,536 that meets the limit draws another word.
         """
         import numpy as np
 
         numel = like[0].numel()
-        kept = np.empty((len(like), numel), dtype=bool)
+        kept = np.ones((len(like), numel), dtype=bool)
         for i, share in enumerate(density):
-            limit = round(share * 2**32)
-            if limit >= 2**32:
-                kept[i] = True
+            limit, rest = divmod(round(share * 2**32), 2**16)
+            if limit == 2**16:
                 continue
-            np.less(self._words(i, numel), np.uint32(limit), out=kept[i])
+            words = self._words(i, self.start, numel)
+            np.less(words, np.uint16(limit), out=kept[i])
+            for at in np.flatnonzero(words == limit) if rest else ():
+                kept[i, at] = self._words(i, self.start + int(at), 1, "rest")[0] < rest
         mask = torch.empty(like.shape, dtype=like.dtype)
         np.copyto(mask.view(len(like), numel).numpy(), kept)
         return mask.to(like.device)
 
-    def _words(self, model: int, numel: int) -> Any:
+    def _words(self, model: int, start: int, count: int, stream: str = "") -> Any:
         import numpy as np
 
         name = self.models[model] if self.models else str(model)
-        text = f"{self.seed}\0{name}\0{self.tensor}"
+        text = f"{self.seed}\0{name}\0{self.tensor}\0{stream}"
         key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
-        stream = np.random.Philox(key=key)
-        first, skip = divmod(self.start, 8)  # one step of the counter gives eight 32-bit words
-        stream.advance(first)
-        raw = stream.random_raw((skip + numel + 1) // 2)
-        return raw.astype("<u8", copy=False).view("<u4")[skip : skip + numel]
+        philox = np.random.Philox(key=key)
+        first, skip = divmod(start, 16)  # one step of the counter gives sixteen 16-bit words
+        philox.advance(first)
+        raw = philox.random_raw((skip + count + 3) // 4)
+        return raw.astype("<u8", copy=False).view("<u2")[skip : skip + count]

@@ -18,7 +18,7 @@ from mowmerge.tensors import Tensor, torch
 Elect = Literal["none", "mass", "count", "normfrac", "normmass"]
 SAMPLE_SHARE = 1 / 1024  # of a large tensor or model; SAMPLE_LEAST elements of a small one
 SAMPLE_LEAST = 65_536
-BIN_BITS = 20
+BIN_BITS = 18
 
 
 def spread(value: Any, n: int) -> list[Any]:
@@ -236,7 +236,7 @@ class _Sample:
 
 
 class _Count:
-    """Counts codes above each span and histograms those inside it, in at most 2^20 bins.
+    """Counts codes above each span and histograms those inside it, in at most 2^18 bins.
 
     A bin wider than one code also keeps its least and largest code: where they agree, as they do
     in most bins, the bin is as good as one code.

@@ -17,7 +17,7 @@ from mowmerge.errors import RecipeError, did_you_mean
 from mowmerge.methods.contracts import RESERVED, Extent, MethodError, Range, Reduction
 
 FAMILIES = ("static",)
-LAWS = ("identity", "idempotent", "permutation", "scale")
+LAWS = ("identity", "idempotent", "permutation", "scale", "propagates")
 F = TypeVar("F", bound=Callable[..., Any])
 Scope = str | Callable[[Mapping[str, Any]], str]
 
@@ -153,7 +153,7 @@ def merge_method(
         scope: element | row | tensor | model, or a function from the parameters to one of them:
             the smallest unit on which the result is exact.
         models: the exact number of models, where there is one; at_least: the smallest.
-        laws: the optional laws the method keeps (identity, idempotent, permutation, scale), each
+        laws: the optional laws the method keeps (LAWS), each
             with the parameter values under which it does, or just their names.
         exempt: universal laws the method does not keep, each with the reason.
         reduce: for methods with a statistic over a tensor or the model: a generator function over

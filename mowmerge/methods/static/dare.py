@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+import math
 from math import inf
 from typing import Any, Literal
 
@@ -107,6 +108,10 @@ def dare(
     factors = [f * w for f, w in zip(factor, weights, strict=True)]
     if elect == "none":
         total = weighted_sum(kept, [scale * f for f in factors])
-        return total / (sum(weights) or 1.0) if aggregate == "mean" else total
-    kept = [k if f == 1 else k.mul_(f) for k, f in zip(kept, factors, strict=True)]
+        share = math.fsum(weights)
+        return total.div_(share) if aggregate == "mean" and abs(share) >= 1e-8 else total
+    if factors[0] > 0 and len(set(factors)) == 1:  # elects the same, so one product will do
+        scale *= factors[0]
+    else:
+        kept = [k.mul_(f) for k, f in zip(kept, factors, strict=True)]
     return agree(kept, elect_sign(kept, elect, 1.0), aggregate, weights).mul_(scale)

@@ -31,6 +31,7 @@ def _validate(parameters: Mapping[str, Any], n: int) -> None:
         "idempotent": {"normalize": True},
         "permutation": {},
         "scale": {},
+        "propagates": {},
     },
     validate=_validate,
 )

@@ -41,7 +41,7 @@ def _share(products: Tensor, average: str, clamp: bool) -> Tensor:
     paper="arXiv:2403.19522",
     scope=lambda p: "row" if p["filter_wise"] else "tensor",
     at_least=2,
-    laws=("idempotent", "permutation", "scale"),
+    laws=("idempotent", "permutation", "scale", "propagates"),
     reduce=_inner_products,
 )
 def model_stock(

@@ -11,7 +11,13 @@ from mowmerge.tensors import Tensor
 @merge_method(
     paper="arXiv:2312.15166",
     models=1,
-    laws={"identity": {}, "idempotent": {"scale": 1.0}, "permutation": {}, "scale": {}},
+    laws={
+        "identity": {},
+        "idempotent": {"scale": 1.0},
+        "permutation": {},
+        "scale": {},
+        "propagates": {},
+    },
 )
 def passthrough(models: Tensor, *, scale: PerModel[float] = 1.0) -> Tensor:
     """The only model's tensor times scale; its bytes where scale is 1 and the dtype stays.

@@ -20,7 +20,7 @@ def _inner_products(extents: Sequence[Extent]) -> Reduction:
     paper="Shoemake 1985, doi:10.1145/325334.325242",
     scope="tensor",
     models=2,
-    laws=("idempotent", "scale"),
+    laws=("idempotent", "scale", "propagates"),
     reduce=_inner_products,
 )
 def slerp(

@@ -10,7 +10,7 @@ from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor
 
 
-@merge_method(paper="arXiv:2212.04089", laws=("identity", "permutation", "scale"))
+@merge_method(paper="arXiv:2212.04089", laws=("identity", "permutation", "scale", "propagates"))
 def task_arithmetic(
     deltas: Tensor,
     *,
