@@ -40,9 +40,9 @@ def methods() -> str:
         )
     lines += [
         "", "Scope is the smallest unit on which the result is exact, with default parameters.",
-        "Laws: identity (one model, returned), idempotent (equal models, returned), permutation (the",
-        "order of models does not matter), scale (values times c give the result times c), propagates",
-        "(a NaN or Inf in is one out, so the engine need not look for it in the inputs).",
+        "Laws: identity (one model, returned), idempotent (equal models, returned), permutation",
+        "(the order of models does not matter), scale (values times c give the result times c),",
+        "propagates (a NaN or Inf in is one out: the engine need not look for it in the inputs).",
     ]  # fmt: skip
     for spec in specs:
         lines += ["", f"## {spec.name}", "", "```text", spec.doc, "```", ""]

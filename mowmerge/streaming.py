@@ -200,7 +200,7 @@ class OpenJob:
         for handle, row in zip(self._handles, buffers.bytes, strict=True):
             handle.read(start, stop, row)
         buffers.widen()
-        if self._deltas:
+        if self._deltas and buffers.base is not None:
             buffers.models.sub_(buffers.base)
         if check and not math.isfinite(buffers.values.sum().item()):
             self._blame(start, stop)
@@ -229,15 +229,14 @@ class OpenJob:
         return Draws(seed, [i.model for i in job.models], job.output.name, start)
 
     def _cast(self, weight: Tensor, start: int, stop: int) -> memoryview:
-        """The bytes of a result in the output's dtype; all finite, or the error says whose fault."""
+        """The bytes of a result in the output's dtype; if not finite, whose fault that is."""
         buffers = self.buffers(stop - start)
         buffers.out.copy_(weight)
-        narrow = self.job.output.dtype == "F16"
-        if narrow or not math.isfinite(weight.sum().item()):
-            if not bool(torch.isfinite(buffers.out).all()):
-                self._blame(start, stop)
-                raise CheckpointError(
-                    f"the merged '{self.job.output.name}' overflows {self.job.output.dtype}",
-                    hint="lower scale or the weights, or set output.dtype to a wider type",
-                )
+        doubt = self.job.output.dtype == "F16" or not math.isfinite(weight.sum().item())
+        if doubt and not bool(torch.isfinite(buffers.out).all()):
+            self._blame(start, stop)
+            raise CheckpointError(
+                f"the merged '{self.job.output.name}' overflows {self.job.output.dtype}",
+                hint="lower scale or the weights, or set output.dtype to a wider type",
+            )
         return buffers.out_bytes

@@ -46,8 +46,8 @@ def test_importing_loads_no_torch(zoo: Zoo) -> None:
 
 
 def test_the_public_names_are_functions(zoo: Zoo) -> None:
-    code = "import mowmerge.api; from mowmerge import check, merge; print(*map(callable, (check, merge)))"
-    assert zoo.python(code).out == "True True\n"
+    code = "import mowmerge.api; from mowmerge import check, merge; print(check, merge)"
+    assert zoo.python(code).out.count("<function") == 2
 
 
 def test_help_takes_under_four_tenths_of_a_second(zoo: Zoo) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-import math
-from math import inf
+from math import fsum, inf
 from typing import Any, Literal
 
 from mowmerge.methods.contracts import Draws, Extent, PerModel, Reduction, Seed, Unit
@@ -108,7 +107,7 @@ def dare(
     factors = [f * w for f, w in zip(factor, weights, strict=True)]
     if elect == "none":
         total = weighted_sum(kept, [scale * f for f in factors])
-        share = math.fsum(weights)
+        share = fsum(weights)
         return total.div_(share) if aggregate == "mean" and abs(share) >= 1e-8 else total
     if factors[0] > 0 and len(set(factors)) == 1:  # elects the same, so one product will do
         scale *= factors[0]
