@@ -63,7 +63,9 @@ def _statistics(extents: Sequence[Extent]) -> Reduction:
         squares = yield Sum(lambda b: torch.stack([v.double().square().sum() for v in kept(b)]))
         state.power = squares.total.tolist()
     if p["zero_sign"] == "majority":
-        balance = yield Sum(lambda b: elect_sign(kept(b), p["elect"], 0.0, state.power).sum())
+        balance = yield Sum(
+            lambda b: elect_sign(kept(b), p["elect"], 0.0, state.power).sum(), exact=True
+        )
         state.majority = 1.0 if balance.total > 0 else -1.0
     return state
 
@@ -125,4 +127,5 @@ def ties(
     kept = _trimmed(deltas, state, weight)
     zero = {"majority": state.majority, "plus": 1.0, "drop": 0.0}[zero_sign]
     sign = elect_sign(kept, elect, zero, state.power)
-    return agree(kept, sign, aggregate, spread(weight, n)).mul_(scale)
+    merged = agree(kept, sign, aggregate, spread(weight, n))
+    return merged if scale == 1 else merged.mul_(scale)
