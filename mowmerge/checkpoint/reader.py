@@ -52,6 +52,7 @@ class _FileHandle:
 
     def read(self, start: int, stop: int, out: memoryview) -> None:
         offset = self._at + start * self._size
+        out = out[: (stop - start) * self._size]
         while out:  # one call moves at most 2 GiB
             got = _read_at(self._file, out, offset)
             if not got:
