@@ -33,7 +33,9 @@ class _Buffers:
         self.values = opened.memory("values", n * length, dtype).view(n, length)
         self.together: Tensor | None = None
         if len(set(kinds)) > 1:
-            self.raw = [opened.memory(f"raw {i}", length, kind) for i, kind in enumerate(kinds)]
+            self.raw = [
+                opened.memory(f"raw {i}", length, kind, "cpu") for i, kind in enumerate(kinds)
+            ]
         elif kinds[0] == dtype and self.values.device.type == "cpu":
             self.raw = list(self.values)
         else:
