@@ -90,12 +90,7 @@ class _Planner:
 
     def _sources(self) -> dict[str, Stored | Plan]:
         wanted = {name: ref.source for name, ref in self.recipe.models.items()}
-        if self.recipe.base is not None:
-            if "base" in wanted:
-                raise RecipeError(
-                    "a model may not be named 'base': that is the base's own name",
-                    where=self.recipe.where("models", "base"), hint="give it another name",
-                )  # fmt: skip
+        if self.recipe.base is not None:  # no model is named base: the recipe's check saw to it
             wanted = {"base": self.recipe.base, **wanted}
         found: dict[str, Stored | Plan] = {}
         for name, origin in wanted.items():
