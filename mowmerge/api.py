@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mowmerge import __version__
-from mowmerge.checkpoint import sidecars, writer
+from mowmerge.checkpoint import heads, sidecars, writer
+from mowmerge.checkpoint.source import config
 from mowmerge.checkpoint.writer import Staging
 from mowmerge.hub.card import card
 from mowmerge.plan import Plan, Shard, Stored
@@ -72,10 +73,16 @@ def merge(
     target = Path(out or parsed.output.path or Path("merged") / parsed.name)
     keep = [folder for _, folder in _inputs(planned)]
     with Staging(target, force=force, keep=keep) as staging:
-        staging.allocate(planned.shards)
+        staging.allocate([*planned.shards, *planned.heads.values()])
         with _ShardSink(staging.path, planned.shards, begin(planned)) as sink:
-            tensors = Engine(planned).run(sink)
+            engine = Engine(planned)
+            tensors = engine.run(sink)
         try:
+            for model, shard in planned.heads.items():
+                heads.write(engine.readers[model], shard, staging.path / shard.file)
+                held = config(_folder(planned, model))
+                label_map = (staging.path / shard.file).with_suffix(".json")
+                _write(label_map, json.dumps(held, indent=2, ensure_ascii=False) + "\n")
             extra = _write_sidecars(planned, parsed, staging.path)
             content = report(planned, tensors, time.perf_counter() - began, extra)
             _write(staging.path / "report.json", json.dumps(content, indent=1) + "\n")
@@ -84,6 +91,20 @@ def merge(
             raise writer.denied(error, staging.path) from error
         staging.commit()
     return Result(staging.out, content)
+
+
+def load(folder: str | Path, *, task: str | None = None) -> Any:
+    """The transformers model of a merged folder: its backbone, or with the head of a task.
+
+    `task` is a task of the folder's recipe, or the name of a model whose head was kept.
+
+    Raises:
+        CheckpointError: no such head, or one that does not fit the backbone.
+        SourceError: transformers is not installed.
+    """
+    from mowmerge.tasks import heads as task_heads
+
+    return task_heads.load(Path(folder), task)
 
 
 def demo(folder: str | Path) -> list[dict[str, Any]]:
@@ -130,10 +151,15 @@ def _inputs(planned: Plan) -> list[tuple[str, Path]]:
     return found
 
 
+def _folder(planned: Plan, model: str) -> Path:
+    """The folder that a model's config and tokenizer come from; a nested plan's are its donor's."""
+    origin = planned.sources[model]
+    return Path(origin.folder) if isinstance(origin, Stored) else _donor(origin)
+
+
 def _donor(planned: Plan) -> Path:
     """The folder that config and tokenizer come from: the base's, or the first model's."""
-    origin = planned.sources[planned.donor]
-    return Path(origin.folder) if isinstance(origin, Stored) else _donor(origin)
+    return _folder(planned, planned.donor)
 
 
 def _write_sidecars(planned: Plan, recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -160,9 +186,10 @@ def _finish(planned: Plan, folder: Path, hashes: bool) -> None:
         names = sorted(
             {shard.file for shard in planned.shards}
             | {p.name for p in folder.iterdir() if p.is_file() and p.name not in _NOT_HASHED}
+            | {p.relative_to(folder).as_posix() for p in folder.glob("heads/*")}
         )
         lines = [f"{writer.sha256(folder / name)}  {name}" for name in names]
-    sidecars.write_config(_donor(planned), folder, dtype)
+    sidecars.write_config(_donor(planned), folder, dtype, headless=bool(planned.heads))
     if hashes:
         if (folder / "config.json").exists():
             lines.append(f"{writer.sha256(folder / 'config.json')}  config.json")

@@ -94,7 +94,8 @@ class Tied:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a merge will do. `sources` holds, for each model, a checkpoint or another plan."""
+    """Everything a merge will do. `sources` holds, for each model, a checkpoint or another plan;
+    `heads` the file of each model whose head is kept as it is."""
 
     name: str
     donor: str
@@ -108,6 +109,7 @@ class Plan:
     stats: bool = True
     device: str = "cpu"
     tied: tuple[Tied, ...] = ()
+    heads: Mapping[str, Shard] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -124,7 +126,7 @@ class Plan:
     @property
     def write_bytes(self) -> int:
         """Bytes of the output's weight files, headers included: the exact size on disk."""
-        return sum(shard.nbytes for shard in self.shards)
+        return sum(shard.nbytes for shard in (*self.shards, *self.heads.values()))
 
     @property
     def fingerprint(self) -> str:
@@ -138,7 +140,8 @@ class Plan:
             name: source.fingerprint if isinstance(source, Plan) else source.revision
             for name, source in self.sources.items()
         }
-        text = json.dumps([jobs, inner], sort_keys=True, default=str)
+        heads = {model: list(shard.offsets) for model, shard in self.heads.items()}
+        text = json.dumps([jobs, inner, heads], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from mowmerge import __version__
 from mowmerge.checkpoint import naming, source
-from mowmerge.checkpoint.writer import layout
+from mowmerge.checkpoint.writer import layout, shard_of
 from mowmerge.errors import CheckpointError, Problem, RecipeError, ResourceError, SourceError
 from mowmerge.methods import registry
 from mowmerge.methods.contracts import Extent, MethodError
 from mowmerge.plan import RUN, Input, Plan, Shard, Stored, TensorJob, Tied, block_length
-from mowmerge.recipe.model import Recipe
+from mowmerge.recipe.model import Match, Recipe
 from mowmerge.recipe.values import Place, Setting, setting
 from mowmerge.tensors import TensorSpec, dtype_named
 
@@ -48,6 +48,7 @@ def build(recipe: Recipe, options: Options | None = None) -> Plan:
 class _Planner:
     def __init__(self, recipe: Recipe, options: Options) -> None:
         self.recipe, self.options = recipe, options
+        self._metadata = {"format": "pt", "mowmerge": __version__}
         self.problems: list[Problem] = []
         self.warnings: list[str] = []
         self.tied: list[Tied] = []
@@ -55,16 +56,10 @@ class _Planner:
         self.rules_used: set[int] = set()
 
     def plan(self) -> Plan:
-        if self.recipe.heads:
-            raise RecipeError(
-                "heads that are kept per task cannot be written yet",
-                where=self.recipe.where("heads"),
-                hint="leave `heads` out, or drop the heads with a rule",
-            )
         sources = self._sources()
-        specs = {name: s.specs for name, s in sources.items()}
         base = "base" if self.recipe.base is not None else None
         donor = base or next(iter(self.recipe.models))
+        specs, heads = self._bodies(donor, {name: s.specs for name, s in sources.items()})
         jobs = self._jobs(donor, base, specs)
         self._raise_problems()
         jobs = self._grouped(jobs)
@@ -84,6 +79,7 @@ class _Planner:
             stats=self.options.stats,
             device=self.options.device,
             tied=tuple(self.tied),
+            heads=heads,
             dropped=tuple(self.dropped),
             warnings=tuple(self.warnings),
         )
@@ -116,6 +112,42 @@ class _Planner:
         if self.problems:
             raise kind(self.problems)
         return found
+
+    def _bodies(
+        self, donor: str, stored: Mapping[str, Mapping[str, TensorSpec]]
+    ) -> tuple[Mapping[str, Mapping[str, TensorSpec]], Mapping[str, Shard]]:
+        """Each model's tensors under the donor's names, without heads; the heads that are kept."""
+        bodies, heads = {}, {}
+        for model, held in stored.items():
+            view = naming.aligned(held, stored[donor]) if model != donor else held
+            for name, spec in view.items():
+                if name != spec.name:
+                    self.warnings.append(
+                        f"the names of '{model}' differ by a prefix ('{spec.name}'), and are"
+                        f" matched as those of the {donor} ('{name}')"
+                    )
+                    break
+            head = {name for name, spec in view.items() if self._in_head(name, spec.name)}
+            bodies[model] = {name: spec for name, spec in view.items() if name not in head}
+            if head and model in self.recipe.models:
+                kept = [view[name] for name in view if name in head]
+                heads[model] = shard_of(f"heads/{model}.safetensors", kept, self._metadata)
+            elif head:
+                self.warnings.append(f"the {model}'s own head is left out: {', '.join(head)}")
+            elif self.recipe.heads and model in self.recipe.models:
+                self.warnings.append(f"model '{model}' has no tensor that `heads` matches")
+        if self.recipe.heads and not heads:
+            raise RecipeError(
+                f"no model has a tensor that matches {', '.join(self.recipe.heads.match)}",
+                where=self.recipe.where("heads", "match"),
+                hint="`mowmerge merge RECIPE --dry-run` without `heads` lists the names",
+            )
+        return bodies, heads
+
+    def _in_head(self, *names: str) -> bool:
+        """Whether a tensor, under its own name or the donor's, belongs to a head."""
+        heads = self.recipe.heads
+        return heads is not None and any(Match(tensors=heads.match).names(n) for n in names)
 
     def _jobs(
         self, donor: str, base: str | None, specs: Mapping[str, Mapping[str, TensorSpec]]
@@ -209,7 +241,7 @@ class _Planner:
                 if name in specs[donor]:
                     continue
                 tied = naming.tied_to(name, held)
-                alike = tied is not None and replace(tied, name=name) == spec
+                alike = tied is not None and replace(tied, name=spec.name) == spec
                 if tied and alike and naming.tied_to(name, specs[donor]):
                     self.tied.append(Tied(model, spec, tied))
                     self.warnings.append(
@@ -300,7 +332,7 @@ class _Planner:
 
     def _layout(self, jobs: Sequence[TensorJob]) -> list[Shard]:
         size = self.recipe.output.shard_size or SHARD_SIZE
-        return layout([job.output for job in jobs], size, {"format": "pt", "mowmerge": __version__})
+        return layout([job.output for job in jobs], size, self._metadata)
 
     def _memory(self, jobs: Sequence[TensorJob], workers: int) -> tuple[int, int]:
         """The block length and the peak bytes that go with it, within --max-memory."""

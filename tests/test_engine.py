@@ -230,8 +230,8 @@ def test_an_idempotent_method_copies_what_all_models_share(zoo: Zoo) -> None:
     (only,) = report["tensors"]
     assert only["action"] == "copied"
     delta = (models["a"]["w"].double() - models["base"]["w"].double()).norm().item()
-    assert only["delta_norms"] == pytest.approx([delta] * 3)
-    assert only["mean_cosine"] == pytest.approx(1)
+    assert only["delta_norms"] == pytest.approx([delta] * 3, rel=1e-5)
+    assert only["mean_cosine"] == pytest.approx(1, rel=1e-5)
     _, plain = zoo.merge(WAYS["linear"] | {"parameters": {"normalize": False}}, "sum")
     assert plain["tensors"][0]["action"] == "merged"
 
@@ -370,7 +370,7 @@ def test_figures_are_those_of_a_direct_computation(
             (deltas[i] * deltas[j]).sum().item() / norms[i] / norms[j]
             for i, j in combinations(range(3), 2)
         ]
-        assert line["mean_cosine"] == pytest.approx(sum(cosines) / 3, abs=1e-6)
+        assert line["mean_cosine"] == pytest.approx(sum(cosines) / 3, abs=1e-5)
         stacked = torch.stack(deltas)
         conflict = ((stacked > 0).any(0) & (stacked < 0).any(0)).double().mean().item()
         assert line["sign_conflict"] == pytest.approx(conflict, abs=1e-12)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 
 from mowmerge.tensors import TensorSpec
 
@@ -70,6 +71,29 @@ def depths(names: Iterable[str]) -> dict[str, float]:
         name: place[1] / max(1, last[place[0]]) if place else float(not _EARLY.search(name))
         for name, place in places.items()
     }
+
+
+def aligned(held: Mapping[str, TensorSpec], names: Collection[str]) -> Mapping[str, TensorSpec]:
+    """What a model holds under the other model's `names`, where a class prefix sets them apart.
+
+    The same weights are `encoder.x` when saved as the bare backbone and `vit.encoder.x` when saved
+    under a class with a head. Names are changed only where that makes more of them fit, and at
+    least half of what could.
+    """
+    fits = len(held.keys() & set(names))
+    if fits == min(len(held), len(names)):
+        return held
+    fewest = max(fits + 1, (min(len(held), len(names)) + 1) // 2)
+    best: Mapping[str, TensorSpec] = held
+    for prefix in Counter(name.partition(".")[0] + "." for name in (*held, *names)):
+        for view in (
+            {name.removeprefix(prefix): spec for name, spec in held.items()},
+            {prefix + name: spec for name, spec in held.items()},
+        ):
+            fit = len(view.keys() & set(names))
+            if len(view) == len(held) and fit >= fewest:
+                best, fewest = view, fit + 1
+    return best
 
 
 def tied_to(name: str, specs: Mapping[str, TensorSpec]) -> TensorSpec | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -13,6 +14,8 @@ from mowmerge.checkpoint.source import SIDECARS, config
 _OURS = ("config.json", "report.json", "recipe.yaml", "README.md", "SHA256SUMS", "*.index.json",
          "recipe.lock.yaml", "trainer_state.json", "*_results.json")  # fmt: skip
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".md")
+_OF_A_HEAD = ("id2label", "label2id", "num_labels", "problem_type", "finetuning_task")
+_CLASS_WITH_HEAD = re.compile(r"(?:For[A-Z]|LMHead|DoubleHeads)\w*$")
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 
 
@@ -36,16 +39,24 @@ def copy(donor: Path, others: Sequence[tuple[str, Path]], out: Path) -> list[str
     return sorted(f.name for f in rest if f.suffix not in _WEIGHTS and not f.name.startswith("."))
 
 
-def write_config(donor: Path, out: Path, dtype: str | None) -> None:
-    """Writes the donor's config.json with nothing changed but the dtype, where that changed."""
+def write_config(donor: Path, out: Path, dtype: str | None, *, headless: bool = False) -> None:
+    """Writes the donor's config.json with nothing changed but the dtype, where that changed.
+
+    `headless` makes it that of the bare backbone: its class, and no label map.
+    """
     settings = config(donor)
     if not settings:
         return
-    if dtype is None:
+    if dtype is None and not headless:
         shutil.copyfile(donor / "config.json", out / "config.json")
         return
     keys = [key for key in ("dtype", "torch_dtype") if key in settings] or ["dtype"]
-    for key in keys:
+    for key in keys if dtype else ():
         settings[key] = dtype
+    if headless:
+        settings = {k: v for k, v in settings.items() if k not in _OF_A_HEAD}
+        if "architectures" in settings:
+            named = settings["architectures"] or []
+            settings["architectures"] = [_CLASS_WITH_HEAD.sub("Model", name) for name in named]
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     (out / "config.json").write_text(text + "\n", encoding="utf-8")

@@ -43,10 +43,11 @@ def layout(
     n = len(groups)
     names = [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
     names = names if n > 1 else ["model.safetensors"]
-    return [_shard(name, group, metadata) for name, group in zip(names, groups, strict=True)]
+    return [shard_of(name, group, metadata) for name, group in zip(names, groups, strict=True)]
 
 
-def _shard(file: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> Shard:
+def shard_of(file: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> Shard:
+    """One output file of these tensors: wider dtypes first, the data aligned."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     offsets, end = {}, 0
     for spec in sorted(specs, key=lambda s: -s.itemsize):
@@ -167,6 +168,7 @@ class Staging:
         for shard in shards:
             file = self.path / shard.file
             try:
+                file.parent.mkdir(exist_ok=True)
                 fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
                 try:
                     _reserve(fd, shard.nbytes)

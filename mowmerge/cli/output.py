@@ -64,6 +64,8 @@ def show_plan(plan: Plan, *, as_json: bool) -> None:
         f" read {size(plan.read_bytes)}, write {size(plan.write_bytes)},"
         f" peak memory {size(plan.peak_bytes)} with {plan.workers} worker(s)"
     )
+    if plan.heads:
+        print(f"heads kept as they are: {', '.join(plan.heads)}")
     if plan.dropped:
         print(f"dropped by a rule: {', '.join(plan.dropped)}")
     warn(plan.warnings)
@@ -104,6 +106,10 @@ def plan_object(plan: Plan) -> dict[str, Any]:
             }
             for job in plan.jobs
         ],
+        "heads": {
+            model: {"file": shard.file, "bytes": shard.nbytes, "tensors": list(shard.offsets)}
+            for model, shard in plan.heads.items()
+        },
         "dropped": list(plan.dropped),
         "warnings": list(plan.warnings),
     }

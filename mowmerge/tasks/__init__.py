@@ -1,0 +1,1 @@
+"""What a task is: its data, splits, content hashes, heads and metrics."""

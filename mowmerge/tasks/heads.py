@@ -1,0 +1,113 @@
+"""A merged backbone with the head of one task: both as they are stored, nothing made up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from mowmerge.checkpoint.reader import StoredReader
+from mowmerge.checkpoint.source import config, find
+from mowmerge.errors import CheckpointError, SourceError, did_you_mean
+from mowmerge.recipe import parse
+from mowmerge.tensors import DTYPES, torch
+
+
+def load(folder: Path, task: str | None) -> Any:
+    """The model in `folder` in eval mode: the class its config names, or that of the task's head.
+
+    Raises:
+        CheckpointError: no head for the task, a head that does not fit, a key too many or too few.
+        SourceError: transformers is not installed.
+    """
+    if not find_spec("transformers"):
+        raise SourceError(
+            "loading a model needs transformers, which is not installed",
+            hint='pip install "mowmerge[models]"',
+        )
+    import transformers
+
+    settings = config(folder)
+    if not settings:
+        raise CheckpointError("there is no config.json", where=str(folder))
+    head = _head_file(folder, task) if task else None
+    described = transformers.AutoConfig.from_pretrained(
+        head.with_suffix(".json") if head else folder
+    )
+    name = (described.architectures or ["AutoModel"])[0]
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise CheckpointError(f"transformers knows no class '{name}'", where=str(head or folder))
+    dtype = settings.get("dtype") or settings.get("torch_dtype")
+    with _quiet():
+        try:
+            model, info = kind.from_pretrained(
+                folder, config=described, dtype=dtype, output_loading_info=True,
+                local_files_only=True,
+            )  # fmt: skip
+        except (RuntimeError, OSError, ValueError) as error:
+            raise CheckpointError(str(error).strip(), where=str(folder)) from error
+    given = _fit(model, head) if head else set()
+    missing = set(map(str, info["missing_keys"])) - given
+    wrong = {"missing": sorted(missing), "unexpected": sorted(map(str, info["unexpected_keys"]))}
+    if any(wrong.values()):
+        keys = "; ".join(f"{what}: {', '.join(names)}" for what, names in wrong.items() if names)
+        raise CheckpointError(f"does not load as {name}: {keys}", where=str(folder))
+    return model.eval()
+
+
+def _head_file(folder: Path, task: str) -> Path:
+    """heads/<model>.safetensors of a task, or of a model."""
+    names = sorted(file.stem for file in (folder / "heads").glob("*.safetensors"))
+    recipe = folder / "recipe.yaml"
+    tasks = parse.load(recipe).tasks if recipe.exists() else {}
+    model = tasks[task].expert if task in tasks else task
+    if model not in names:
+        known = sorted({*names, *(t for t, of in tasks.items() if of.expert in names)})
+        raise CheckpointError(
+            f"there is no head for '{task}'",
+            where=str(folder),
+            hint=did_you_mean(task, known)
+            if known
+            else "merge with `heads: {match: ...}` to keep the heads of the experts",
+        )
+    return folder / "heads" / f"{model}.safetensors"
+
+
+def _fit(model: Any, file: Path) -> set[str]:
+    """Copies the head's tensors into the model; returns their names."""
+    reader = StoredReader(find(str(file)))
+    places = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, spec in reader.specs.items():
+        place = places.get(name)
+        if place is None or tuple(place.shape) != spec.shape:
+            theirs = "lacks it" if place is None else f"has {list(place.shape)}"
+            raise CheckpointError(
+                f"the head's '{name}' is {list(spec.shape)}, and {type(model).__name__} {theirs}",
+                where=str(file),
+                hint="the head belongs to a backbone of another width or class",
+            )
+        value = torch.empty(spec.shape, dtype=DTYPES[spec.dtype].torch)
+        handle = reader.open(name)
+        handle.read(0, spec.numel, value.view(-1).view(torch.uint8).numpy().data)
+        handle.close()
+        place.data.copy_(value)
+    return set(reader.specs)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and no load report: what is missing is checked here."""
+    from transformers.utils import logging
+
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
