@@ -93,6 +93,8 @@ class _Planner:
             if isinstance(origin, Recipe):
                 inner = build(origin, replace(self.options, stats=False, workers=1))
                 self.warnings += [f"{name}: {warning}" for warning in inner.warnings]
+                if inner.heads:
+                    self.warnings.append(f"{name}: the heads its recipe keeps are not taken along")
                 found[name] = inner
                 continue
             try:

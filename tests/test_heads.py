@@ -25,7 +25,7 @@ from mowmerge.checkpoint import naming
 from mowmerge.errors import CheckpointError, RecipeError
 from mowmerge.planner import Options
 from mowmerge.tensors import TensorSpec
-from tests.zoo import load
+from tests.zoo import load, raw
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"intermediate_size": 32}
@@ -179,6 +179,18 @@ def test_a_pattern_that_matches_nothing_is_refused(tmp_path: Path) -> None:
     vits(tmp_path)
     with pytest.raises(RecipeError, match=r"no model has a tensor that matches head\.\*"):
         api.plan(recipe(tmp_path, more="heads: {match: 'head.*'}\n"))
+
+
+def test_a_nested_recipe_brings_its_backbone_and_says_that_its_heads_stay(tmp_path: Path) -> None:
+    vits(tmp_path)
+    inner = recipe(tmp_path).rename(tmp_path / "inner.yaml")
+    (tmp_path / "outer.yaml").write_text(
+        "version: 1\nmodels: {both: ./inner.yaml}\nmethod: passthrough\n"
+    )
+    assert api.plan(tmp_path / "outer.yaml").warnings[-1].startswith("both: the heads its recipe")
+    whole = api.merge(inner, tmp_path / "one").path
+    outer = load(api.merge(tmp_path / "outer.yaml", tmp_path / "two").path)
+    assert raw(outer) == raw(load(whole))
 
 
 def test_different_heads_without_the_policy_are_refused(tmp_path: Path) -> None:
