@@ -1,0 +1,174 @@
+"""A task's samples: any data that `datasets` loads, one split, in an order that a seed decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from mowmerge.errors import MowmergeError, RecipeError, SourceError, did_you_mean
+from mowmerge.recipe.model import Recipe
+
+INPUT = {"image-classification": "image", "text-classification": "text", "causal-lm": "text"}
+
+
+@dataclass(frozen=True)
+class Items:
+    """The samples of one split of a task, and the columns that hold input and label."""
+
+    task: str
+    split: str
+    where: str
+    data: Any
+    column: str
+    label: str | None
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def input(self, i: int) -> Any:
+        """Sample i's text, or its decoded picture; SourceError where that cannot be had."""
+        try:
+            value = self.data[i][self.column]
+            if not isinstance(value, str):
+                value.load()
+        except Exception as error:  # the decoders' own types are many
+            raise SourceError(
+                f"item {i} of '{self.split}' in task '{self.task}' does not decode: {error}",
+                where=self.where,
+                hint="mend or remove the file",
+            ) from error
+        return value
+
+    def labels(self, classes: Mapping[str, int]) -> list[int]:
+        """The class number of each sample in a head's label map (`label2id`).
+
+        Names are looked up in the map, those of a ClassLabel column too. Plain numbers, and a map
+        that names none (LABEL_0, LABEL_1, ...), are taken as class numbers.
+
+        Raises:
+            RecipeError: a label outside the map, or a task that has no labels.
+        """
+        if self.label is None:
+            raise RecipeError(f"task '{self.task}' has no labels", where=self.where)
+        names = getattr(self.data.features[self.label], "names", None)
+        unnamed = all(name == f"LABEL_{i}" for name, i in classes.items())
+        found = []
+        for value in self.data[self.label][:]:
+            name = names[value] if names and not unnamed else value
+            number = name if isinstance(name, int) else classes.get(name, -1)
+            if number not in classes.values():
+                raise RecipeError(
+                    f"task '{self.task}' has the label {name!r}, which the head does not know",
+                    where=self.where,
+                    hint=did_you_mean(str(name), list(classes)),
+                )
+            found.append(number)
+        return found
+
+
+def load(recipe: Recipe, task: str, use: str) -> Items:
+    """The items of a task for `use`: router, select or eval; in seeded order, limited.
+
+    Raises:
+        RecipeError: no such split or column.
+        SourceError: `datasets` is not installed, or there is no data.
+    """
+    asked = recipe.tasks[task]
+    where = recipe.where("tasks", task, "splits", use)
+    split = getattr(asked.splits, use)
+    if split is None:
+        raise RecipeError(
+            f"task '{task}' has no split for {use}",
+            where=where,
+            hint=f"name one: splits: {{{use}: ...}}",
+        )
+    splits = _load(recipe, task)
+    if split not in splits:
+        raise RecipeError(
+            f"the data of task '{task}' has no split '{split}'",
+            where=where,
+            hint=did_you_mean(split, list(splits)),
+        )
+    data = splits[split]
+    column = asked.columns.get("input", INPUT[asked.type])
+    label = None if asked.type == "causal-lm" else asked.columns.get("label", "label")
+    for name in filter(None, (column, label)):
+        if name not in data.column_names:
+            raise RecipeError(
+                f"the data of task '{task}' has no column '{name}'",
+                where=recipe.where("tasks", task, "columns"),
+                hint=did_you_mean(name, data.column_names),
+            )
+    data = data.shuffle(seed=asked.seed, keep_in_memory=True)
+    if asked.limit is not None:
+        data = data.select(range(min(asked.limit, len(data))))
+    return Items(task, split, where, data, column, label)
+
+
+def _load(recipe: Recipe, task: str) -> Mapping[str, Any]:
+    """Every split of a task's data, by name."""
+    where = recipe.where("tasks", task, "data")
+    if not find_spec("datasets"):
+        raise SourceError(
+            "tasks need the package datasets, which is not installed",
+            where=where,
+            hint='pip install "mowmerge[tasks]"',
+        )
+    import datasets
+
+    given = dict(recipe.tasks[task].data)
+    for key in ("data_dir", "data_files"):
+        if key in given:
+            given[key] = _located(recipe, given[key])
+    if "path" not in given:
+        raise RecipeError(
+            f"the data of task '{task}' has no path",
+            where=where,
+            hint="path: imagefolder, parquet, json, csv, text, or a Hub name",
+        )
+    if given["path"].startswith((".", "/")):
+        given["path"] = recipe.locate(given["path"])
+    try:
+        with _without_bars():
+            loaded = datasets.load_dataset(**given)
+    except MowmergeError:
+        raise
+    except Exception as error:  # missing files, no network, damaged files: each with its own type
+        raise SourceError(
+            f"the data of task '{task}' cannot be loaded: {str(error).strip() or repr(error)}",
+            where=where,
+            hint="`data` takes the arguments of datasets.load_dataset; paths start at the recipe",
+        ) from error
+    if not isinstance(loaded, dict):
+        raise RecipeError(
+            f"the data of task '{task}' says which split, which is for `splits` to say",
+            where=where,
+            hint="remove `split` from `data`",
+        )
+    return loaded
+
+
+def _located(recipe: Recipe, value: Any) -> Any:
+    """Paths from the recipe's folder, or else from here."""
+    if isinstance(value, Mapping):
+        return {key: _located(recipe, inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_located(recipe, inner) for inner in value]
+    return recipe.locate(str(value))
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """No progress bars of datasets'."""
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
