@@ -25,6 +25,7 @@ from mowmerge.tensors import DTYPES
 
 if TYPE_CHECKING:
     from mowmerge.engine import Sink
+    from mowmerge.evals.evaluator import Score
 
 Advance = Callable[[int], None]
 
@@ -105,6 +106,16 @@ def load(folder: str | Path, *, task: str | None = None) -> Any:
     from mowmerge.tasks import heads as task_heads
 
     return task_heads.load(Path(folder), task)
+
+
+def evaluate(
+    folder: str | Path, tasks: str | Path | Recipe, *, against: Sequence[str] = ("base", "experts")
+) -> list[Score]:
+    """The scores of a merged folder on the tasks of a recipe, and of its base and its experts."""
+    from mowmerge.evals import evaluator
+
+    parsed = tasks if isinstance(tasks, Recipe) else check(tasks)
+    return evaluator.evaluate(Path(folder), parsed, against)
 
 
 def demo(folder: str | Path) -> list[dict[str, Any]]:

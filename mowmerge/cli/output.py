@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mowmerge.api import Advance, Result
+    from mowmerge.evals.evaluator import Score
     from mowmerge.plan import Plan, TensorJob
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -177,6 +178,16 @@ def show_result(result: Result, *, as_json: bool, quiet: bool) -> None:
         f"{result.path}: {merged} tensors merged, {len(tensors) - merged} copied,"
         f" {size(summary['written_bytes'])} in {summary['seconds']:.1f} s"
     )
+
+
+def show_scores(scores: Sequence[Score], *, as_json: bool) -> None:
+    """Models by tasks, or everything with each item."""
+    from mowmerge.evals import evaluator
+
+    if as_json:
+        print(json.dumps(evaluator.as_json(scores)))
+        return
+    show_demo(evaluator.table(scores), as_json=False)
 
 
 def show_demo(rows: Sequence[dict[str, Any]], *, as_json: bool) -> None:

@@ -15,8 +15,13 @@ from mowmerge.recipe import parse
 from mowmerge.tensors import DTYPES, torch
 
 
-def load(folder: Path, task: str | None) -> Any:
+def load(
+    folder: Path, task: str | None, expert: str | None = None, *, keeping: Path | None = None
+) -> Any:
     """The model in `folder` in eval mode: the class its config names, or that of the task's head.
+
+    `expert` says whose head the task's is where that is known; `keeping` is the folder with the
+    heads where it is another one.
 
     Raises:
         CheckpointError: no head for the task, a head that does not fit, a key too many or too few.
@@ -32,7 +37,7 @@ def load(folder: Path, task: str | None) -> Any:
     settings = config(folder)
     if not settings:
         raise CheckpointError("there is no config.json", where=str(folder))
-    head = _head_file(folder, task) if task else None
+    head = _head_file(keeping or folder, task, expert) if task else None
     described = transformers.AutoConfig.from_pretrained(
         head.with_suffix(".json") if head else folder
     )
@@ -58,12 +63,12 @@ def load(folder: Path, task: str | None) -> Any:
     return model.eval()
 
 
-def _head_file(folder: Path, task: str) -> Path:
+def _head_file(folder: Path, task: str, expert: str | None) -> Path:
     """heads/<model>.safetensors of a task, or of a model."""
     names = sorted(file.stem for file in (folder / "heads").glob("*.safetensors"))
     recipe = folder / "recipe.yaml"
-    tasks = parse.load(recipe).tasks if recipe.exists() else {}
-    model = tasks[task].expert if task in tasks else task
+    tasks = parse.load(recipe).tasks if recipe.exists() and not expert else {}
+    model = expert or (tasks[task].expert if task in tasks else task)
     if model not in names:
         known = sorted({*names, *(t for t, of in tasks.items() if of.expert in names)})
         raise CheckpointError(

@@ -1,0 +1,1 @@
+"""One evaluator: any model on any task, item by item."""
