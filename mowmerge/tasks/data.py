@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from mowmerge.errors import MowmergeError, RecipeError, SourceError, did_you_mean
@@ -57,8 +58,10 @@ class Items:
         unnamed = all(name == f"LABEL_{i}" for name, i in classes.items())
         found = []
         for value in self.data[self.label][:]:
-            name = names[value] if names and not unnamed else value
-            number = name if isinstance(name, int) else classes.get(name, -1)
+            name = value
+            if names and not unnamed and value in range(len(names)):
+                name = names[value]
+            number = classes.get(name, -1) if isinstance(name, str) else name
             if number not in classes.values():
                 raise RecipeError(
                     f"task '{self.task}' has the label {name!r}, which the head does not know",
@@ -157,7 +160,10 @@ def _located(recipe: Recipe, value: Any) -> Any:
         return {key: _located(recipe, inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_located(recipe, inner) for inner in value]
-    return recipe.locate(str(value))
+    located = recipe.locate(str(value))
+    if located == value and not Path(value).is_absolute() and any(recipe.folder.glob(value)):
+        return str(recipe.folder / value)  # a pattern
+    return located
 
 
 @contextmanager

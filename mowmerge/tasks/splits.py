@@ -12,9 +12,11 @@ from mowmerge.tasks.data import Items, load
 
 
 def digest(value: Any) -> str:
-    """The sha256 of a text, or of an image's mode, size and pixels: encodings do not matter."""
+    """The sha256 of a text, or of an image's size and colours: how it is stored does not matter."""
     if isinstance(value, str):
         return sha256(value.encode()).hexdigest()
+    if value.mode not in ("I", "F", "I;16"):  # these hold more than a byte a channel
+        value = value.convert("RGBA")
     shape = f"{value.mode} {value.width} {value.height} ".encode()
     return sha256(shape + value.tobytes()).hexdigest()
 

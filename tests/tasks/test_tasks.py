@@ -17,7 +17,7 @@ from mowmerge.recipe import parse
 from mowmerge.recipe.model import Recipe
 from mowmerge.tasks.data import load
 from mowmerge.tasks.metrics import accuracy, macro_f1
-from mowmerge.tasks.splits import digests, load_apart
+from mowmerge.tasks.splits import digest, digests, load_apart
 
 SPLITS = {"router": "train", "select": "validation", "eval": "test"}
 
@@ -116,6 +116,32 @@ def test_a_picture_stored_in_another_format_is_the_same_picture(tmp_path: Path) 
         image.save(tmp_path / "pics/test/dog/copy.bmp")
     with pytest.raises(RecipeError, match=r"share 1 sample\(s\)"):
         load_apart(made, "t", ["router", "eval"])
+
+
+def test_pictures_are_told_apart_by_colour_not_by_storage() -> None:
+    red, green = (Image.new("RGB", (2, 2), colour) for colour in ("red", "green"))
+    palettes = [image.convert("P", palette=Image.Palette.ADAPTIVE) for image in (red, green)]
+    assert digest(red) == digest(palettes[0]) != digest(palettes[1]) == digest(green)
+    deep = [Image.new("I;16", (1, 1), value) for value in (256, 257)]
+    assert digest(deep[0]) != digest(deep[1])
+
+
+def test_unlabelled_items_and_lists_of_labels_are_refused(tmp_path: Path) -> None:
+    import datasets
+
+    label = datasets.ClassLabel(names=["bad", "good"])
+    made = datasets.Dataset.from_dict(
+        {"text": ["a", "b"], "label": [1, -1]},
+        features=datasets.Features({"text": datasets.Value("string"), "label": label}),
+    )
+    made.to_parquet(tmp_path / "test-0.parquet")
+    data = {"path": "parquet", "data_files": {"test": "test-*.parquet"}}
+    items = load(recipe(tmp_path, data), "t", "eval")
+    with pytest.raises(RecipeError, match="the label -1, which the head does not know"):
+        items.labels({"bad": 0, "good": 1})
+    both = load(recipe(tmp_path, texts(tmp_path, train=[("a", [0, 1])])), "t", "router")
+    with pytest.raises(RecipeError, match=r"the label \[0, 1\], which"):
+        both.labels({"bad": 0, "good": 1})
 
 
 def test_a_picture_that_does_not_decode_is_named(tmp_path: Path) -> None:
