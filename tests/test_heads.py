@@ -220,6 +220,21 @@ def test_a_head_of_another_width_is_refused(tmp_path: Path) -> None:
         mowmerge.load(out, task="pets")
 
 
+def test_a_damaged_folder_is_named(tmp_path: Path) -> None:
+    vits(tmp_path)
+    out = api.merge(recipe(tmp_path), tmp_path / "out").path
+    (out / "heads/sky.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"sky\.json: the config does not load"):
+        mowmerge.load(out, task="sky")
+    (out / "heads/sky.json").unlink()
+    with pytest.raises(CheckpointError, match=r"sky\.json: the config does not load"):
+        mowmerge.load(out, task="sky")
+    shard = out / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        mowmerge.load(out, task="pets")
+
+
 def test_a_lost_tensor_is_an_error_and_never_made_up(tmp_path: Path) -> None:
     vits(tmp_path)
     out = api.merge(recipe(tmp_path), tmp_path / "out").path

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 from mowmerge.tensors import TensorSpec
@@ -85,7 +84,7 @@ def aligned(held: Mapping[str, TensorSpec], names: Collection[str]) -> Mapping[s
         return held
     fewest = max(fits + 1, (min(len(held), len(names)) + 1) // 2)
     best: Mapping[str, TensorSpec] = held
-    for prefix in Counter(name.partition(".")[0] + "." for name in (*held, *names)):
+    for prefix in dict.fromkeys(name.partition(".")[0] + "." for name in (*held, *names)):
         for view in (
             {name.removeprefix(prefix): spec for name, spec in held.items()},
             {prefix + name: spec for name, spec in held.items()},

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mowmerge.errors import MowmergeError, RecipeError, SourceError, did_you_mean
+from mowmerge.errors import RecipeError, SourceError, did_you_mean
 from mowmerge.recipe.model import Recipe
 
 INPUT = {"image-classification": "image", "text-classification": "text", "causal-lm": "text"}
@@ -137,8 +137,6 @@ def _load(recipe: Recipe, task: str) -> Mapping[str, Any]:
     try:
         with _without_bars():
             loaded = datasets.load_dataset(**given)
-    except MowmergeError:
-        raise
     except Exception as error:  # missing files, no network, damaged files: each with its own type
         raise SourceError(
             f"the data of task '{task}' cannot be loaded: {str(error).strip() or repr(error)}",

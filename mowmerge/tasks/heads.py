@@ -38,9 +38,16 @@ def load(
     if not settings:
         raise CheckpointError("there is no config.json", where=str(folder))
     head = _head_file(keeping or folder, task, expert) if task else None
-    described = transformers.AutoConfig.from_pretrained(
-        head.with_suffix(".json") if head else folder
-    )
+    find(str(folder))  # a shard that is absent or cut short is named before transformers meets it
+    file = head.with_suffix(".json") if head else folder
+    try:
+        described = transformers.AutoConfig.from_pretrained(file)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"the config does not load: {str(error).strip().splitlines()[0]}",
+            where=str(file),
+            hint="merge again, or mend the file",
+        ) from error
     name = (described.architectures or ["AutoModel"])[0]
     kind = getattr(transformers, name, None)
     if kind is None:
