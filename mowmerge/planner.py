@@ -18,7 +18,7 @@ from mowmerge.recipe.model import Match, Recipe
 from mowmerge.recipe.values import Place, Setting, setting
 from mowmerge.tensors import TensorSpec, dtype_named
 
-BLOCK = 4 * RUN  # elements worked on at a time, unless memory asks for fewer
+BLOCK = 2 * RUN  # elements worked on at a time: a few models of them fit a core's L2 cache
 RUNTIME = 250 << 20  # bytes that Python, torch and the plan itself take
 HISTOGRAM = 4 << 20  # bytes a model while an order statistic is counted
 SHARD_SIZE = 5_000_000_000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import Annotated
 
@@ -54,3 +55,5 @@ def main() -> None:
             raise
         print("interrupted: nothing was written", file=sys.stderr)
         sys.exit(130)
+    finally:
+        gc.freeze()  # no search for cycles at exit: with torch loaded it takes a quarter second
