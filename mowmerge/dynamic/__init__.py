@@ -1,0 +1,1 @@
+"""What a dynamic checkpoint is at run time: format, codecs, layers, routers, modeling."""

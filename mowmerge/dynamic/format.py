@@ -1,0 +1,233 @@
+"""What a dynamic checkpoint says of itself: the manifest in config.json, and what lies where.
+
+One equation for every method: W(x) = A + sum_s (c_s(x) - o_s) D_s, with A the anchor, a complete
+static model under the base's own names, D_s the coded deltas beside it, c a gate's coefficients and
+o constant offsets. Loads no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from math import prod
+from typing import Any
+
+FORMAT = 1
+ROUTER = "mow_router"  # module and name prefix of what train-router may change
+HEADS = "mow_heads"  # module and name prefix of the heads, one a task
+CODECS = ("full", "full_abs", "low_rank", "sparse", "row_sparse", "mask", "one_bit")
+SCOPES = ("sample", "block", "module", "task")
+
+
+class FormatError(ValueError):
+    """A manifest that this version cannot read."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One stored tensor of a code: safetensors dtype, shape, and the axis along which the rows of
+    the coded tensor lie (None: it is no row's)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    axis: int | None = None
+
+
+@dataclass(frozen=True)
+class Code:
+    """How one tensor's deltas are stored.
+
+    name: the anchor tensor's name on disk. gate: whose coefficients mix the slots. dtype: of the
+    values. rank: columns a slot (low_rank). kept: entries a slot (sparse) or rows in all
+    (row_sparse). zeros: whether one_bit marks entries that are 0. gate_rank: rows a slot of a gate
+    that scores tokens by their projection (scope module).
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    codec: str
+    slots: int
+    gate: str
+    dtype: str = "F32"
+    rank: int = 0
+    kept: int = 0
+    zeros: bool = False
+    gate_rank: int = 0
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns under which the tensor is coded; a vector is one row."""
+        if len(self.shape) < 2:
+            return 1, prod(self.shape)
+        return self.shape[0], prod(self.shape[1:])
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """What is stored: part -> dtype, shape and row axis. See `codecs` for what each means."""
+        rows, columns = self.matrix
+        n, packed = self.slots, (columns + 7) // 8
+        each, alone = (1, 0) if len(self.shape) > 1 else (None, None)
+        bits, scale = Part("U8", (n, rows, packed), each), Part("F32", (n,))
+        parts = {
+            "full": {"delta": Part(self.dtype, (n, *self.shape), each)},
+            "full_abs": {"abs": Part(self.dtype, (n, *self.shape), each)},
+            "low_rank": {
+                "u": Part(self.dtype, (rows, n * self.rank)),
+                "v": Part(self.dtype, (n * self.rank, columns)),
+                "slot": Part("I32", (n * self.rank,)),
+            },
+            "sparse": {
+                "occ": bits,
+                "val": Part(self.dtype, (n * self.kept,)),
+                "ptr": Part("I64", (n + 1,)),
+            },
+            "row_sparse": {
+                "rowidx": Part("I64", (self.kept,)),
+                "rowval": Part(self.dtype, (self.kept, columns)),
+                "ptr": Part("I64", (n + 1,)),
+            },
+            "mask": {
+                "unified": Part(self.dtype, self.shape, alone),
+                "mask": bits,
+                "scale": scale,
+            },
+            "one_bit": {"sign": bits, "scale": scale} | ({"occ": bits} if self.zeros else {}),
+        }[self.codec]
+        if self.gate_rank:
+            parts["gate"] = Part("F32", (n * self.gate_rank, columns))
+        return parts
+
+    def part_name(self, part: str) -> str:
+        """The name of a part in the checkpoint: P.dyn_u beside P.weight, P.bias_dyn_u for P.bias."""
+        path, _, leaf = self.name.rpartition(".")
+        ending = f"dyn_{part}" if leaf == "weight" else f"{leaf}_dyn_{part}"
+        return f"{path}.{ending}" if path else ending
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Where the coefficients of a set of tensors come from.
+
+    scope: sample (a classifier on pooled features), block (on the tokens that enter the first of
+    its tensors), module (each token, by projection, in each tensor alone) or task (the caller says
+    which). router: whose parameters. offset: o, the same for every slot. index: the layer's number,
+    for a router that is shared and told where it is.
+    """
+
+    scope: str
+    router: str = ""
+    offset: float = 0.0
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class Router:
+    """What turns features into one coefficient a slot.
+
+    kind: linear, mlp (linear, ReLU, linear, on each token), constant, twin (two hidden layers with
+    batch norm), centroid (minus the squared distance). width: of the features. layer: after how
+    many layers of the anchor they are taken (0: its last hidden state). code: width of the layer
+    code put in front. activation: softmax, or none. top_k: how many keep their coefficient (0:
+    all). hard: from which largest probability on it counts as 1. rest: coefficient of the slots
+    that were not chosen.
+    """
+
+    kind: str
+    width: int
+    outputs: int
+    hidden: int = 0
+    layer: int = 0
+    code: int = 0
+    activation: str = "softmax"
+    top_k: int = 0
+    hard: float = 1.0
+    rest: float = 0.0
+    init: float = 0.0
+    seed: int = 0
+    objective: str = "task"
+
+
+@dataclass(frozen=True)
+class Head:
+    """One task's head: the expert it came from, its task, and what its config says of labels."""
+
+    expert: str
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything `config.json` holds under "mowmerge"; the order of experts is that of slots."""
+
+    method: str
+    experts: tuple[str, ...]
+    codes: tuple[Code, ...]
+    gates: Mapping[str, Gate]
+    routers: Mapping[str, Router] = field(default_factory=dict)
+    heads: tuple[Head, ...] = ()
+    head_class: str = ""
+    format: int = FORMAT
+
+    @property
+    def routed(self) -> tuple[str, ...]:
+        """The gates whose coefficients are the same for all tokens of a sample, in order: those
+        that a `gates` tensor holds side by side."""
+        return tuple(name for name, gate in self.gates.items() if gate.scope != "module")
+
+    def slots(self, gate: str) -> int:
+        """How many coefficients a gate has."""
+        return next(code.slots for code in self.codes if code.gate == gate)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; what has its default is left out."""
+        return {
+            "format": self.format,
+            "method": self.method,
+            "experts": list(self.experts),
+            "gates": {name: _lean(gate) for name, gate in self.gates.items()},
+            "routers": {name: _lean(router) for name, router in self.routers.items()},
+            "heads": [asdict(head) for head in self.heads],
+            "head_class": self.head_class,
+            "tensors": [_lean(code) for code in self.codes],
+        }
+
+    @classmethod
+    def from_json(cls, held: Mapping[str, Any]) -> Manifest:
+        """The manifest that `to_json` wrote.
+
+        Raises:
+            FormatError: a newer format, an unknown codec or scope, a gate that is not there.
+        """
+        number = held.get("format")
+        if number != FORMAT:
+            raise FormatError(
+                f"this checkpoint has format {number!r} and this mowmerge reads {FORMAT}:"
+                " upgrade mowmerge"
+            )
+        try:
+            made = cls(
+                method=held["method"],
+                experts=tuple(held["experts"]),
+                codes=tuple(
+                    Code(**{**code, "shape": tuple(code["shape"])}) for code in held["tensors"]
+                ),
+                gates={name: Gate(**gate) for name, gate in held["gates"].items()},
+                routers={name: Router(**router) for name, router in held["routers"].items()},
+                heads=tuple(Head(**head) for head in held["heads"]),
+                head_class=held["head_class"],
+            )
+        except (KeyError, TypeError) as error:
+            raise FormatError(f"the manifest in config.json is damaged: {error}") from error
+        for code in made.codes:
+            if code.codec not in CODECS or code.gate not in made.gates:
+                raise FormatError(f"'{code.name}' has an unknown codec or gate: {code.codec}")
+        for name, gate in made.gates.items():
+            if gate.scope not in SCOPES or (gate.router and gate.router not in made.routers):
+                raise FormatError(f"gate '{name}' has an unknown scope or router")
+        return made
+
+
+def _lean(item: Any) -> dict[str, Any]:
+    """The fields that differ from their defaults."""
+    values = {f.name: getattr(item, f.name) for f in fields(item)}
+    return {f.name: values[f.name] for f in fields(item) if values[f.name] != f.default}

@@ -1,0 +1,134 @@
+"""Routers: from features to one coefficient a slot. Parameters stay fp32 whatever the model is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .format import Router
+
+SMALL = 0.01  # standard deviation of a fresh router's weights
+
+
+class RouterModule(nn.Module):
+    """One router's parameters, in the shapes that its description gives.
+
+    linear: W h + b. mlp: W_2 relu(W_1 h + b_1) + b_2, on each token. constant: b. twin: two hidden
+    layers of width 2d with batch norm, leaky ReLU and dropout. centroid: -|h - m_k|^2.
+    """
+
+    def __init__(self, router: Router) -> None:
+        super().__init__()
+        self.router = router
+        width, kind = router.width + router.code, {"dtype": torch.float32}
+        hidden = router.hidden or width
+        if router.kind == "linear":
+            self.last = nn.Linear(width, router.outputs, **kind)
+        elif router.kind == "mlp":
+            self.first = nn.Linear(width, hidden, **kind)
+            self.last = nn.Linear(hidden, router.outputs, **kind)
+        elif router.kind == "constant":
+            self.bias = nn.Parameter(torch.empty(router.outputs, **kind))
+        elif router.kind == "centroid":
+            self.centroids = nn.Parameter(torch.empty(router.outputs, width, **kind))
+        elif router.kind == "twin":
+            self.first, self.norm1 = nn.Linear(width, hidden, **kind), nn.BatchNorm1d(hidden)
+            self.second, self.norm2 = nn.Linear(hidden, hidden, **kind), nn.BatchNorm1d(hidden)
+            self.last = nn.Linear(hidden, router.outputs, **kind)
+        else:
+            raise ValueError(f"there is no router of kind '{router.kind}'")
+        self.temperature = nn.Parameter(torch.empty((), **kind), requires_grad=False)
+
+    def fresh(self) -> RouterModule:
+        """Itself, set to what an untrained router says: every coefficient near `init`.
+
+        Weights are N(0, 0.01^2) by the description's seed, biases 0, the last one `init`.
+        """
+        draw = torch.Generator().manual_seed(self.router.seed)
+        with torch.no_grad():
+            for name, value in self.named_parameters():
+                if value.dim() > 1:
+                    value.normal_(0, SMALL, generator=draw)
+                else:
+                    value.fill_(float(name.startswith("norm") and name.endswith("weight")))
+            if self.router.kind == "constant":
+                self.bias.fill_(self.router.init)
+            elif self.router.kind != "centroid":
+                self.last.bias.fill_(self.router.init)
+            self.temperature.fill_(1.0)
+            for name, buffer in self.named_buffers():
+                buffer.fill_(1 if name.endswith("running_var") else 0)
+        return self
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None, index: int = 0) -> Tensor:
+        """The router's raw outputs, averaged over the valid tokens of each sample.
+
+        Shapes: tokens [B,T,d], mask [B,T] or None -> [B,outputs].
+        """
+        h = tokens.float()
+        if self.router.code:
+            place = layer_code(index, self.router.code).to(h.device)
+            h = torch.cat([place.expand(*h.shape[:-1], -1), h], -1)
+        if self.router.kind == "constant":
+            return self.bias.expand(len(h), -1)
+        if self.router.kind == "mlp":
+            return pool(self.last(torch.relu(self.first(h))), mask)
+        pooled = pool(h, mask)
+        if self.router.kind == "linear":
+            return self.last(pooled)
+        if self.router.kind == "centroid":
+            return -torch.cdist(pooled, self.centroids).square()
+        leak, drop = nn.functional.leaky_relu, nn.functional.dropout
+        pooled = drop(leak(self.norm1(self.first(pooled))), 0.5, self.training)
+        pooled = drop(leak(self.norm2(self.second(pooled))), 0.5, self.training)
+        return self.last(pooled)
+
+    def coefficients(self, raw: Tensor) -> Tensor:
+        """What mixes the slots: softmax at the temperature, top-k, hard choices.
+
+        The k largest keep their share of their sum, the others get `rest`; from the largest
+        probability `hard` on, it counts as 1.
+        """
+        asked = self.router
+        if asked.activation == "none":
+            c = raw
+        else:
+            c = torch.softmax(raw / self.temperature, -1)
+            if asked.hard < 1:
+                best, place = c.max(-1, keepdim=True)
+                sure = torch.zeros_like(c).scatter_(-1, place, 1.0)
+                c = torch.where(best >= asked.hard, sure, c)
+        return keep_top(c, asked.top_k, asked.rest) if asked.top_k else c
+
+
+def keep_top(c: Tensor, k: int, rest: float = 0.0) -> Tensor:
+    """The k largest over their sum, the others `rest`: [...,S] -> [...,S]."""
+    value, place = c.topk(min(k, c.shape[-1]), -1)
+    return torch.full_like(c, rest).scatter(-1, place, value / value.sum(-1, keepdim=True))
+
+
+def pool(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean over valid tokens: [B,T,d] -> [B,d]; what is [B,d] stays."""
+    if tokens.dim() == 2:
+        return tokens
+    tokens = tokens.flatten(1, -2)
+    if mask is None:
+        return tokens.mean(1)
+    weight = mask.to(tokens.dtype).unsqueeze(-1)
+    return (tokens * weight).sum(1) / weight.sum(1).clamp_min(1)
+
+
+def layer_code(index: int, width: int) -> Tensor:
+    """sin then cos of index / 10000^(2i/width), i < width/2: [width]."""
+    steps = torch.arange(width // 2, dtype=torch.float32)
+    angles = index / 10000 ** (2 * steps / width)
+    return torch.cat([angles.sin(), angles.cos()])
+
+
+def projections(tokens: Tensor, gate: Tensor, slots: int) -> Tensor:
+    """The norm of each token's projection on the rows of each slot's gate.
+
+    Shapes: tokens [...,d], gate [slots*k,d] -> [...,slots].
+    """
+    scores = tokens.float() @ gate.float().T
+    return scores.view(*scores.shape[:-1], slots, -1).norm(dim=-1)
