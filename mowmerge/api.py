@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from mowmerge.planner import Options, build
 from mowmerge.recipe import parse
 from mowmerge.recipe.model import Recipe
 from mowmerge.report import report
-from mowmerge.tensors import DTYPES
+from mowmerge.tensors import DTYPES, TensorReader, torch
 
 if TYPE_CHECKING:
     from mowmerge.engine import Sink
@@ -70,14 +70,15 @@ def merge(
 
     began = time.perf_counter()
     parsed = recipe if isinstance(recipe, Recipe) else check(recipe, overrides)
-    planned = build(parsed, options)
+    planned = surveyed(parsed, options or Options())
     target = Path(out or parsed.output.path or Path("merged") / parsed.name)
     keep = [folder for _, folder in _inputs(planned)]
     with Staging(target, force=force, keep=keep) as staging:
-        staging.allocate([*planned.shards, *planned.heads.values()])
-        with _ShardSink(staging.path, planned.shards, begin(planned)) as sink:
+        staging.allocate(planned.files)
+        with _ShardSink(staging.path, planned.files, begin(planned)) as sink:
             engine = Engine(planned)
             tensors = engine.run(sink)
+            _write_dynamic(planned, engine.readers, sink)
         try:
             for model, shard in planned.heads.items():
                 heads.write(engine.readers[model], shard, staging.path / shard.file)
@@ -123,6 +124,31 @@ def demo(folder: str | Path) -> list[dict[str, Any]]:
     from mowmerge.demo import minilm
 
     return list(minilm.run(Path(folder), lambda recipe, out: merge(recipe, out, force=True)))
+
+
+def surveyed(recipe: Recipe, options: Options) -> Plan:
+    """The plan, final: what a dynamic method's layout depends on is measured first, if it does."""
+    planned = build(recipe, options)
+    if planned.manifest is None or planned.surveyed is not None:
+        return planned
+    from mowmerge.survey import survey
+
+    found = survey(recipe, planned)
+    return build(recipe, replace(options, surveyed=found)) if found is not None else planned
+
+
+def _write_dynamic(planned: Plan, readers: Mapping[str, TensorReader], sink: Sink) -> None:
+    """Writes a dynamic checkpoint's heads, as they are, and its untrained routers."""
+    if planned.manifest is None:
+        return
+    from mowmerge.upcycle import initial_router
+
+    for name, (model, source) in planned.head_names.items():
+        for start, data in heads.pieces(readers[model], source):
+            sink.write(name, start, data)
+    for name, value in initial_router(planned.manifest).items():
+        if value.numel():
+            sink.write(name, 0, value.detach().reshape(-1).view(torch.uint8).numpy().data)
 
 
 class _ShardSink:
@@ -176,7 +202,8 @@ def _donor(planned: Plan) -> Path:
 def _write_sidecars(planned: Plan, recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Writes what goes beside the weights, but for the config; returns facts for the report."""
     left = sidecars.copy(_donor(planned), _inputs(planned), folder)
-    listing = writer.index(planned.shards, planned.specs)
+    body = [shard for shard in planned.files if shard not in planned.heads.values()]
+    listing = writer.index(body, planned.specs)
     if listing:
         _write(folder / "model.safetensors.index.json", listing)
     _write(folder / "recipe.yaml", recipe.text)
@@ -195,12 +222,15 @@ def _finish(planned: Plan, folder: Path, hashes: bool) -> None:
     dtype = DTYPES[next(iter(dtypes))].torch_name if changed and len(dtypes) == 1 else None
     if hashes:
         names = sorted(
-            {shard.file for shard in planned.shards}
+            {shard.file for shard in planned.files}
             | {p.name for p in folder.iterdir() if p.is_file() and p.name not in _NOT_HASHED}
             | {p.relative_to(folder).as_posix() for p in folder.glob("heads/*")}
         )
         lines = [f"{writer.sha256(folder / name)}  {name}" for name in names]
-    sidecars.write_config(_donor(planned), folder, dtype, headless=bool(planned.heads))
+    if planned.manifest:
+        sidecars.write_dynamic_config(_donor(planned), folder, dtype, planned.manifest)
+    else:
+        sidecars.write_config(_donor(planned), folder, dtype, headless=bool(planned.heads))
     if hashes:
         if (folder / "config.json").exists():
             lines.append(f"{writer.sha256(folder / 'config.json')}  config.json")

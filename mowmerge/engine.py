@@ -7,9 +7,9 @@ runs of that size in index order, so the bytes do not depend on workers, block s
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from threading import Event, Lock
 from typing import Any, Protocol
 
@@ -54,13 +54,24 @@ class Engine:
         largest_first = sorted(self.plan.jobs, key=lambda job: -job.read_bytes)
         _keep_freed_memory()
         with _one_thread_each(), self._pool() as pool:
-            for group in sorted({j.group for j in self.plan.jobs if j.group is not None}):
+            for group in sorted({j.group for j in self.plan.each if j.group is not None}):
                 self._states[group] = self._settle_group(group, pool)
             self._check_ties()
             futures = [pool.submit(self._write, job, sink) for job in largest_first]
             for future in as_completed(futures):
                 done[future.result().name] = future.result()
         return [done[job.output.name] for job in self.plan.jobs]
+
+    def measure(self, asked: Sequence[tuple[TensorJob, Fold]]) -> dict[str, Any]:
+        """The total of each job's fold over the values its method works on, by tensor."""
+
+        def total(job: TensorJob, fold: Fold) -> Any:
+            with self.open(job) as opened:
+                return opened.observe(fold.fresh(), 0, job.output.numel)
+
+        with _one_thread_each(), self._pool() as pool:
+            futures = {job.output.name: pool.submit(total, job, fold) for job, fold in asked}
+            return {name: future.result().total for name, future in futures.items()}
 
     @contextmanager
     def _pool(self) -> Iterator[ThreadPoolExecutor]:
@@ -78,6 +89,8 @@ class Engine:
         return OpenJob(self.plan, job, self.readers, self.stopped)
 
     def _write(self, job: TensorJob, sink: Sink) -> TensorReport:
+        if job.code is not None:
+            return self._write_coded(job, sink)
         began = time.perf_counter()
         notes, size = [], job.output.itemsize
         with self.open(job) as opened:
@@ -99,11 +112,42 @@ class Engine:
             notes=notes,
         )
 
+    def _write_coded(self, job: TensorJob, sink: Sink) -> TensorReport:
+        """An anchor and the parts of its code, a block of whole rows at a time."""
+        began = time.perf_counter()
+        with ExitStack() as stack:
+            opened = stack.enter_context(self.open(job))
+            self._settle(opened)
+            give = None
+            if job.anchor is not None:
+                below = OpenJob(self.plan, job.anchor, self.readers, self.stopped, opened.block)
+                give = self.settled(stack.enter_context(below))
+            for start, stop in opened.blocks():
+                anchor = give(start, stop) if give else None
+                for name, at, data in opened.coded(start, stop, anchor):
+                    sink.write(name, at, data)
+            figures = opened.stats.figures() if opened.stats else {}
+        return TensorReport(
+            name=job.output.name,
+            action="dynamic",
+            method=job.method,
+            read_bytes=job.read_bytes + (job.anchor.read_bytes if job.anchor else 0),
+            written_bytes=job.output.nbytes + sum(part.nbytes for part in job.parts),
+            seconds=time.perf_counter() - began,
+            figures=figures,
+        )
+
     def settled(self, opened: OpenJob) -> Callable[[int, int], memoryview]:
         """What gives the job's blocks, `copied` or `merged`, with its method's state in place."""
         job = opened.job
         if job.method is None or job.output.kind != "float" or opened.identical():
             return opened.copied
+        self._settle(opened)
+        return opened.merged
+
+    def _settle(self, opened: OpenJob) -> None:
+        """Gives the job its method's state, where that has one."""
+        job = opened.job
         if job.group is not None:
             with self._lock:  # a nested plan settles when it is first read
                 if job.group not in self._states:
@@ -113,11 +157,10 @@ class Engine:
             numel = job.output.numel
             rounds = opened.spec.reduce([Extent(numel, job.parameters)])
             opened.state = _drive(rounds, lambda fold: opened.observe(fold.fresh(), 0, numel))
-        return opened.merged
 
     def _settle_group(self, group: int, pool: ThreadPoolExecutor | None) -> Any:
         """Runs a reduction over every job of a group, in tasks that are merged in plan order."""
-        jobs = [job for job in self.plan.jobs if job.group == group]
+        jobs = [job for job in self.plan.each if job.group == group]
         reduce = registry.get(str(jobs[0].method)).reduce
         assert reduce is not None
 

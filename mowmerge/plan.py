@@ -6,10 +6,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mowmerge.tensors import TensorSpec
 
+if TYPE_CHECKING:
+    from mowmerge.dynamic.format import Code, Manifest
+
+WHOLE = ("low_rank", "sparse", "row_sparse")  # codecs that need the whole tensor at once
 RUN = 65_536  # elements in the fixed run that reductions sum over and that blocks are multiples of
 
 
@@ -51,7 +55,8 @@ class TensorJob:
     """One output tensor: what is read, by which method, with which parameters, at which scope.
 
     A job without a method copies its only input. `group` joins the jobs whose method takes a
-    statistic over the whole model.
+    statistic over the whole model. With a `code` the method is dynamic: it also gives the code's
+    parts, and where it asks for an anchor, `anchor` is the static job that makes it.
     """
 
     output: TensorSpec
@@ -61,6 +66,16 @@ class TensorJob:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     scope: str = "element"
     group: int | None = None
+    code: Code | None = None
+    anchor: TensorJob | None = None
+
+    @property
+    def parts(self) -> tuple[TensorSpec, ...]:
+        """What is written beside the output: the parts of its code."""
+        if self.code is None:
+            return ()
+        name = self.code.part_name
+        return tuple(TensorSpec(name(n), p.dtype, p.shape) for n, p in self.code.parts.items())
 
     @property
     def inputs(self) -> tuple[Input, ...]:
@@ -95,7 +110,9 @@ class Tied:
 @dataclass(frozen=True)
 class Plan:
     """Everything a merge will do. `sources` holds, for each model, a checkpoint or another plan;
-    `heads` the file of each model whose head is kept as it is."""
+    `heads` the file of each model whose head is kept as it is. A dynamic merge has a manifest,
+    files of codes and one of routers; `head_names` says of a head's tensor among the codes which model's
+    it is; `surveyed` what was measured before, None where that is still to come."""
 
     name: str
     donor: str
@@ -110,6 +127,11 @@ class Plan:
     device: str = "cpu"
     tied: tuple[Tied, ...] = ()
     heads: Mapping[str, Shard] = field(default_factory=dict)
+    manifest: Manifest | None = None
+    codes: tuple[Shard, ...] = ()
+    router: Shard | None = None
+    head_names: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    surveyed: Mapping[str, Any] | None = None
     dropped: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -119,6 +141,11 @@ class Plan:
         return {job.output.name: job.output for job in self.jobs}
 
     @property
+    def each(self) -> tuple[TensorJob, ...]:
+        """Every job, those that make anchors too."""
+        return tuple(one for job in self.jobs for one in (job, job.anchor) if one is not None)
+
+    @property
     def read_bytes(self) -> int:
         """Bytes of input tensors, each counted once."""
         return sum(job.read_bytes for job in self.jobs)
@@ -126,14 +153,21 @@ class Plan:
     @property
     def write_bytes(self) -> int:
         """Bytes of the output's weight files, headers included: the exact size on disk."""
-        return sum(shard.nbytes for shard in (*self.shards, *self.heads.values()))
+        return sum(shard.nbytes for shard in self.files)
+
+    @property
+    def files(self) -> tuple[Shard, ...]:
+        """Every weight file of the output."""
+        router = (self.router,) if self.router else ()
+        return (*self.shards, *self.codes, *router, *self.heads.values())
 
     @property
     def fingerprint(self) -> str:
         """A digest of what decides the output's bytes: same plan, same inputs, same bytes."""
         jobs = [
             (j.output.name, j.output.dtype, j.output.shape, j.method, dict(j.parameters), j.scope,
-             [(i.model, i.spec.name) for i in j.inputs])
+             [(i.model, i.spec.name) for i in j.inputs], str(j.code),
+             (j.anchor.method, dict(j.anchor.parameters)) if j.anchor else None)
             for j in self.jobs
         ]  # fmt: skip
         inner = {
@@ -151,6 +185,11 @@ def block_length(block: int, job: TensorJob, *, whole: bool) -> int:
     numel, shape = job.output.numel, job.output.shape
     if job.method and job.scope == "tensor" and whole:
         return max(numel, 1)
+    if job.code is not None:
+        whole = job.code.codec in WHOLE or (job.anchor is not None and job.anchor.scope == "tensor")
+        rows = 1 if whole or len(shape) < 2 else shape[0]
+        row = max(1, numel // max(1, rows))
+        return max(1, block // row) * row
     if job.method and job.scope == "row":
         row = max(1, numel // shape[0] if len(shape) > 1 and shape[0] else numel)
         return max(1, block // row) * row

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from mowmerge import __version__
@@ -17,6 +18,7 @@ from mowmerge.plan import RUN, Input, Plan, Shard, Stored, TensorJob, Tied, bloc
 from mowmerge.recipe.model import Match, Recipe
 from mowmerge.recipe.values import Place, Setting, setting
 from mowmerge.tensors import TensorSpec, dtype_named
+from mowmerge.upcycle import Upcycling
 
 BLOCK = 2 * RUN  # elements worked on at a time: a few models of them fit a core's L2 cache
 RUNTIME = 250 << 20  # bytes that Python, torch and the plan itself take
@@ -35,6 +37,7 @@ class Options:
     stats: bool = True
     download: bool = True
     allow_pickle: bool = False
+    surveyed: Mapping[str, Any] | None = None
 
 
 def build(recipe: Recipe, options: Options | None = None) -> Plan:
@@ -54,19 +57,22 @@ class _Planner:
         self.tied: list[Tied] = []
         self.dropped: list[str] = []
         self.rules_used: set[int] = set()
+        self.upcycling: Upcycling | None = None
 
     def plan(self) -> Plan:
         sources = self._sources()
         base = "base" if self.recipe.base is not None else None
         donor = base or next(iter(self.recipe.models))
         specs, heads = self._bodies(donor, {name: s.specs for name, s in sources.items()})
+        if registry.get(self.recipe.method).dynamic:
+            self.upcycling = Upcycling(self.recipe, specs[donor], self.options.surveyed)
         jobs = self._jobs(donor, base, specs)
         self._raise_problems()
         jobs = self._grouped(jobs)
         self._warn(jobs)
         workers = self.options.workers or min(8, os.cpu_count() or 1)
         block, peak = self._memory(jobs, workers)
-        return Plan(
+        plan = Plan(
             name=self.recipe.name,
             donor=donor,
             base=base,
@@ -80,9 +86,18 @@ class _Planner:
             device=self.options.device,
             tied=tuple(self.tied),
             heads=heads,
+            surveyed=self.options.surveyed,
             dropped=tuple(self.dropped),
             warnings=tuple(self.warnings),
         )
+        if not self.upcycling:
+            return plan
+
+        def config_of(model: str) -> Mapping[str, Any]:
+            origin = sources[model]
+            return source.config(Path(origin.folder)) if isinstance(origin, Stored) else {}
+
+        return self.upcycling.finish(plan, config_of, self._metadata)
 
     def _sources(self) -> dict[str, Stored | Plan]:
         wanted = {name: ref.source for name, ref in self.recipe.models.items()}
@@ -165,7 +180,7 @@ class _Planner:
             if chosen.drop:
                 self.dropped.append(name)
                 continue
-            job = self._job(spec, chosen, base, specs)
+            job = self._job(spec, chosen, place, base, specs)
             if job:
                 jobs.append(job)
         self._extras(donor, specs)
@@ -174,6 +189,33 @@ class _Planner:
         return jobs
 
     def _job(
+        self,
+        spec: TensorSpec,
+        chosen: Setting,
+        place: Place,
+        base: str | None,
+        specs: Mapping[str, Mapping[str, TensorSpec]],
+    ) -> TensorJob | None:
+        """The tensor's job: static, or with a code where the method is dynamic."""
+        method, upcycling = registry.get(chosen.method), self.upcycling
+        if method.dynamic is None or upcycling is None:
+            return self._static(spec, chosen, base, specs)
+        code = upcycling.code(self._output(spec), chosen.parameters)
+        rest = replace(upcycling.rest(place, chosen.parameters), models=chosen.models)
+        static = self._static(spec, rest, base, specs)
+        if code is None or static is None:
+            return static
+        coded = self._static(spec, chosen, base, specs)
+        anchor = static if "anchor" in method.inputs else None
+        return replace(coded, code=code, anchor=anchor) if coded else None
+
+    def _output(self, spec: TensorSpec) -> TensorSpec:
+        """The tensor as it is stored."""
+        if self.recipe.output.dtype and spec.kind == "float":
+            return replace(spec, dtype=dtype_named(self.recipe.output.dtype).code)
+        return spec
+
+    def _static(
         self,
         spec: TensorSpec,
         chosen: Setting,
@@ -186,11 +228,8 @@ class _Planner:
         if len(inputs) < len(models):
             return None
         from_base = base is not None and (method.wants_base or self.options.stats)
-        output = spec
-        if self.recipe.output.dtype and spec.kind == "float":
-            output = replace(spec, dtype=dtype_named(self.recipe.output.dtype).code)
         return TensorJob(
-            output=output,
+            output=self._output(spec),
             models=tuple(inputs),
             base=Input("base", spec) if from_base or (base and spec.kind != "float") else None,
             method=method.name if spec.kind == "float" else None,
@@ -284,11 +323,12 @@ class _Planner:
         """Checks each method with its parameters, and joins the jobs that share a statistic."""
         checked: set[tuple[Any, ...]] = set()
         groups: dict[tuple[Any, ...], int] = {}
-        grouped = []
-        for job in jobs:
+
+        def joined(job: TensorJob) -> TensorJob:
+            if job.anchor is not None:
+                job = replace(job, anchor=joined(job.anchor))
             if job.method is None:
-                grouped.append(job)
-                continue
+                return job
             method, models = registry.get(job.method), tuple(i.model for i in job.models)
             key = (job.method, tuple(job.parameters.items()), len(models))
             if key not in checked:
@@ -302,9 +342,12 @@ class _Planner:
             if job.scope == "model":
                 group = groups.setdefault((job.method, models), len(groups))
                 job = replace(job, group=group)
-            grouped.append(job)
+            return job
+
+        grouped = [joined(job) for job in jobs]
+        each = [one for job in grouped for one in (job, job.anchor) if one is not None]
         for (method_name, _), number in groups.items():
-            extents = [Extent(j.output.numel, j.parameters) for j in grouped if j.group == number]
+            extents = [Extent(j.output.numel, j.parameters) for j in each if j.group == number]
             reduce = registry.get(method_name).reduce
             try:
                 if reduce is not None:
@@ -363,4 +406,7 @@ def _working_bytes(job: TensorJob, block: int) -> int:
     wide = 8 if any(i.spec.dtype == "F64" for i in job.inputs) else 4
     read = sum(length * i.spec.itemsize for i in job.inputs)
     counted = HISTOGRAM * len(job.models) if job.scope in ("tensor", "model") and not whole else 0
+    if job.code is not None:  # the parts, and what their making takes
+        counted += length * wide * 2 * (n + job.code.slots)
+        counted += _working_bytes(replace(job.anchor), block) if job.anchor else 0
     return read + length * (wide * (2 * n + 4) + job.output.itemsize) + counted

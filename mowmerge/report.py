@@ -88,6 +88,7 @@ def report(
                 "method": t.method,
                 "models": [i.model for i in jobs[t.name].models],
                 "parameters": dict(jobs[t.name].parameters),
+                **_coded(jobs[t.name]),
                 **t.figures,
                 "read_bytes": t.read_bytes,
                 "written_bytes": t.written_bytes,
@@ -96,3 +97,11 @@ def report(
             for t in tensors
         ],
     }
+
+
+def _coded(job: TensorJob) -> dict[str, Any]:
+    """How a dynamic tensor is stored, and who made its anchor."""
+    if job.code is None:
+        return {}
+    anchor = job.anchor.method if job.anchor else None
+    return {"codec": job.code.codec, "gate": job.code.gate, "anchor": anchor}

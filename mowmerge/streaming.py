@@ -60,12 +60,17 @@ class OpenJob:
     """A job with its handles open and its buffers allocated; used by one thread."""
 
     def __init__(
-        self, plan: Plan, job: TensorJob, readers: Mapping[str, TensorReader], stopped: Event
+        self,
+        plan: Plan,
+        job: TensorJob,
+        readers: Mapping[str, TensorReader],
+        stopped: Event,
+        block: int | None = None,
     ) -> None:
         self.plan, self.job, self._readers, self._stopped = plan, job, readers, stopped
         self.spec = registry.get(job.method or "passthrough")
         self.state: Any = None
-        self.block = block_length(plan.block, job, whole=self.spec.reduce is None)
+        self.block = block or block_length(plan.block, job, whole=self.spec.reduce is None)
         wide = any(spec.dtype == "F64" for spec in (job.output, *(i.spec for i in job.inputs)))
         self.dtype = torch.float64 if wide else torch.float32
         self._shaped = job.scope == "row" or (job.scope == "tensor" and self.spec.reduce is None)
@@ -183,6 +188,63 @@ class OpenJob:
                 self.stats.update(values.sub_(base), result - base)
         return self._cast(result.add_(base) if self._deltas else result, start, stop)
 
+    def coded(
+        self, start: int, stop: int, anchor: memoryview | None
+    ) -> Iterator[tuple[str, int, memoryview]]:
+        """The anchor's bytes and those of its code's parts, for a block of whole rows: each with
+        its tensor's name and the byte there from which on it lies."""
+        job, code, spec = self.job, self.job.code, self.spec
+        assert code is not None
+        if anchor is not None:
+            yield job.output.name, start * job.output.itemsize, anchor
+        base, values = self._working(start, stop, check=True)
+        shape = (-1, *job.output.shape[1:]) if len(job.output.shape) > 1 else (-1,)
+        given: dict[str, Any] = {**job.parameters, "code": code, "state": self.state}
+        if base is not None:
+            given["base"] = base.view(shape)
+        if anchor is not None:
+            stored = torch.frombuffer(anchor, dtype=DTYPES[job.output.dtype].torch)
+            given["anchor"] = stored.to(values).view(shape)
+        taken = {k: v for k, v in given.items() if k in spec.inputs or k in spec.parameters}
+        parts = spec.function(values.view(len(values), *shape), **taken)
+        made = given["anchor"] if anchor is not None else parts.pop("anchor")
+        if anchor is None:
+            yield (
+                job.output.name,
+                start * job.output.itemsize,
+                self._cast(made.reshape(-1), start, stop),
+            )
+        if self.stats and base is not None:
+            deltas = values.clone() if self._deltas else values - base
+            self.stats.update(deltas, made.reshape(-1) - base)
+        yield from self._slices(code, parts, start)
+
+    def _slices(
+        self, code: Any, parts: Mapping[str, Tensor], start: int
+    ) -> Iterator[tuple[str, int, memoryview]]:
+        """The bytes of each part of a block that begins at element `start`, slot by slot."""
+        rows, columns = code.matrix
+        for name, part in code.parts.items():
+            if part.axis is None and start:
+                continue
+            dtype = DTYPES[part.dtype]
+            value = parts[name].to(dtype.torch).contiguous().cpu()
+            axis = part.axis or 0
+            wanted = (*part.shape[:axis], value.shape[axis], *part.shape[axis + 1 :]) if (
+                part.axis is not None) else part.shape  # fmt: skip
+            if tuple(value.shape) != tuple(wanted):
+                raise ValueError(
+                    f"{self.spec.name}: part '{name}' of '{code.name}' is"
+                    f" {tuple(value.shape)}, planned {tuple(wanted)}"
+                )
+            row = math.prod(part.shape[axis + 1 :]) * dtype.bits // 8
+            for s, piece in enumerate(value if axis else [value]):
+                if not piece.numel():
+                    continue
+                at = 0 if part.axis is None else (s * rows + start // columns) * row
+                data = piece.reshape(-1).view(torch.uint8).numpy().data
+                yield code.part_name(name), at, data
+
     def observe(self, fold: Fold, start: int, stop: int) -> Fold:
         """Feeds elements start..stop, or a sample of them, to a fold."""
         step, wide = self.block, self.block
@@ -193,7 +255,9 @@ class OpenJob:
             if self._stopped.is_set():
                 raise KeyboardInterrupt
             _, values = self._working(first, min(first + min(wide, step), stop), check=False)
-            fold.observe(Block(values, self.job.parameters, self._draws(first)))
+            fold.observe(
+                Block(values, self.job.parameters, self._draws(first), self.job.output.numel)
+            )
         return fold
 
     def _working(self, start: int, stop: int, *, check: bool) -> tuple[Tensor | None, Tensor]:

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
+from mowmerge import dynamic
 from mowmerge.checkpoint.source import SIDECARS, config
+from mowmerge.dynamic.format import Manifest, auto_map, front_class
 
 _OURS = ("config.json", "report.json", "recipe.yaml", "README.md", "SHA256SUMS", "*.index.json",
          "recipe.lock.yaml", "trainer_state.json", "*_results.json")  # fmt: skip
@@ -58,5 +60,23 @@ def write_config(donor: Path, out: Path, dtype: str | None, *, headless: bool = 
         if "architectures" in settings:
             named = settings["architectures"] or []
             settings["architectures"] = [_CLASS_WITH_HEAD.sub("Model", name) for name in named]
+    text = json.dumps(settings, indent=2, ensure_ascii=False)
+    (out / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def write_dynamic_config(donor: Path, out: Path, dtype: str | None, manifest: Manifest) -> None:
+    """Writes the config of a dynamic checkpoint, with the donor's whole in it, and its code."""
+    base = config(donor)
+    named = manifest.head_class or (base.get("architectures") or ["Model"])[0]
+    settings = {
+        "architectures": [front_class(named)],
+        "model_type": "mowmerge",
+        "dtype": dtype or base.get("dtype") or base.get("torch_dtype") or "float32",
+        "auto_map": auto_map(),
+        "base_config": base,
+        "mowmerge": manifest.to_json(),
+    }
+    for file in sorted(Path(str(dynamic.__file__)).parent.glob("[a-z]*.py")):
+        shutil.copyfile(file, out / file.name)
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     (out / "config.json").write_text(text + "\n", encoding="utf-8")

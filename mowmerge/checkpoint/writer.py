@@ -26,9 +26,11 @@ SPARE = 16 << 20  # bytes left free beside the weights, for config, tokenizer an
 
 
 def layout(
-    specs: Sequence[TensorSpec], shard_size: int, metadata: Mapping[str, str]
+    specs: Sequence[TensorSpec], shard_size: int, metadata: Mapping[str, str], stem: str = ""
 ) -> list[Shard]:
     """The output files: tensors in the given order, cut into shards of at most shard_size bytes.
+
+    One file alone is model.safetensors, unless a stem is given: then there are others beside it.
 
     Inside a shard wider dtypes come first, so that every tensor is aligned to its element.
     """
@@ -41,8 +43,8 @@ def layout(
         groups[-1].append(spec)
         room -= spec.nbytes
     n = len(groups)
-    names = [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
-    names = names if n > 1 else ["model.safetensors"]
+    names = [f"{stem or 'model'}-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+    names = names if n > 1 or stem else ["model.safetensors"]
     return [shard_of(name, group, metadata) for name, group in zip(names, groups, strict=True)]
 
 

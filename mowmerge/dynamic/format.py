@@ -17,6 +17,28 @@ ROUTER = "mow_router"  # module and name prefix of what train-router may change
 HEADS = "mow_heads"  # module and name prefix of the heads, one a task
 CODECS = ("full", "full_abs", "low_rank", "sparse", "row_sparse", "mask", "one_bit")
 SCOPES = ("sample", "block", "module", "task")
+AUTO = (
+    "Model", "ForCausalLM", "ForSequenceClassification", "ForImageClassification",
+    "ForSeq2SeqLM", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM",
+)  # fmt: skip
+
+
+def auto_class(kind: str) -> str:
+    """The Auto class for a kind of model: AutoModelForCausalLM for ForCausalLM."""
+    return f"AutoModel{kind.removeprefix('Model')}"
+
+
+def auto_map() -> dict[str, str]:
+    """What config.json says to those who load without mowmerge, with trust_remote_code."""
+    fronts = {auto_class(kind): f"modeling.Mowmerge{kind}" for kind in AUTO}
+    return {"AutoConfig": "modeling.MowmergeConfig", **fronts}
+
+
+def front_class(architecture: str) -> str:
+    """The class that a dynamic checkpoint names for a base class: its kind of model, or Model."""
+    kinds = {"LMHeadModel": "ForCausalLM", "ForConditionalGeneration": "ForSeq2SeqLM"}
+    kinds |= {kind: kind for kind in AUTO}
+    return "Mowmerge" + next((k for end, k in kinds.items() if architecture.endswith(end)), "Model")
 
 
 class FormatError(ValueError):
@@ -145,6 +167,31 @@ class Router:
     init: float = 0.0
     seed: int = 0
     objective: str = "task"
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The router's tensors by name, as `RouterModule` has them."""
+        width, wide = self.width + self.code, self.hidden or self.width + self.code
+        shapes: dict[str, tuple[int, ...]] = {}
+        layers = {
+            "linear": [("last", self.outputs, width)],
+            "mlp": [("first", wide, width), ("last", self.outputs, wide)],
+            "twin": [("first", wide, width), ("second", wide, wide), ("last", self.outputs, wide)],
+        }
+        for name, rows, columns in layers.get(self.kind, []):
+            shapes |= {f"{name}.weight": (rows, columns), f"{name}.bias": (rows,)}
+        if self.kind == "twin":
+            for norm in ("norm1", "norm2"):
+                vectors = ("weight", "bias", "running_mean", "running_var")
+                shapes |= {f"{norm}.{vector}": (wide,) for vector in vectors}
+                shapes |= {f"{norm}.num_batches_tracked": ()}
+        shapes |= {"bias": (self.outputs,)} if self.kind == "constant" else {}
+        shapes |= {"centroids": (self.outputs, width)} if self.kind == "centroid" else {}
+        shapes |= {"temperature": ()}
+        return {
+            name: Part("I64" if name.endswith("tracked") else "F32", shape)
+            for name, shape in shapes.items()
+        }
 
 
 @dataclass(frozen=True)

@@ -25,15 +25,11 @@ from transformers.conversion_mapping import (
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import ModelOutput
 
-from .format import HEADS, ROUTER, Manifest
+from .format import AUTO, HEADS, ROUTER, Manifest, auto_class
 from .layers import Context, MixedEmbedding, MixedLinear, install
 from .routers import RouterModule
 
 FILES = ("format.py", "codecs.py", "routers.py", "layers.py", "modeling.py")
-AUTO = (
-    "Model", "ForCausalLM", "ForSequenceClassification", "ForImageClassification",
-    "ForSeq2SeqLM", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM",
-)  # fmt: skip
 _OWN = (
     "id2label", "label2id", "num_labels", "problem_type", "is_encoder_decoder",
     "chunk_size_feed_forward", "tie_word_embeddings", "bos_token_id", "eos_token_id",
@@ -432,13 +428,9 @@ def _keep_conversions(made: Any, config: MowmergeConfig) -> None:
 
 
 def _front(kind: str) -> type:
-    made = type(f"Mowmerge{kind}", (_Front,), {"auto": f"Auto{_auto_name(kind)}"})
+    made = type(f"Mowmerge{kind}", (_Front,), {"auto": auto_class(kind)})
     made.__module__ = __name__
     return made
-
-
-def _auto_name(kind: str) -> str:
-    return {"Model": "Model"}.get(kind, f"ModelFor{kind.removeprefix('For')}")
 
 
 FRONTS = {kind: _front(kind) for kind in AUTO}
@@ -449,14 +441,8 @@ def register() -> None:
     """Makes transformers' Auto classes know the dynamic model type."""
     AutoConfig.register(MowmergeConfig.model_type, MowmergeConfig, exist_ok=True)
     for kind, front in FRONTS.items():
-        auto = getattr(transformers, f"Auto{_auto_name(kind)}")
+        auto = getattr(transformers, auto_class(kind))
         auto.register(MowmergeConfig, front, exist_ok=True)
-
-
-def auto_map() -> dict[str, str]:
-    """What config.json says to those who load without mowmerge, with trust_remote_code."""
-    fronts = {f"Auto{_auto_name(k)}": f"modeling.Mowmerge{k}" for k in AUTO}
-    return {"AutoConfig": "modeling.MowmergeConfig", **fronts}
 
 
 def bundle(folder: Path) -> None:

@@ -35,7 +35,7 @@ class RouterModule(nn.Module):
             self.first, self.norm1 = nn.Linear(width, hidden, **kind), nn.BatchNorm1d(hidden)
             self.second, self.norm2 = nn.Linear(hidden, hidden, **kind), nn.BatchNorm1d(hidden)
             self.last = nn.Linear(hidden, router.outputs, **kind)
-        else:
+        elif router.kind != "projection":  # scores tokens by the codes' own gates
             raise ValueError(f"there is no router of kind '{router.kind}'")
         self.temperature = nn.Parameter(torch.empty((), **kind), requires_grad=False)
 
@@ -53,7 +53,7 @@ class RouterModule(nn.Module):
                     value.fill_(float(name.startswith("norm") and name.endswith("weight")))
             if self.router.kind == "constant":
                 self.bias.fill_(self.router.init)
-            elif self.router.kind != "centroid":
+            elif hasattr(self, "last"):
                 self.last.bias.fill_(self.router.init)
             self.temperature.fill_(1.0)
             for name, buffer in self.named_buffers():

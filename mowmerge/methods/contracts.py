@@ -5,17 +5,21 @@ A method is a plain function. It asks for what it needs by reserved parameter na
     models [N,*S]   the experts' values          deltas [N,*S]  the experts minus the base, in fp32
     base [*S]       the base's values            state          what the method's `reduce` returned
     rng             random draws that depend on nothing but seed, model, tensor and element
+    anchor [*S]     what the static method for the rest gave, as stored (dynamic methods)
+    code            how this tensor is to be coded (dynamic methods)
 
-`deltas` in means a delta out (the engine adds the base); `models` in means a weight out.
+`deltas` in means a delta out (the engine adds the base); `models` in means a weight out. A dynamic
+method gives the parts of its code by name, and the "anchor" where it did not ask for one.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Protocol, TypeVar, Union
 
+from mowmerge.dynamic.format import Code, Gate, Router
 from mowmerge.tensors import Tensor, torch
 
 T = TypeVar("T")
@@ -34,12 +38,69 @@ Unit = Annotated[float, Range(0.0, 1.0)]
 NonNegative = Annotated[float, Range(0.0)]
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 
-RESERVED = frozenset({"models", "base", "deltas", "state", "rng"})
+RESERVED = frozenset({"models", "base", "deltas", "state", "rng", "anchor", "code"})
 SCOPES = ("element", "row", "tensor", "model")
 
 
 class MethodError(ValueError):
     """A method's parameters contradict each other or the number of models."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A tensor as a dynamic method sees it before anything is read.
+
+    dtype: as it will be stored. stack, layer: the stack of layers it belongs to and its number
+    there, None outside; layers: how many the stack has. width: of the hidden states there. models:
+    how many there are.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    role: str
+    stack: str | None
+    layer: int | None
+    layers: int
+    width: int
+    models: int
+
+    @property
+    def rank(self) -> int:
+        """The largest rank it can have as a matrix, 0 for a vector."""
+        code = Code(self.name, self.shape, "full", 1, "")
+        return min(code.matrix) if len(self.shape) > 1 else 0
+
+
+Routing = tuple[dict[str, Gate], dict[str, Router]]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What decides a dynamic method's layout and needs the weights: a streamed pass.
+
+    measure: of each site, the fold whose total over the tensor counts (None: not measured).
+    decide: from all totals by tensor, what `code` is given as `found`; plain data, for a report.
+    """
+
+    measure: Callable[[Site], Any]
+    decide: Callable[[Mapping[str, Any], Sequence[Site], Mapping[str, Any]], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Dynamic:
+    """What makes a method dynamic.
+
+    code: how a tensor is coded, None where it stays static; `found` is what the survey decided,
+    None before it. routing: the gates and routers of the coded tensors, given all sites, those
+    coded, and the parameters. rest: the static method, with parameters, of the anchor and of what
+    is not coded, where the recipe does not say.
+    """
+
+    code: Callable[[Site, Mapping[str, Any], Mapping[str, Any] | None], Code | None]
+    routing: Callable[[Sequence[Site], Sequence[Code], Mapping[str, Any]], Routing]
+    rest: Callable[[Mapping[str, Any]], tuple[str, Mapping[str, Any]]]
+    survey: Survey | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +110,7 @@ class Block:
     values: Tensor
     parameters: Mapping[str, Any]
     rng: Draws
+    numel: int  # of the whole tensor
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,9 @@ def settle(
             fold = fold.fresh()
             for start in range(0, max(flat.shape[1], 1), RUN):
                 draws = Draws(rng.seed, rng.models, rng.tensor, rng.start + start)
-                fold.observe(Block(flat[:, start : start + RUN], parameters, draws))
+                fold.observe(
+                    Block(flat[:, start : start + RUN], parameters, draws, values[0].numel())
+                )
             fold = rounds.send(fold)
     except StopIteration as done:
         return done.value
@@ -165,7 +167,7 @@ class Sum:
         for start in range(0, max(flat.shape[1], 1), RUN):
             rng = block.rng
             draws = Draws(rng.seed, rng.models, rng.tensor, rng.start + start)
-            run = Block(flat[:, start : start + RUN], block.parameters, draws)
+            run = Block(flat[:, start : start + RUN], block.parameters, draws, block.numel)
             self.total = self.total + self.fn(run).double()
 
     def merge(self, other: Sum) -> None:

@@ -14,9 +14,16 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, TypeVar, Union
 
 from mowmerge.errors import RecipeError, did_you_mean
-from mowmerge.methods.contracts import RESERVED, Extent, MethodError, Range, Reduction
+from mowmerge.methods.contracts import (
+    RESERVED,
+    Dynamic,
+    Extent,
+    MethodError,
+    Range,
+    Reduction,
+)
 
-FAMILIES = ("static",)
+FAMILIES = ("static", "dynamic")
 LAWS = ("identity", "idempotent", "permutation", "scale", "propagates")
 F = TypeVar("F", bound=Callable[..., Any])
 Scope = str | Callable[[Mapping[str, Any]], str]
@@ -77,6 +84,7 @@ class MethodSpec:
     scopes: Scope = "element"
     reduce: Callable[[Sequence[Extent]], Reduction] | None = None
     validate: Callable[[Mapping[str, Any], int], None] | None = None
+    dynamic: Dynamic | None = None
     origin: str = "mowmerge"
 
     @property
@@ -145,6 +153,7 @@ def merge_method(
     exempt: Mapping[str, str] | None = None,
     reduce: Callable[[Sequence[Extent]], Reduction] | None = None,
     validate: Callable[[Mapping[str, Any], int], None] | None = None,
+    dynamic: Dynamic | None = None,
 ) -> Callable[[F], F]:
     """Registers a function as a merge method and returns it unchanged.
 
@@ -159,6 +168,8 @@ def merge_method(
         reduce: for methods with a statistic over a tensor or the model: a generator function over
             the extents that yields folds and returns `state`.
         validate: raises MethodError where parameters contradict each other.
+        dynamic: which tensors are coded, how, and by what they are mixed; the function then gives
+            the parts of a code.
     """
     declared = dict(laws) if isinstance(laws, Mapping) else {law: {} for law in laws}
     unknown = set(declared) - set(LAWS)
@@ -183,6 +194,7 @@ def merge_method(
             scopes=scope,
             reduce=reduce,
             validate=validate,
+            dynamic=dynamic,
             origin=function.__module__.partition(".")[0],
         )
         return function

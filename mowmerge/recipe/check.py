@@ -18,6 +18,7 @@ from mowmerge.recipe.model import (
     Origin,
     Output,
     Recipe,
+    Rest,
     Rule,
     Splits,
     Task,
@@ -93,6 +94,8 @@ def _model(loc: Loc) -> type[BaseModel]:
             return Task
         case ("tasks", _, "splits"):
             return Splits
+        case ("rest",):
+            return Rest
         case ("heads",):
             return Heads
         case ("output",):

@@ -232,6 +232,19 @@ class Heads(Strict):
     )
 
 
+class Rest(Strict):
+    """The static method of a dynamic checkpoint's anchor, and of what is not dynamic."""
+
+    method: str = Field(description="A static method; see `mowmerge methods`.")
+    parameters: Mapping[str, Any] = Field(
+        default_factory=dict, description="Parameters of that method."
+    )
+
+    def __hash__(self) -> int:
+        """Identity, as a recipe's."""
+        return id(self)
+
+
 class Splits(Strict):
     """Which split of the data serves what."""
 
@@ -296,6 +309,10 @@ class Recipe(Strict):
     missing: Literal["error", "base"] = Field(
         default="error",
         description="Where a model lacks a tensor of the base: stop, or take the base's.",
+    )
+    rest: Rest | None = Field(
+        default=None,
+        description="With a dynamic method: the static one for what stays static.",
     )
     heads: Heads | None = Field(default=None, description="Tensors that are not merged.")
     tasks: Mapping[str, Task] = Field(

@@ -93,6 +93,7 @@ def method_faults(data: Mapping[str, Any], match_faults: MatchFaults) -> Iterato
         if not any(rule.get("models") for rule in rules):  # else the planner knows who takes part
             levels = [per_model(entries), outer]
             yield from _together(spec, levels, list(entries), (), not faults)
+    yield from _rest_faults(spec, data, checked)
     for i, rule in enumerate(rules):
         loc: Loc = ("rules", i)
         own_spec = yield from _spec(rule.get("method"), (*loc, "method"), data)
@@ -110,6 +111,27 @@ def method_faults(data: Mapping[str, Any], match_faults: MatchFaults) -> Iterato
             named = [name for name in as_list(rule.get("models")) if isinstance(name, str)]
             plain = not own_faults and not (inherits and faults)
             yield from _together(used, levels, named or list(entries), loc, plain)
+
+
+def _rest_faults(
+    spec: MethodSpec | None, data: Mapping[str, Any], checked: Parameters
+) -> Iterator[Fault]:
+    """Faults of `rest`: a static method beside a dynamic one."""
+    if data.get("rest") is None:
+        return
+    rest = as_map(data["rest"])
+    if spec is not None and spec.dynamic is None:
+        message = f"rest is for dynamic methods, and '{spec.name}' is static"
+        yield Fault(("rest",), message, "remove it, or use rules")
+    used = yield from _spec(rest.get("method"), ("rest", "method"), data)
+    if used is not None and used.dynamic is not None:
+        message = f"rest.method: '{used.name}' is dynamic, and the rest stays static"
+        yield Fault(("rest", "method"), message, "task_arithmetic, ties, linear, ...")
+    elif used is not None:
+        own = as_map(rest.get("parameters"))
+        faults = list(checked.faults(used, own, ("rest", "parameters")))
+        yield from faults
+        yield from _together(used, [own], checked.models, ("rest",), not faults)
 
 
 def per_model(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -42,6 +42,9 @@ def json_schema() -> Node:
     summaries = " ".join(f"{spec.name}: {spec.summary}" for spec in specs)
     method = {"enum": [s.name for s in specs], "description": f"The merge method. {summaries}"}
     properties["method"] = rule["properties"]["method"] = method
+    rest = definitions["Rest"]
+    rest["properties"]["method"] = {"enum": [s.name for s in specs if s.dynamic is None]}
+    rest["allOf"] = [_when(s, {"parameters": _parameters(s)}) for s in specs if s.dynamic is None]
     for spec in specs:
         definitions |= dict(_definitions(spec))
     root["allOf"] = [_method(spec, shared) for spec in specs]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from mowmerge.methods.registry import Parameter, get
-from mowmerge.recipe.model import Match, Recipe
+from mowmerge.recipe.model import Match, Recipe, Rest
 from mowmerge.recipe.parameters import per_model
 
 
@@ -52,6 +52,11 @@ def setting(recipe: Recipe, place: Place) -> Setting:
     return _settings(recipe).at(place)
 
 
+def rest_setting(recipe: Recipe, place: Place, default: Callable[[], Rest]) -> Setting:
+    """What `rest` says for a tensor at this place, by default that of the dynamic method."""
+    return _rests(recipe, recipe.rest or default()).at(place)
+
+
 def gradient(points: Sequence[float], depth: float) -> float:
     """The points' linear interpolation at depth * (len - 1), never outside its two neighbours."""
     x = min(max(depth, 0.0), 1.0) * (len(points) - 1)
@@ -59,6 +64,13 @@ def gradient(points: Sequence[float], depth: float) -> float:
     low, high = float(points[i]), float(points[min(i + 1, len(points) - 1)])
     value = low * (1.0 - (x - i)) + high * (x - i)
     return min(max(value, min(low, high)), max(low, high))
+
+
+@lru_cache(maxsize=32)
+def _rests(recipe: Recipe, rest: Rest) -> Settings:
+    bare = {name: ref.model_copy(update={"parameters": {}}) for name, ref in recipe.models.items()}
+    static = {"method": rest.method, "parameters": rest.parameters, "rules": (), "models": bare}
+    return Settings(recipe.model_copy(update=static))
 
 
 @lru_cache(maxsize=32)

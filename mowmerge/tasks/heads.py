@@ -37,6 +37,8 @@ def load(
     settings = config(folder)
     if not settings:
         raise CheckpointError("there is no config.json", where=str(folder))
+    if settings.get("model_type") == "mowmerge":
+        return _dynamic(folder)
     head = _head_file(keeping or folder, task, expert) if task else None
     find(str(folder))  # a shard that is absent or cut short is named before transformers meets it
     file = head.with_suffix(".json") if head else folder
@@ -68,6 +70,26 @@ def load(
         keys = "; ".join(f"{what}: {', '.join(names)}" for what, names in wrong.items() if names)
         raise CheckpointError(f"does not load as {name}: {keys}", where=str(folder))
     return model.eval()
+
+
+def _dynamic(folder: Path) -> Any:
+    """The dynamic model in a folder, with all its heads: `task_ids` chooses, or its router."""
+    import transformers
+
+    from mowmerge.dynamic import modeling
+    from mowmerge.dynamic.format import FormatError
+
+    find(str(folder))
+    modeling.register()
+    try:
+        described = modeling.MowmergeConfig.from_pretrained(folder)
+        manifest = described.manifest
+        named = manifest.head_class or described.base_config["architectures"][0]
+        made = modeling.dynamic_class(getattr(transformers, named))
+        with _quiet():
+            return modeling.load(made, folder, described, local_files_only=True)[0]
+    except (FormatError, ValueError, RuntimeError, OSError) as error:
+        raise CheckpointError(str(error).strip(), where=str(folder)) from error
 
 
 def _head_file(folder: Path, task: str, expert: str | None) -> Path:

@@ -32,7 +32,7 @@ def drive(
             part = fold.fresh()
             seen = feed(fold, values) if feed else values
             for start in range(0, seen.shape[1], block):
-                part.observe(Block(seen[:, start : start + block], {}, Draws(start=start)))
+                part.observe(Block(seen[:, start : start + block], {}, Draws(start=start), 0))
             total.merge(part)
         try:
             fold = rounds.send(total)
@@ -148,11 +148,11 @@ def test_a_sum_does_not_depend_on_the_block_size() -> None:
     values = torch.randn(2, 5 * RUN + 333, generator=torch.Generator().manual_seed(3)).exp_()
     for fn in (ops.gram, lambda block: ops.l1_norms(block.values)):
         whole = ops.Sum(fn)
-        whole.observe(Block(values, {}, Draws()))
+        whole.observe(Block(values, {}, Draws(), 0))
         for block in (RUN, 2 * RUN, 3 * RUN):
             parts = ops.Sum(fn).fresh()
             for start in range(0, values.shape[1], block):
-                parts.observe(Block(values[:, start : start + block], {}, Draws(start=start)))
+                parts.observe(Block(values[:, start : start + block], {}, Draws(start=start), 0))
             assert torch.equal(parts.total, whole.total)
             assert parts.total.dtype == torch.float64
 
@@ -164,7 +164,7 @@ def test_a_sum_tells_each_run_where_its_draws_start() -> None:
         starts.append(block.rng.start)
         return block.values.sum()
 
-    ops.Sum(note).observe(Block(torch.ones(1, 2 * RUN + 1), {}, Draws(start=RUN)))
+    ops.Sum(note).observe(Block(torch.ones(1, 2 * RUN + 1), {}, Draws(start=RUN), 0))
     assert starts == [RUN, 2 * RUN, 3 * RUN]
 
 
@@ -185,7 +185,7 @@ def test_settle_tells_each_run_where_its_draws_start() -> None:
 
 def test_gram_by_hand() -> None:
     # <(1, 2), (3, -1)> = 1
-    block = Block(torch.tensor([[1.0, 2.0], [3.0, -1.0]]), {}, Draws())
+    block = Block(torch.tensor([[1.0, 2.0], [3.0, -1.0]]), {}, Draws(), 0)
     assert ops.gram(block).tolist() == [[5.0, 1.0], [1.0, 10.0]]
 
 

@@ -1,0 +1,1 @@
+"""Dynamic methods: one tensor becomes an anchor, coded deltas and a gate."""

@@ -1,0 +1,55 @@
+"""BitDelta: a fine-tune as the base plus one bit a weight, many tenants on one base."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mowmerge.dynamic.format import Code
+from mowmerge.methods.contracts import Dynamic, Extent, Reduction, Routing, Site
+from mowmerge.methods.gating import by_task, in_block_matrix, of_base
+from mowmerge.methods.ops import Sum, l1_norms, settle
+from mowmerge.methods.registry import merge_method
+from mowmerge.tensors import Tensor
+
+
+def _code(site: Site, p: Mapping[str, Any], found: Any) -> Code:
+    codec = "one_bit" if in_block_matrix(site) else "full"
+    return Code(site.name, site.shape, codec, site.models, "0", site.dtype)
+
+
+def _routing(sites: Sequence[Site], codes: Sequence[Code], p: Mapping[str, Any]) -> Routing:
+    return by_task()
+
+
+def _scales(extents: Sequence[Extent]) -> Reduction:
+    """The mean magnitude of each task vector."""
+    total = yield Sum(lambda block: l1_norms(block.values))
+    return total.total / max(1, sum(e.numel for e in extents))
+
+
+@merge_method(
+    paper="arXiv:2402.10193",
+    scope="tensor",
+    reduce=_scales,
+    dynamic=Dynamic(_code, _routing, of_base),
+)
+def bitdelta(
+    deltas: Tensor, base: Tensor, code: Code, *, state: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Tenant k is W_0 + a_k sgn(D_k), a_k the mean magnitude of D_k and sgn(0) = 1.
+
+    Only the matrices of attention and MLPs are quantised; all other tensors are tenant k's own.
+
+    Shapes: deltas [N,*S], base [*S] -> anchor [*S], sign [N,rows,bytes], scale [N]; or delta.
+
+    Source: BitDelta, arXiv:2402.10193, eq. 2.
+    Differs: the scales are not distilled.
+    """
+    if code.codec == "full":
+        return {"anchor": base, "delta": deltas}
+    from mowmerge.dynamic import codecs
+
+    if state is None:
+        state = settle(_scales, deltas, {})
+    return {"anchor": base, **codecs.one_bit(deltas, state)}

@@ -1,0 +1,66 @@
+"""SMILE: every Linear a mixture of low-rank experts, chosen for each token by projection."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from mowmerge.dynamic.format import Code, Gate, Router
+from mowmerge.methods.contracts import Dynamic, Range, Routing, Site
+from mowmerge.methods.gating import in_block_matrix, of_base
+from mowmerge.methods.registry import merge_method
+from mowmerge.tensors import Tensor, torch
+
+
+def _code(site: Site, p: Mapping[str, Any], found: Any) -> Code | None:
+    if in_block_matrix(site):
+        rank, gate = (min(p[word], site.rank) for word in ("rank", "gate_rank"))
+        return Code(
+            site.name, site.shape, "low_rank", site.models, "0", site.dtype,
+            rank=rank, gate_rank=gate,
+        )  # fmt: skip
+    biased = site.role in ("attention", "mlp") and site.name.endswith(".bias")
+    if biased and site.layer is not None:
+        return Code(site.name, site.shape, "full", site.models, "0", site.dtype)
+    return None
+
+
+def _routing(sites: Sequence[Site], codes: Sequence[Code], p: Mapping[str, Any]) -> Routing:
+    router = Router("projection", 0, codes[0].slots, top_k=p["top_k"])
+    return {"0": Gate("module", "0")}, {"0": router}
+
+
+@merge_method(paper="arXiv:2408.10174", dynamic=Dynamic(_code, _routing, of_base))
+def smile(
+    deltas: Tensor,
+    base: Tensor,
+    code: Code,
+    *,
+    rank: Annotated[int, Range(1)] = 128,
+    gate_rank: Annotated[int, Range(1)] = 1,
+    top_k: Annotated[int, Range(1)] = 1,
+) -> dict[str, Tensor]:
+    """y = W_0 x + b_0 + sum over the top k experts of l_i (U_i S_i V_i^T x + b_i - b_0), by token.
+
+    r_i = |V_i[:, :gate_rank]^T x|, l = softmax(r) renormalised over the top k: a token goes to the
+    expert whose task vector it excites. Nothing is trained. Matrices and biases of attention and
+    MLPs; the rest is the base's.
+
+    Shapes: deltas [N,out,in], base [out,in] -> anchor, u, v, slot, gate [N gate_rank,in].
+
+    Args:
+        rank: singular pairs of each expert, at most the matrix's rank.
+        gate_rank: right singular vectors that a token is projected on.
+        top_k: experts a token and matrix.
+
+    Source: SMILE, arXiv:2408.10174, section 3; reference code smile_moe.
+    Differs: an expert that did not change a matrix has a zero gate there and is never preferred.
+    """
+    if code.codec == "full":
+        return {"anchor": base, "delta": deltas}
+    from mowmerge.dynamic import codecs
+
+    directions = torch.linalg.svd(deltas, full_matrices=False)[2][:, : code.gate_rank]
+    moved = deltas.flatten(1).abs().amax(1).gt(0)
+    gate = (directions * moved.view(-1, 1, 1)).reshape(-1, deltas.shape[-1])
+    return {"anchor": base, "gate": gate, **codecs.low_rank(deltas, code.rank)}

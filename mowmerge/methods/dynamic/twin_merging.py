@@ -1,0 +1,55 @@
+"""Twin-Merging: one shared expert, and what is exclusive to each at low rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mowmerge.dynamic.format import Code
+from mowmerge.methods.contracts import Dynamic, Routing, Seed, Site, Unit
+from mowmerge.methods.gating import by_classifier
+from mowmerge.methods.registry import merge_method
+from mowmerge.tensors import Tensor
+
+
+def _code(site: Site, p: Mapping[str, Any], found: Any) -> Code | None:
+    if site.rank < 2:
+        return Code(site.name, site.shape, "full", site.models, "0", site.dtype)
+    rank = max(1, int(p["density"] * site.rank))
+    return Code(site.name, site.shape, "low_rank", site.models, "0", site.dtype, rank=rank)
+
+
+def _routing(sites: Sequence[Site], codes: Sequence[Code], p: Mapping[str, Any]) -> Routing:
+    return by_classifier(sites, kind="twin", seed=p["seed"])
+
+
+def _rest(p: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    return "task_arithmetic", {"scale": 0.3}
+
+
+@merge_method(paper="arXiv:2406.15479", dynamic=Dynamic(_code, _routing, _rest))
+def twin_merging(
+    models: Tensor, anchor: Tensor, code: Code, *, density: Unit = 0.1, seed: Seed = 0
+) -> dict[str, Tensor]:
+    """W(x) = W_shared + sum_k w_k(x) SVD_density(W_k - W_shared), w a classifier's softmax.
+
+    The shared expert is the static merge of the rest. Matrices keep their floor(density rank)
+    largest singular pairs, at least one; vectors are kept whole. w comes from the mean of the
+    shared expert's last hidden state.
+
+    Shapes: models [N,*S], anchor [*S] -> u [rows,N rank], v [N rank,columns], slot; vectors delta.
+
+    Args:
+        density: share of each matrix's singular pairs kept.
+        seed: of the router's first weights.
+
+    Source: Twin-Merging, arXiv:2406.15479, algorithm 1; reference code twin_merge.py.
+    Differs: heads and biases follow the router (the released evaluation gives the true task's);
+    what is exclusive is truncated as a product, never factor by factor.
+    """
+    deltas = models - anchor
+    if code.codec == "full":
+        return {"delta": deltas}
+    from mowmerge.dynamic import codecs
+
+    return codecs.low_rank(deltas, code.rank)

@@ -1,0 +1,102 @@
+"""The gates and routers that dynamic methods share: by block, by classifier, by task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mowmerge.dynamic.format import Code, Gate, Router
+from mowmerge.methods.contracts import MethodError, Routing, Site
+
+DEPTHS = {0: "constant", 1: "linear", 2: "mlp"}
+
+
+def block_of(site: Site) -> str:
+    """The gate of a tensor's block, such as `encoder.layer.3`."""
+    return f"{site.stack}{site.layer}"
+
+
+def in_mlp(site: Site) -> bool:
+    """Whether the tensor belongs to the MLP of a block."""
+    return site.role == "mlp" and site.layer is not None
+
+
+def in_block_matrix(site: Site) -> bool:
+    """Whether it is a matrix of a block's attention or MLP."""
+    return site.role in ("attention", "mlp") and site.layer is not None and len(site.shape) == 2
+
+
+def by_block(
+    sites: Sequence[Site],
+    codes: Sequence[Code],
+    *,
+    offset: float,
+    depth: int,
+    seed: int,
+    shared: bool = False,
+    layer_code: int = 0,
+    hidden: int = 0,
+) -> Routing:
+    """A gate a block on the tokens that enter it, with a router of its own or one for each stack.
+
+    Coefficients are the router's mean over tokens, not normalised, `offset` at first.
+    """
+    coded = {code.name: code for code in codes}
+    ids: dict[str, str] = {}
+    gates: dict[str, Gate] = {}
+    routers: dict[str, Router] = {}
+    for site in sites:
+        code = coded.get(site.name)
+        if code is None:
+            continue
+        id = ids.setdefault(str(site.stack) if shared else code.gate, str(len(ids)))
+        gates[code.gate] = Gate("block", id, offset, site.layer or 0)
+        described = Router(
+            DEPTHS[depth], site.width, code.slots, hidden=hidden, code=layer_code,
+            activation="none", init=offset, seed=seed + int(id), objective="entropy",
+        )  # fmt: skip
+        if routers.setdefault(id, described) != described:
+            raise MethodError(
+                f"the blocks that share router {id} differ in width or rank at '{site.name}'"
+            )
+    return gates, routers
+
+
+def by_classifier(
+    sites: Sequence[Site],
+    *,
+    kind: str = "linear",
+    layer: int = 0,
+    seed: int = 0,
+    **more: Any,
+) -> Routing:
+    """One gate for all: a classifier of the sample on the anchor's mean hidden state.
+
+    `layer`: after how many layers that is taken; 0 is the last hidden state.
+    """
+    inside = next((s for s in sites if s.layer is not None), sites[0])
+    hidden = 2 * inside.width if kind == "twin" else 0
+    router = Router(
+        kind, inside.width, inside.models, hidden=hidden, layer=layer, seed=seed, **more
+    )
+    return {"0": Gate("sample", "0")}, {"0": router}
+
+
+def by_task() -> Routing:
+    """One gate for all, which the caller sets: whose sample it is."""
+    return {"0": Gate("task")}, {}
+
+
+def depth_of(sites: Sequence[Site]) -> int:
+    """How many layers the first stack has."""
+    return next((site.layers for site in sites if site.layer is not None), 0)
+
+
+def of_base(parameters: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """What is not coded stays the base's: no task vector is added."""
+    return "task_arithmetic", {"scale": 0.0}
+
+
+def of_sum(parameters: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """What is not coded is task arithmetic at the method's own scale."""
+    return "task_arithmetic", {"scale": float(parameters["scale"])}

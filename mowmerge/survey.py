@@ -1,0 +1,59 @@
+"""Measures what a dynamic method's layout depends on: a streamed pass before the plan is final."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mowmerge.engine import Engine
+from mowmerge.methods import registry
+from mowmerge.plan import Plan, Stored
+from mowmerge.recipe.model import Recipe
+from mowmerge.upcycle import sites_of
+
+
+def survey(recipe: Recipe, plan: Plan) -> Mapping[str, Any] | None:
+    """What the recipe's method decides from the weights; None where it needs no survey.
+
+    Kept in the user's cache by a digest of the plan and of every input file's size and time.
+    """
+    dynamic = registry.get(recipe.method).dynamic
+    if dynamic is None or dynamic.survey is None:
+        return None
+    file = _cache() / f"{_key(plan)}.json"
+    if file.exists():
+        found: Mapping[str, Any] = json.loads(file.read_text("utf-8"))
+        return found
+    sites = sites_of(recipe, plan)
+    folds = {site.name: dynamic.survey.measure(site) for site in sites}
+    jobs = [job for job in plan.jobs if job.code and folds.get(job.output.name) is not None]
+    totals = Engine(plan).measure([(job, folds[job.output.name]) for job in jobs])
+    parameters = next(job.parameters for job in plan.jobs if job.code)
+    decided = dynamic.survey.decide(totals, sites, parameters)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    staged = file.with_suffix(f".{os.getpid()}")
+    staged.write_text(json.dumps(decided), "utf-8")
+    staged.rename(file)
+    return decided
+
+
+def _cache() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "mowmerge" / "surveys"
+
+
+def _key(plan: Plan) -> str:
+    """A digest of the plan, and of the files it reads as they are now."""
+    seen = [plan.fingerprint]
+    for source in plan.sources.values():
+        files = {p.file for p in source.tensors.values()} if isinstance(source, Stored) else ()
+        for file in sorted(files):
+            facts = os.stat(file)
+            seen.append(f"{file} {facts.st_size} {facts.st_mtime_ns} {facts.st_ino}")
+        if isinstance(source, Plan):
+            seen.append(_key(source))
+    return hashlib.sha256("\n".join(seen).encode()).hexdigest()[:32]

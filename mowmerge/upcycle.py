@@ -1,0 +1,175 @@
+"""Plans what a dynamic method adds to a merge: codes, gates, routers, heads and the manifest."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from mowmerge.checkpoint import naming
+from mowmerge.checkpoint.writer import layout, shard_of
+from mowmerge.dynamic.format import HEADS, ROUTER, Code, Head, Manifest
+from mowmerge.errors import RecipeError
+from mowmerge.methods import registry
+from mowmerge.methods.contracts import Dynamic, Site
+from mowmerge.plan import Plan
+from mowmerge.recipe.model import Recipe, Rest
+from mowmerge.recipe.values import Place, Setting, rest_setting
+from mowmerge.tensors import TensorSpec
+
+# no layer reads these with one value a sample: attention biases shared by the batch, fused experts
+UNMIXABLE = ("relative_attention_bias", ".experts.", "logit_scale", "rotary_emb", "mask_token")
+
+
+class Upcycling:
+    """The recipe's dynamic method, applied to the tensors of the donor."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        specs: Mapping[str, TensorSpec],
+        found: Mapping[str, Any] | None,
+    ) -> None:
+        self.recipe, self.method, self.found = recipe, registry.get(recipe.method), found
+        self.sites: dict[str, Site] = {}
+        self.skipped: list[str] = []
+        stacks = [place for name in specs if (place := naming.stack(name))]
+        self._rests: dict[Any, Rest] = {}
+        self._layers = {stack: 1 + max(i for s, i in stacks if s == stack) for stack, _ in stacks}
+        self._widths = _widths(specs)
+
+    @property
+    def dynamic(self) -> Dynamic:
+        """What the method says of itself."""
+        assert self.method.dynamic is not None
+        return self.method.dynamic
+
+    def code(self, spec: TensorSpec, parameters: Mapping[str, Any]) -> Code | None:
+        """How the tensor, as it will be stored, is coded; None where it stays static."""
+        site = self.sites[spec.name] = self.site(spec)
+        if spec.kind != "float" or not spec.shape:
+            return None
+        code = self.dynamic.code(site, parameters, self.found)
+        if code is not None and any(part in spec.name for part in UNMIXABLE):
+            self.skipped.append(spec.name)
+            return None
+        return code
+
+    def site(self, spec: TensorSpec) -> Site:
+        """The tensor, and where it stands."""
+        stack, layer = naming.stack(spec.name) or (None, None)
+        width = self._widths.get(stack) or self._widths.get(None, 0)
+        return Site(
+            spec.name, spec.shape, spec.dtype, naming.role(spec.name), stack, layer,
+            self._layers.get(stack or "", 0), width, len(self.recipe.models),
+        )  # fmt: skip
+
+    def rest(self, place: Place, parameters: Mapping[str, Any]) -> Setting:
+        """The static method for a tensor: the recipe's `rest`, or the method's own."""
+
+        def default() -> Rest:
+            method, given = self.dynamic.rest(parameters)
+            key = (method, tuple(given.items()))
+            return self._rests.setdefault(key, Rest(method=method, parameters=given))
+
+        return rest_setting(self.recipe, place, default)
+
+    def finish(
+        self, plan: Plan, config_of: Callable[[str], Mapping[str, Any]], metadata: Mapping[str, str]
+    ) -> Plan:
+        """The plan with the manifest and the files of codes, heads and routers."""
+        codes = [job.code for job in plan.jobs if job.code]
+        if not codes:
+            nothing = f"'{self.method.name}' makes no tensor dynamic: this is the static merge"
+            return replace(plan, warnings=(*plan.warnings, nothing))
+        parameters = next(job.parameters for job in plan.jobs if job.code)
+        gates, routers = self.dynamic.routing(list(self.sites.values()), codes, parameters)
+        heads, head_class, kept = self._heads(plan, config_of)
+        manifest = Manifest(
+            self.method.name, tuple(self.recipe.models), tuple(codes), gates, routers,
+            heads, head_class,
+        )  # fmt: skip
+        parts = [part for job in plan.jobs for part in job.parts] + kept
+        size = self.recipe.output.shard_size
+        anchor = layout(list(plan.specs.values()), size, metadata, "model")
+        shards = layout(parts, size, metadata, "dynamic")
+        params = [
+            TensorSpec(f"{ROUTER}.{name}.{part}", p.dtype, p.shape)
+            for name, router in routers.items()
+            for part, p in router.parts.items()
+        ]
+        told = {**metadata, "trained": "false"}
+        router = shard_of("router.safetensors", params, told) if params else None
+        warnings = list(plan.warnings)
+        if self.skipped:
+            warnings.append(
+                f"{len(self.skipped)} tensor(s) cannot differ from sample to sample and stay"
+                f" static: {', '.join(self.skipped[:3])}"
+            )
+        names = {spec.name: held for spec, held in zip(kept, self._sources, strict=True)}
+        return replace(
+            plan, shards=tuple(anchor), heads={}, manifest=manifest, codes=tuple(shards), router=router,
+            head_names=names, warnings=tuple(warnings),
+        )  # fmt: skip
+
+    def _heads(
+        self, plan: Plan, config_of: Callable[[str], Mapping[str, Any]]
+    ) -> tuple[tuple[Head, ...], str, list[TensorSpec]]:
+        """The heads in slot order, the class they belong to, and their tensors' new specs."""
+        self._sources: list[tuple[str, str]] = []
+        if not plan.heads:
+            return (), "", []
+        lacking = [model for model in self.recipe.models if model not in plan.heads]
+        modules = {name.partition(".")[0] for s in plan.heads.values() for name in s.offsets}
+        configs = {model: config_of(model) for model in plan.heads}
+        classes = {(c.get("architectures") or [""])[0] for c in configs.values()}
+        where = self.recipe.where("heads", "match")
+        if lacking:
+            raise RecipeError(
+                f"model '{lacking[0]}' has no head, and the router would choose it", where=where
+            )
+        if len(modules) > 1 or len(classes) > 1 or "" in classes:
+            raise RecipeError(
+                "a dynamic checkpoint keeps one head module of one class, and here are"
+                f" {', '.join(sorted(modules))} of {', '.join(sorted(classes))}",
+                where=where,
+                hint="match the head alone, such as `classifier.*`",
+            )
+        kept = []
+        for i, model in enumerate(self.recipe.models):
+            specs = plan.sources[model].specs
+            for name in plan.heads[model].offsets:
+                inside = name.partition(".")[2]
+                kept.append(replace(specs[name], name=f"{HEADS}.{i}.{inside}"))
+                self._sources.append((model, name))
+        heads = tuple(Head(model, configs[model]) for model in self.recipe.models)
+        return heads, classes.pop(), kept
+
+
+def _widths(specs: Mapping[str, TensorSpec]) -> dict[str | None, int]:
+    """The width of hidden states by stack of layers, None for the model: that of its norms."""
+    seen: dict[str | None, Counter[int]] = {}
+    for name, spec in specs.items():
+        if naming.role(name) == "norm" and len(spec.shape) == 1:
+            stack = naming.stack(name)
+            for where in {stack[0] if stack else None, None}:
+                seen.setdefault(where, Counter())[spec.shape[0]] += 1
+    return {stack: counted.most_common(1)[0][0] for stack, counted in seen.items()}
+
+
+def sites_of(recipe: Recipe, plan: Plan) -> list[Site]:
+    """Every tensor of a plan as a dynamic method sees it."""
+    looked = Upcycling(recipe, plan.specs, None)
+    return [looked.site(spec) for spec in plan.specs.values()]
+
+
+def initial_router(manifest: Manifest) -> dict[str, Any]:
+    """The values of an untrained router's tensors, by name: the same for the same seeds."""
+    from mowmerge.dynamic.routers import RouterModule
+
+    return {
+        f"{ROUTER}.{name}.{part}": value
+        for name, router in manifest.routers.items()
+        for part, value in RouterModule(router).fresh().state_dict().items()
+    }
