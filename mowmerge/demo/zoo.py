@@ -39,8 +39,14 @@ SAY_EVERY = 50  # steps of the base
 
 METHODS = {
     "linear": ("The plain average.", "{}"),
-    "task_arithmetic": ("The scale is the best of 0.05 to 0.5 on validation.", "{scale: 0.1}"),
-    "ties": ("The scale is the best of 0.05 to 0.7 on validation.", "{density: 0.2, scale: 0.3}"),
+    "task_arithmetic": (
+        "The scale is the best of 0.05 to 0.5 on the validation splits.",
+        "{scale: 0.05}",
+    ),
+    "ties": (
+        "The scale is the best of 0.05 to 0.7 on the validation splits.",
+        "{density: 0.2, scale: 0.2}",
+    ),
 }
 
 
