@@ -18,13 +18,14 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import Any
 
 from mowmerge.demo import images
 from mowmerge.demo.images import SPLITS, TASKS
-from mowmerge.errors import MowmergeError, ResourceError
+from mowmerge.errors import CheckpointError, MowmergeError, ResourceError
 from mowmerge.evals import evaluator
 from mowmerge.evals.evaluator import Score
 from mowmerge.recipe import parse
@@ -55,18 +56,15 @@ def run(folder: Path, merge: Callable[[Path, Path], object], tell: Tell) -> list
 
     Raises:
         SourceError: a package that the zoo needs is not installed.
+        CheckpointError: something in `folder` is damaged.
         ResourceError: `folder` is a file, or a training ended early.
     """
-    build(folder, tell)
-    outs = {}
-    for name in METHODS:
-        outs[name] = folder / "merged" / name
-        tell(f"merging: {name}")
-        merge(folder / f"{name}.yaml", outs[name])
-    tell("scoring base, experts and merges on the test splits")
-    scores = evaluator.evaluate(outs, parse.load(folder / "linear.yaml"), ("base", "experts"))
-    rows = ["base", "expert", *METHODS]
-    return sorted(scores, key=lambda score: rows.index(score.model))
+    try:
+        build(folder, tell)
+        return _merge_and_score(folder, merge, tell)
+    except CheckpointError as error:
+        hint = f"remove what is damaged, or all of {folder}, and run the demo again"
+        raise CheckpointError([replace(each, hint=hint) for each in error.problems]) from error
 
 
 def build(folder: Path, tell: Tell = lambda line: None) -> None:
@@ -87,6 +85,21 @@ def build(folder: Path, tell: Tell = lambda line: None) -> None:
     for name in METHODS:
         if not (folder / f"{name}.yaml").exists():
             (folder / f"{name}.yaml").write_text(recipe(name), "utf-8")
+
+
+def _merge_and_score(
+    folder: Path, merge: Callable[[Path, Path], object], tell: Tell
+) -> list[Score]:
+    """Merges by each recipe, then scores: the base first, the experts, the merges."""
+    outs = {}
+    for name in METHODS:
+        outs[name] = folder / "merged" / name
+        tell(f"merging: {name}")
+        merge(folder / f"{name}.yaml", outs[name])
+    tell("scoring base, experts and merges on the test splits")
+    scores = evaluator.evaluate(outs, parse.load(folder / "linear.yaml"), ("base", "experts"))
+    rows = ["base", "expert", *METHODS]
+    return sorted(scores, key=lambda score: rows.index(score.model))
 
 
 def recipe(method: str) -> str:
