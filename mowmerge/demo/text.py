@@ -31,8 +31,8 @@ ADAPTED = ["query", "key", "value", "dense"]  # every matrix of the backbone but
 
 METHODS = {
     "linear": "{}",
-    "task_arithmetic": "{scale: 0.4}",
-    "ties": "{density: 0.2, scale: 1.0}",
+    "task_arithmetic": "{scale: 0.3}",
+    "ties": "{density: 0.2, scale: 0.6}",
 }
 
 

