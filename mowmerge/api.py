@@ -110,20 +110,31 @@ def load(folder: str | Path, *, task: str | None = None) -> Any:
 
 
 def evaluate(
-    folder: str | Path, tasks: str | Path | Recipe, *, against: Sequence[str] = ("base", "experts")
+    folder: str | Path | Mapping[str, str | Path],
+    tasks: str | Path | Recipe,
+    *,
+    against: Sequence[str] = ("base", "experts"),
 ) -> list[Score]:
-    """The scores of a merged folder on the tasks of a recipe, and of its base and its experts."""
+    """The scores of a merged folder on the tasks of a recipe, and of its base and its experts.
+
+    Several folders, by the names that their scores shall bear, share one scoring of the rest.
+    """
     from mowmerge.evals import evaluator
 
     parsed = tasks if isinstance(tasks, Recipe) else check(tasks)
-    return evaluator.evaluate(Path(folder), parsed, against)
+    folders = folder if isinstance(folder, Mapping) else {"merged": folder}
+    return evaluator.evaluate({name: Path(p) for name, p in folders.items()}, parsed, against)
 
 
-def demo(folder: str | Path) -> list[dict[str, Any]]:
-    """Builds a small real zoo in `folder`, merges it, and returns how well each model does."""
-    from mowmerge.demo import minilm
+def demo(folder: str | Path, tell: Callable[[str], None] = lambda line: None) -> list[Score]:
+    """Builds a small real zoo in `folder`, merges it three ways, and scores every model.
 
-    return list(minilm.run(Path(folder), lambda recipe, out: merge(recipe, out, force=True)))
+    `tell` is given a line now and then. Experts are trained in processes of their own: a script
+    that calls this needs `if __name__ == "__main__"`.
+    """
+    from mowmerge.demo import zoo
+
+    return zoo.run(Path(folder), lambda recipe, out: merge(recipe, out, force=True), tell)
 
 
 def surveyed(recipe: Recipe, options: Options) -> Plan:

@@ -1,7 +1,8 @@
-"""`mowmerge demo`: merge real checkpoints that a package ships."""
+"""`mowmerge demo`: build a small real zoo, merge it, score everything."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,13 +12,24 @@ from mowmerge.cli import output
 
 
 def demo(
-    folder: Annotated[Path, typer.Argument(help="Where to put models and merge.")] = Path(
+    folder: Annotated[Path, typer.Argument(help="Where to put models, data and merges.")] = Path(
         "mowmerge-demo"
     ),
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Merge all-MiniLM-L6-v2 with two variants fine-tuned from it here, in about a minute."""
+    """Train a small vision transformer and eight experts, merge them three ways and score all.
+
+    Examples:
+
+      mowmerge demo
+
+      mowmerge demo /tmp/zoo --json
+    """
     from mowmerge import api
 
-    result = api.demo(folder)
-    output.show_demo(result, as_json=json_)
+    def tell(line: str) -> None:
+        if not (quiet or json_):
+            print(line, file=sys.stderr, flush=True)
+
+    output.show_scores(api.demo(folder, tell), as_json=json_)

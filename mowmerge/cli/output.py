@@ -187,14 +187,7 @@ def show_scores(scores: Sequence[Score], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(evaluator.as_json(scores)))
         return
-    show_demo(evaluator.table(scores), as_json=False)
-
-
-def show_demo(rows: Sequence[dict[str, Any]], *, as_json: bool) -> None:
-    """The demo's table."""
-    if as_json:
-        print(json.dumps(rows))
-        return
+    rows = evaluator.table(scores)
     heads = list(rows[0])
     text = [[f"{r[h]:.3f}" if isinstance(r[h], float) else str(r[h]) for h in heads] for r in rows]
     print(table([heads, *text]))

@@ -33,8 +33,10 @@ class Score:
     true: Sequence[int]
 
 
-def evaluate(folder: Path, recipe: Recipe, against: Sequence[str] = ()) -> list[Score]:
-    """The scores of `folder`, and of "base" and "experts" if asked, on each task of the recipe.
+def evaluate(
+    merged: Mapping[str, Path], recipe: Recipe, against: Sequence[str] = ()
+) -> list[Score]:
+    """The scores of merged folders, and of "base" and "experts" if asked, on each task.
 
     The base is scored with each expert's head. All splits that a task names are loaded, so that an
     eval split which shares samples with another is refused.
@@ -50,13 +52,15 @@ def evaluate(folder: Path, recipe: Recipe, against: Sequence[str] = ()) -> list[
     for name, samples in items.items():
         expert = recipe.tasks[name].expert
         own = Path(find(recipe.locate(_source(recipe, expert))).folder)
-        merged = heads.load(folder, name if (folder / "heads").is_dir() else None, expert)
-        models = {"merged": merged}
+        models = {
+            which: heads.load(folder, name if (folder / "heads").is_dir() else None, expert)
+            for which, folder in merged.items()
+        }
         if "base" in against:
             if recipe.base is None:
                 raise RecipeError("--against base, and the recipe names no base", where=recipe.file)
             bare = Path(find(recipe.locate(_source(recipe, None))).folder)
-            models["base"] = heads.load(bare, name, expert, keeping=folder)
+            models["base"] = heads.load(bare, name, expert, keeping=next(iter(merged.values())))
         if "experts" in against:
             models["expert"] = heads.load(own, None)
         metric = recipe.tasks[name].metric or "accuracy"

@@ -135,7 +135,7 @@ def _load(recipe: Recipe, task: str) -> Mapping[str, Any]:
     if given["path"].startswith((".", "/")):
         given["path"] = recipe.locate(given["path"])
     try:
-        with _without_bars():
+        with without_bars():
             loaded = datasets.load_dataset(**given)
     except Exception as error:  # missing files, no network, damaged files: each with its own type
         raise SourceError(
@@ -165,7 +165,7 @@ def _located(recipe: Recipe, value: Any) -> Any:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """No progress bars of datasets'."""
     import datasets
 

@@ -55,7 +55,7 @@ def load(
     if kind is None:
         raise CheckpointError(f"transformers knows no class '{name}'", where=str(head or folder))
     dtype = settings.get("dtype") or settings.get("torch_dtype")
-    with _quiet():
+    with quiet():
         try:
             model, info = kind.from_pretrained(
                 folder, config=described, dtype=dtype, output_loading_info=True,
@@ -132,7 +132,7 @@ def _fit(model: Any, file: Path) -> set[str]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No bars and no load report: what is missing is checked here."""
     from transformers.utils import logging
 
