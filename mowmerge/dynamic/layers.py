@@ -53,7 +53,8 @@ class Context:
     """What a forward pass knows: each gate's coefficients, which tokens count, how many samples.
 
     active: whether weights are mixed at all; without that the anchor answers. forced: one expert's
-    coefficients [B,S] for the gates of scope module. routers: shared with the model.
+    coefficients [B,S] for the gates of scope module. routers: shared with the model. heads: whose
+    head answers for each sample [B], where that is known beforehand.
     """
 
     gates: Mapping[str, Gate]
@@ -65,13 +66,15 @@ class Context:
     mixes: dict[str, Mix] = field(default_factory=dict)
     raw: dict[str, Tensor] = field(default_factory=dict)
     forced: Tensor | None = None
+    heads: Tensor | None = None
     chosen: Tensor | None = None
     _scratch: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
     def begin(self, batch: int, masks: Sequence[Tensor] = (), *, active: bool = True) -> None:
         """Forgets the last pass."""
         self.batch, self.masks, self.active = batch, masks, active
-        self.mixes, self.raw, self.forced, self.chosen = {}, {}, None, None
+        self.mixes, self.raw = {}, {}
+        self.forced = self.heads = self.chosen = None
 
     def set(self, gate: str, c: Tensor) -> None:
         """Fixes a gate's coefficients c [B,S] for this pass."""
@@ -95,7 +98,9 @@ class Context:
     def choice(self, n: int) -> Tensor:
         """The expert, of n, whose head answers for each sample [B]: the one with the most weight
         over all gates."""
-        if self.forced is not None:
+        if self.heads is not None:
+            self.chosen = self.heads
+        elif self.forced is not None:
             self.chosen = self.forced.argmax(1)
         else:
             each = [c.view(len(c), n, -1).sum(2) for c in self.raw.values()]
@@ -203,6 +208,8 @@ class MixedLinear(Mixable):
 
     def _whole(self, x: Tensor, code: Code, parts: Mapping[str, Tensor], mix: Mix) -> Tensor:
         """x_b W_b^T with W_b mixed: once for samples that share it, else in micro-batches."""
+        if torch.is_autocast_enabled(x.device.type):  # weights are mixed in their own dtype
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if torch.is_grad_enabled() and (x.requires_grad or mix.c.requires_grad):
             return MixedProduct.apply(x, mix.c, self.weight, code, parts, self.transposed)
         distinct, which = mix.shared
@@ -211,7 +218,7 @@ class MixedLinear(Mixable):
         y = x.new_empty(*x.shape[:2], self.out_features)
         for i in range(len(distinct)):
             mine = which == i if len(distinct) > 1 else slice(None)
-            weight = codecs.mixed(code, parts, self.weight, distinct[i : i + 1])[0]
+            weight = codecs.mixed(code, parts, self.weight, distinct[i : i + 1])[0].to(x.dtype)
             y[mine] = nn.functional.linear(x[mine], weight.T if self.transposed else weight)
         return y
 
@@ -252,8 +259,8 @@ def _product(
     for start in range(0, len(x), step):
         some = slice(start, min(start + step, len(x)))
         n = some.stop - start
-        room = context.scratch(n * anchor.numel(), x).view(n, -1) if context else None
-        weight = codecs.mixed(code, parts, anchor, c[some], room)
+        room = context.scratch(n * anchor.numel(), anchor).view(n, -1) if context else None
+        weight = codecs.mixed(code, parts, anchor, c[some], room).to(x.dtype)
         torch.bmm(x[some], weight if transposed else weight.transpose(1, 2), out=y[some])
     return y
 
@@ -285,11 +292,11 @@ class MixedProduct(torch.autograd.Function):
         for start in range(0, len(x), _samples(anchor)):
             some = slice(start, min(start + _samples(anchor), len(x)))
             if dx is not None:
-                weight = codecs.mixed(code, parts, anchor, c[some])
+                weight = codecs.mixed(code, parts, anchor, c[some]).to(g.dtype)
                 dx[some] = torch.bmm(g[some], weight.transpose(1, 2) if transposed else weight)
             if dc is not None:
                 pair = (x[some], g[some]) if transposed else (g[some], x[some])
-                dw = torch.bmm(pair[0].transpose(1, 2), pair[1])
+                dw = torch.bmm(pair[0].transpose(1, 2), pair[1]).to(anchor.dtype)
                 dc[some] = codecs.inner(code, parts, anchor, dw).to(c.dtype)
         return dx, dc, None, None, None, None
 

@@ -90,8 +90,9 @@ class MowMixin:
 
     `forward` takes, beside what the base's takes: gates [B,G], the coefficients of all gates side
     by side as `route` returns them; task_ids [B], one expert a sample (its number, for all gates);
-    routing_mask [B,T], the tokens that the routers may see (the prompt's). The output also carries
-    `gates` and, where there are heads or a classifier, `task`.
+    routing_mask [B,T], the tokens that the routers may see (the prompt's); head_ids [B], the expert
+    whose head answers for each sample, the gates left free. The output also carries `gates` and,
+    where there are heads or a classifier, `task`.
     """
 
     config: MowmergeConfig
@@ -173,7 +174,7 @@ class MowMixin:
 
     def _set_gates(
         self, args: Any, inputs: Mapping[str, Any], gates: Tensor | None,
-        task_ids: Tensor | None, routing_mask: Tensor | None,
+        task_ids: Tensor | None, routing_mask: Tensor | None, head_ids: Tensor | None = None,
     ) -> None:  # fmt: skip
         """Begins a pass: how many samples, which tokens count, and the gates that are known."""
         manifest, context = self._manifest, self._context
@@ -184,6 +185,7 @@ class MowMixin:
         if gates is None and task_ids is None:
             chosen = self._classified(args, inputs, batch, masks)
         context.begin(batch, masks)
+        context.heads = head_ids
         n = len(manifest.experts)
         if task_ids is not None:
             one = nn.functional.one_hot(task_ids.long(), n).float()
@@ -347,9 +349,9 @@ def _forward(base: type) -> Any:
 
     def forward(
         self: Any, *args: Any, gates: Tensor | None = None, task_ids: Tensor | None = None,
-        routing_mask: Tensor | None = None, **inputs: Any,
+        routing_mask: Tensor | None = None, head_ids: Tensor | None = None, **inputs: Any,
     ) -> Any:  # fmt: skip
-        self._set_gates(args, inputs, gates, task_ids, routing_mask)
+        self._set_gates(args, inputs, gates, task_ids, routing_mask, head_ids)
         try:
             result = self._plain_forward(*args, **inputs)
         finally:
@@ -362,7 +364,7 @@ def _forward(base: type) -> Any:
 
     own = inspect.signature(base.forward)
     ours = inspect.signature(forward).parameters
-    extra = [ours[n] for n in ("gates", "task_ids", "routing_mask")]
+    extra = [ours[n] for n in ("gates", "task_ids", "routing_mask", "head_ids")]
     given = list(own.parameters.values())
     tail = [p for p in given if p.kind is p.VAR_KEYWORD]
     forward.__signature__ = own.replace(  # type: ignore[attr-defined]

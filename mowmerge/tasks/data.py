@@ -72,8 +72,10 @@ class Items:
         return found
 
 
-def load(recipe: Recipe, task: str, use: str) -> Items:
+def load(recipe: Recipe, task: str, use: str, *, labelled: bool = True) -> Items:
     """The items of a task for `use`: router, select or eval; in seeded order, limited.
+
+    Where they need not be `labelled`, no column of labels is asked for.
 
     Raises:
         RecipeError: no such split or column.
@@ -97,7 +99,8 @@ def load(recipe: Recipe, task: str, use: str) -> Items:
         )
     data = splits[split]
     column = asked.columns.get("input", INPUT[asked.type])
-    label = None if asked.type == "causal-lm" else asked.columns.get("label", "label")
+    bare = asked.type == "causal-lm" or not labelled
+    label = None if bare else asked.columns.get("label", "label")
     for name in filter(None, (column, label)):
         if name not in data.column_names:
             raise RecipeError(

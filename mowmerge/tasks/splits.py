@@ -26,7 +26,9 @@ def digests(items: Items) -> list[str]:
     return [digest(items.input(i)) for i in range(len(items))]
 
 
-def load_apart(recipe: Recipe, task: str, uses: Sequence[str]) -> dict[str, Items]:
+def load_apart(
+    recipe: Recipe, task: str, uses: Sequence[str], *, labelled: bool = True
+) -> dict[str, Items]:
     """The task's items for each use, of splits that share no sample.
 
     Raises:
@@ -36,7 +38,7 @@ def load_apart(recipe: Recipe, task: str, uses: Sequence[str]) -> dict[str, Item
     loaded: dict[str, Items] = {}
     held: dict[str, tuple[str, int]] = {}
     for use in uses:
-        loaded[use] = load(recipe, task, use)
+        loaded[use] = load(recipe, task, use, labelled=labelled)
         found = digests(loaded[use])
         shared = [(i, held[d]) for i, d in enumerate(found) if d in held]
         if shared:
