@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import fsum
 from pathlib import Path
 from typing import Any
 
-from mowmerge.checkpoint.source import find
+from mowmerge.checkpoint.source import config, find
 from mowmerge.errors import RecipeError, did_you_mean
+from mowmerge.evals import routed
+from mowmerge.evals.score import Score
 from mowmerge.recipe.model import Recipe
 from mowmerge.tasks import heads, inputs
 from mowmerge.tasks.data import Items
@@ -18,18 +19,6 @@ from mowmerge.tasks.splits import load_apart
 from mowmerge.tensors import torch
 
 BATCH = 64  # items a forward pass
-
-
-@dataclass(frozen=True)
-class Score:
-    """One model on one task: the metric's value, and what was predicted of each item."""
-
-    model: str
-    task: str
-    metric: str
-    value: float
-    predicted: Sequence[int]
-    true: Sequence[int]
 
 
 def evaluate(
@@ -47,6 +36,8 @@ def evaluate(
     items = {name: _items(recipe, name) for name in recipe.tasks}
     if not items:
         raise RecipeError("the recipe has no tasks", where=recipe.file, hint="see docs/recipe.md")
+    dynamic = {k: f for k, f in merged.items() if config(f).get("model_type") == "mowmerge"}
+    merged = {which: folder for which, folder in merged.items() if which not in dynamic}
     scores = []
     for name, samples in items.items():
         expert = recipe.tasks[name].expert
@@ -59,7 +50,8 @@ def evaluate(
             if recipe.base is None:
                 raise RecipeError("--against base, and the recipe names no base", where=recipe.file)
             bare = Path(find(recipe.locate(_source(recipe, None))).folder)
-            models["base"] = heads.load(bare, name, expert, keeping=next(iter(merged.values())))
+            kept = next((f for f in merged.values() if (f / "heads").is_dir()), own)
+            models["base"] = heads.load(bare, name, expert, keeping=kept)
         if "experts" in against:
             models["expert"] = heads.load(own, None)
         metric = recipe.tasks[name].metric or "accuracy"
@@ -69,6 +61,8 @@ def evaluate(
             true = samples.labels(model.config.label2id)
             value = METRICS[metric](predicted, true)
             scores.append(Score(which, name, metric, value, predicted, true))
+    for which, folder in dynamic.items():
+        scores += routed.scores(which, folder, recipe, items, BATCH)
     return scores
 
 

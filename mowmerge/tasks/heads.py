@@ -21,7 +21,7 @@ def load(
     """The model in `folder` in eval mode: the class its config names, or that of the task's head.
 
     `expert` says whose head the task's is where that is known; `keeping` is the folder with the
-    heads where it is another one.
+    heads where it is another one, or a checkpoint that has the head in it.
 
     Raises:
         CheckpointError: no head for the task, a head that does not fit, a key too many or too few.
@@ -39,9 +39,10 @@ def load(
         raise CheckpointError("there is no config.json", where=str(folder))
     if settings.get("model_type") == "mowmerge":
         return _dynamic(folder)
-    head = _head_file(keeping or folder, task, expert) if task else None
+    whole = keeping is not None and not (keeping / "heads").is_dir()
+    head = keeping if whole else _head_file(keeping or folder, task, expert) if task else None
     find(str(folder))  # a shard that is absent or cut short is named before transformers meets it
-    file = head.with_suffix(".json") if head else folder
+    file = (head if whole else head.with_suffix(".json")) if head else folder
     try:
         described = transformers.AutoConfig.from_pretrained(file)
     except (OSError, ValueError) as error:
@@ -63,8 +64,8 @@ def load(
             )  # fmt: skip
         except (RuntimeError, OSError, ValueError) as error:
             raise CheckpointError(str(error).strip(), where=str(folder)) from error
-    given = _fit(model, head) if head else set()
-    missing = set(map(str, info["missing_keys"])) - given
+    missing = set(map(str, info["missing_keys"]))
+    missing -= _fit(model, head, missing if whole else None) if head else set()
     wrong = {"missing": sorted(missing), "unexpected": sorted(map(str, info["unexpected_keys"]))}
     if any(wrong.values()):
         keys = "; ".join(f"{what}: {', '.join(names)}" for what, names in wrong.items() if names)
@@ -86,7 +87,7 @@ def _dynamic(folder: Path) -> Any:
         manifest = described.manifest
         named = manifest.head_class or described.base_config["architectures"][0]
         made = modeling.dynamic_class(getattr(transformers, named))
-        with _quiet():
+        with quiet():
             return modeling.load(made, folder, described, local_files_only=True)[0]
     except (FormatError, ValueError, RuntimeError, OSError) as error:
         raise CheckpointError(str(error).strip(), where=str(folder)) from error
@@ -110,11 +111,12 @@ def _head_file(folder: Path, task: str, expert: str | None) -> Path:
     return folder / "heads" / f"{model}.safetensors"
 
 
-def _fit(model: Any, file: Path) -> set[str]:
-    """Copies the head's tensors into the model; returns their names."""
+def _fit(model: Any, file: Path, only: set[str] | None = None) -> set[str]:
+    """Copies the head's tensors, or `only` these, into the model; returns their names."""
     reader = StoredReader(find(str(file)))
     places = dict(model.named_parameters()) | dict(model.named_buffers())
-    for name, spec in reader.specs.items():
+    specs = {n: s for n, s in reader.specs.items() if only is None or n in only}
+    for name, spec in specs.items():
         place = places.get(name)
         if place is None or tuple(place.shape) != spec.shape:
             theirs = "lacks it" if place is None else f"has {list(place.shape)}"
@@ -128,7 +130,7 @@ def _fit(model: Any, file: Path) -> set[str]:
         handle.read(0, spec.numel, value.view(-1).view(torch.uint8).numpy().data)
         handle.close()
         place.data.copy_(value)
-    return set(reader.specs)
+    return set(specs)
 
 
 @contextmanager

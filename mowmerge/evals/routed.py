@@ -1,0 +1,87 @@
+"""Scores a dynamic checkpoint on all tasks at once: batches in which every task's items mix.
+
+Three ways, each a row of its own. NAME: nothing is told; the router chooses weights and head, and an
+item under another task's head is wrong. "NAME, task given": the head is the true task's, the gates
+are the router's. "NAME, oracle": the gates, too, are the true task's expert alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from mowmerge.evals.score import Score
+from mowmerge.recipe.model import Recipe
+from mowmerge.tasks import heads, inputs
+from mowmerge.tasks.data import Items
+from mowmerge.tasks.metrics import METRICS
+from mowmerge.tensors import torch
+
+SEED = 0  # of the order in which items mix
+NOWHERE = -1  # the class of an item that was given to another task's head
+
+
+def scores(
+    which: str, folder: Path, recipe: Recipe, items: Mapping[str, Items], batch: int
+) -> list[Score]:
+    """The scores of the dynamic model in `folder` on each task, for each way that it can be run."""
+    model = heads.load(folder, None)
+    manifest = model._manifest
+    scopes = {gate.scope for gate in manifest.gates.values()}
+    ways = ["oracle"]
+    if scopes != {"task"}:
+        ways.insert(0, "task given")
+    if scopes & {"sample", "block"}:
+        ways.insert(0, "")
+    experts = {task: manifest.experts.index(recipe.tasks[task].expert) for task in items}
+    found = []
+    for way in ways:
+        predicted = _predict(model, folder, recipe, items, experts, way, batch)
+        for task, classes in predicted.items():
+            metric = recipe.tasks[task].metric or "accuracy"
+            labels = _labels(manifest, experts[task])
+            true = items[task].labels(labels)
+            value = METRICS[metric](classes, true)
+            name = f"{which}, {way}" if way else which
+            found.append(Score(name, task, metric, value, classes, true))
+    return found
+
+
+def _predict(
+    model: Any,
+    folder: Path,
+    recipe: Recipe,
+    items: Mapping[str, Items],
+    experts: Mapping[str, int],
+    way: str,
+    batch: int,
+) -> dict[str, list[int]]:
+    """The class of each item of each task, from shuffled batches of all tasks of one type."""
+    predicted = {task: [NOWHERE] * len(held) for task, held in items.items()}
+    for kind in sorted({recipe.tasks[task].type for task in items}):
+        processor = inputs.processor(folder, kind)
+        places = [(t, i) for t in items if recipe.tasks[t].type == kind for i in range(len(items[t]))]
+        Random(SEED).shuffle(places)
+        for start in range(0, len(places), batch):
+            some = places[start : start + batch]
+            given = inputs.encode(processor, [items[t].input(i) for t, i in some], model.config)
+            ids = torch.tensor([experts[t] for t, _ in some])
+            told = {"oracle": {"task_ids": ids}, "task given": {"head_ids": ids}}.get(way, {})
+            with torch.inference_mode():
+                out = model(**given, **told)
+            classes, chosen = out.logits.argmax(-1), out["task"]
+            classes = torch.where(chosen == ids, classes, NOWHERE).tolist()
+            for (task, i), number in zip(some, classes, strict=True):
+                predicted[task][i] = number
+    return predicted
+
+
+def _labels(manifest: Any, expert: int) -> Mapping[str, int]:
+    """The label map of an expert's head."""
+    named: Sequence[Any] = manifest.heads
+    config = named[expert].config
+    if "label2id" in config:
+        return {str(name): int(number) for name, number in config["label2id"].items()}
+    return {f"LABEL_{i}": i for i in range(int(config.get("num_labels", 2)))}
