@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
-from mowmerge import dynamic
 from mowmerge.checkpoint.source import SIDECARS, config
-from mowmerge.dynamic.format import Manifest, auto_map, front_class
+from mowmerge.dynamic.format import Manifest
+from mowmerge.dynamic.remote import auto_map, bundle, front_class
 
 _OURS = ("config.json", "report.json", "recipe.yaml", "README.md", "SHA256SUMS", "*.index.json",
          "recipe.lock.yaml", "trainer_state.json", "*_results.json")  # fmt: skip
@@ -76,7 +76,6 @@ def write_dynamic_config(donor: Path, out: Path, dtype: str | None, manifest: Ma
         "base_config": base,
         "mowmerge": manifest.to_json(),
     }
-    for file in sorted(Path(str(dynamic.__file__)).parent.glob("[a-z]*.py")):
-        shutil.copyfile(file, out / file.name)
+    bundle(out)
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     (out / "config.json").write_text(text + "\n", encoding="utf-8")

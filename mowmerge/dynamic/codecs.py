@@ -1,12 +1,15 @@
 """Codes of deltas: how each is made, and how weights are mixed from it.
 
 A slot s of a code holds D_s. `mixed` gives A + sum_s c_s D_s for a batch of coefficients, `inner`
-the gradient of those coefficients, <G, D_s>. Bits are little-endian in a byte, rows padded to bytes.
+the gradient of those coefficients, <G, D_s>. Bits are little-endian in a byte, and rows padded to
+bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from math import prod
 
 import torch
 from torch import Tensor
@@ -106,8 +109,9 @@ def slot(code: Code, parts: Parts, s: int, anchor: Tensor) -> Tensor:
             value *= unpack(parts["occ"][s], columns)
         return value.mul_(parts["scale"][s].to(kind)).view(code.shape)
     if code.codec == "mask":
-        value = unpack(parts["mask"][s], columns).to(kind).view(code.shape)
-        return value.mul_(parts["unified"].to(kind)).mul_(parts["scale"][s].to(kind))
+        value = unpack(parts["mask"][s], columns).to(kind)
+        value.mul_(parts["unified"].to(kind).view(rows, columns))
+        return value.mul_(parts["scale"][s].to(kind)).view(code.shape)
     first, last = parts["ptr"][s : s + 2].tolist()
     value = torch.zeros(rows, columns, dtype=kind, device=anchor.device)
     if code.codec == "sparse":
@@ -123,37 +127,53 @@ def stacked(code: Code, parts: Parts) -> Tensor | None:
     return parts[name].view(code.slots, -1) if name else None
 
 
-def mixed(code: Code, parts: Parts, anchor: Tensor, c: Tensor, out: Tensor | None = None) -> Tensor:
+def opened(code: Code, parts: Parts, anchor: Tensor, out: Tensor | None = None) -> Tensor:
+    """The anchor and the slots, one a row [S+1,numel]; W_s in place of D_s with full_abs."""
+    if out is None:
+        size = (code.slots + 1, anchor.numel())
+        out = torch.empty(size, dtype=anchor.dtype, device=anchor.device)
+    out[0] = anchor.reshape(-1)
+    together = stacked(code, parts)
+    if together is not None:
+        out[1:] = together
+    else:
+        for s in range(code.slots):
+            out[s + 1] = slot(code, parts, s, anchor).view(-1)
+    return out
+
+
+def lead(code: Code, c: Tensor) -> Tensor:
+    """The anchor's own coefficient [B,1]: 1, or 1 - sum_s c_s with full_abs."""
+    if code.codec == "full_abs":
+        return (1 - c.float().sum(1, keepdim=True)).to(c.dtype)
+    return torch.ones_like(c[:, :1])
+
+
+def mixed(
+    code: Code, parts: Parts, anchor: Tensor, c: Tensor, out: Tensor | None = None,
+    room: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """A + sum_s c_s D_s for each row of c, in the anchor's dtype.
 
     With full_abs it is (1 - sum_s c_s) A + sum_s c_s W_s: a one-hot row gives W_s bit for bit.
 
-    Shapes: anchor [*shape], c [B,S] -> [B,*shape]; `out` [B,numel] is overwritten if given.
+    Shapes: anchor [*shape], c [B,S] -> [B,*shape]; `out` [B,numel] and `room` [S+1,numel] are
+    overwritten if given.
     """
-    flat, c = anchor.reshape(1, -1), c.to(anchor.dtype)
-    if out is None:
-        out = torch.empty(len(c), flat.shape[1], dtype=flat.dtype, device=flat.device)
-    if code.codec == "full_abs":
-        torch.mul(flat, 1 - c.sum(1, keepdim=True), out=out)
+    c = c.to(device=anchor.device, dtype=anchor.dtype)
+    flat, together = anchor.reshape(1, -1), stacked(code, parts)
+    if code.codec == "low_rank":
+        u, v = parts["u"].to(c.dtype), parts["v"].to(c.dtype)
+        each = u.unsqueeze(0) * c.index_select(1, parts["slot"].long()).unsqueeze(1)
+        result = flat.view(code.matrix) + each @ v
+        result = result if out is None else out.view_as(result).copy_(result)
+    elif together is not None and together.dtype == c.dtype and len(c) <= code.slots:
+        own = flat * lead(code, c) if code.codec == "full_abs" else flat
+        result = torch.addmm(own, c, together, out=out)
     else:
-        out.copy_(flat.expand_as(out))
-    together = stacked(code, parts)
-    if together is not None:
-        out.addmm_(c, together.to(flat.dtype))
-    elif code.codec == "mask":  # the sum of masks first: one product with the unified delta
-        share = torch.zeros_like(out)
-        for s in range(code.slots):
-            bits = unpack(parts["mask"][s], code.matrix[1]).view(1, -1)
-            share.addcmul_(bits.to(flat.dtype), (c[:, s] * parts["scale"][s]).to(c.dtype)[:, None])
-        out.addcmul_(share, parts["unified"].to(flat.dtype).reshape(1, -1))
-    elif code.codec == "low_rank":
-        u, v = parts["u"].to(flat.dtype), parts["v"].to(flat.dtype)
-        each = u.unsqueeze(0) * c[:, parts["slot"]].unsqueeze(1)
-        out.view(len(c), *code.matrix).baddbmm_(each, v.expand(len(c), *v.shape))
-    else:
-        for s in range(code.slots):
-            out.addcmul_(slot(code, parts, s, anchor).view(1, -1), c[:, s, None])
-    return out.view(len(c), *code.shape)
+        whole = torch.cat([lead(code, c), c], 1)
+        result = torch.mm(whole, opened(code, parts, anchor, room), out=out)
+    return result.view(len(c), *code.shape)
 
 
 def inner(code: Code, parts: Parts, anchor: Tensor, gradient: Tensor) -> Tensor:
@@ -177,31 +197,64 @@ def rows(code: Code, parts: Parts, index: Tensor) -> tuple[Code, Parts]:
     """
     shape = (len(index), *code.shape[1:])
     if code.codec in ("sparse", "row_sparse"):
-        blank = torch.zeros(code.shape, dtype=parts[_values(code)].dtype, device=index.device)
+        values = parts["val" if code.codec == "sparse" else "rowval"]
+        blank = torch.zeros(code.shape, dtype=values.dtype, device=index.device)
         each = [slot(code, parts, s, blank)[index] for s in range(code.slots)]
-        return _changed(code, shape, "full"), {"delta": torch.stack(each)}
-    picked = {
-        name: parts[name].index_select(part.axis, index) if part.axis is not None else parts[name]
-        for name, part in code.parts.items()
-    }
-    if code.codec == "low_rank":
-        picked["u"] = parts["u"][index]
-    return _changed(code, shape, code.codec), picked
+        return replace(code, shape=shape, codec="full"), {"delta": torch.stack(each)}
+    picked = dict(parts)
+    for name, axis in _axes(code).items():
+        picked[name] = parts[name].index_select(axis, index)
+    return replace(code, shape=shape), picked
 
 
-def _values(code: Code) -> str:
-    return "val" if code.codec == "sparse" else "rowval"
+def bands(code: Code, parts: Parts, height: int) -> Iterator[tuple[slice, Code, Parts]]:
+    """The code in bands of `height` rows: which rows, and the code of those alone, as views but
+    for the values of sparse codes."""
+    total = code.matrix[0]
+    starts = _starts(code, parts) if code.codec in ("sparse", "row_sparse") else None
+    for first in range(0, total, height):
+        n = min(height, total - first)
+        if starts is not None:
+            some = _ragged(code, parts, starts, first, n)
+        else:
+            cut = {k: parts[k].narrow(axis, first, n) for k, axis in _axes(code).items()}
+            some = {**parts, **cut}
+        yield slice(first, first + n), replace(code, shape=(n, *code.shape[1:])), some
 
 
-def _changed(code: Code, shape: tuple[int, ...], codec: str) -> Code:
-    from dataclasses import replace
+def _axes(code: Code) -> dict[str, int]:
+    """Along which axis the tensor's rows lie, for the parts that have them."""
+    found = {name: part.axis for name, part in code.parts.items() if part.axis is not None}
+    return {**found, "u": 0} if code.codec == "low_rank" else found
 
-    return replace(code, shape=shape, codec=codec)
+
+def _starts(code: Code, parts: Parts) -> list[list[int]]:
+    """Where each row's values begin, for each slot: S lists of rows+1 places."""
+    pairs = zip(parts["ptr"].tolist(), parts["ptr"].tolist()[1:], strict=False)
+    if code.codec == "row_sparse":
+        edges = torch.arange(code.matrix[0] + 1, device=parts["rowidx"].device)
+        return [(torch.searchsorted(parts["rowidx"][a:b], edges) + a).tolist() for a, b in pairs]
+    bits = parts["occ"]
+    bits = bits - ((bits >> 1) & 0x55)
+    bits = (bits & 0x33) + ((bits >> 2) & 0x33)
+    counts = ((bits + (bits >> 4)) & 0x0F).sum(-1).cumsum(-1)
+    return [[a, *(row + a).tolist()] for row, (a, _) in zip(counts, pairs, strict=True)]
+
+
+def _ragged(
+    code: Code, parts: Parts, starts: list[list[int]], first: int, n: int
+) -> dict[str, Tensor]:
+    """The parts of a sparse or row_sparse code for `n` rows from `first` on."""
+    spans = [slice(place[first], place[first + n]) for place in starts]
+    ptr = torch.tensor([0, *(span.stop - span.start for span in spans)]).cumsum(0)
+    if code.codec == "sparse":
+        values = torch.cat([parts["val"][span] for span in spans])
+        return {"occ": parts["occ"].narrow(1, first, n), "val": values, "ptr": ptr}
+    index = torch.cat([parts["rowidx"][span] for span in spans]) - first
+    values = torch.cat([parts["rowval"][span] for span in spans])
+    return {"rowidx": index, "rowval": values, "ptr": ptr}
 
 
 def _matrix(shape: Sequence[int]) -> tuple[int, int]:
     """Rows and columns of a shape; a vector is one row."""
-    total = 1
-    for n in shape:
-        total *= n
-    return (shape[0], total // shape[0]) if len(shape) > 1 and shape[0] else (1, total)
+    return (shape[0], prod(shape[1:])) if len(shape) > 1 else (1, prod(shape))

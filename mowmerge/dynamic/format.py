@@ -17,28 +17,6 @@ ROUTER = "mow_router"  # module and name prefix of what train-router may change
 HEADS = "mow_heads"  # module and name prefix of the heads, one a task
 CODECS = ("full", "full_abs", "low_rank", "sparse", "row_sparse", "mask", "one_bit")
 SCOPES = ("sample", "block", "module", "task")
-AUTO = (
-    "Model", "ForCausalLM", "ForSequenceClassification", "ForImageClassification",
-    "ForSeq2SeqLM", "ForTokenClassification", "ForQuestionAnswering", "ForMaskedLM",
-)  # fmt: skip
-
-
-def auto_class(kind: str) -> str:
-    """The Auto class for a kind of model: AutoModelForCausalLM for ForCausalLM."""
-    return f"AutoModel{kind.removeprefix('Model')}"
-
-
-def auto_map() -> dict[str, str]:
-    """What config.json says to those who load without mowmerge, with trust_remote_code."""
-    fronts = {auto_class(kind): f"modeling.Mowmerge{kind}" for kind in AUTO}
-    return {"AutoConfig": "modeling.MowmergeConfig", **fronts}
-
-
-def front_class(architecture: str) -> str:
-    """The class that a dynamic checkpoint names for a base class: its kind of model, or Model."""
-    kinds = {"LMHeadModel": "ForCausalLM", "ForConditionalGeneration": "ForSeq2SeqLM"}
-    kinds |= {kind: kind for kind in AUTO}
-    return "Mowmerge" + next((k for end, k in kinds.items() if architecture.endswith(end)), "Model")
 
 
 class FormatError(ValueError):
@@ -62,7 +40,8 @@ class Code:
     name: the anchor tensor's name on disk. gate: whose coefficients mix the slots. dtype: of the
     values. rank: columns a slot (low_rank). kept: entries a slot (sparse) or rows in all
     (row_sparse). zeros: whether one_bit marks entries that are 0. gate_rank: rows a slot of a gate
-    that scores tokens by their projection (scope module).
+    that scores tokens by their projection (scope module); gate_width: its columns, the inputs of
+    the layer (0: the columns of the code, which are the outputs of a weight stored [in,out]).
     """
 
     name: str
@@ -75,6 +54,7 @@ class Code:
     kept: int = 0
     zeros: bool = False
     gate_rank: int = 0
+    gate_width: int = 0
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -116,11 +96,11 @@ class Code:
             "one_bit": {"sign": bits, "scale": scale} | ({"occ": bits} if self.zeros else {}),
         }[self.codec]
         if self.gate_rank:
-            parts["gate"] = Part("F32", (n * self.gate_rank, columns))
+            parts["gate"] = Part("F32", (n * self.gate_rank, self.gate_width or columns))
         return parts
 
     def part_name(self, part: str) -> str:
-        """The name of a part in the checkpoint: P.dyn_u beside P.weight, P.bias_dyn_u for P.bias."""
+        """A part's name in the checkpoint: P.dyn_u beside P.weight, P.bias_dyn_u for P.bias."""
         path, _, leaf = self.name.rpartition(".")
         ending = f"dyn_{part}" if leaf == "weight" else f"{leaf}_dyn_{part}"
         return f"{path}.{ending}" if path else ending
@@ -147,11 +127,11 @@ class Router:
     """What turns features into one coefficient a slot.
 
     kind: linear, mlp (linear, ReLU, linear, on each token), constant, twin (two hidden layers with
-    batch norm), centroid (minus the squared distance). width: of the features. layer: after how
-    many layers of the anchor they are taken (0: its last hidden state). code: width of the layer
-    code put in front. activation: softmax, or none. top_k: how many keep their coefficient (0:
-    all). hard: from which largest probability on it counts as 1. rest: coefficient of the slots
-    that were not chosen.
+    batch norm), centroid (minus the squared distance), projection (scope module: each token by its
+    norm on the gates of the codes). width: of the features. layer: after how many layers of the
+    anchor they are taken (0: its last hidden state). code: width of the layer code put in front.
+    activation: softmax, or none. top_k: how many keep their coefficient (0: all). hard: from which
+    largest probability on it counts as 1. rest: coefficient of the slots that were not chosen.
     """
 
     kind: str
@@ -265,13 +245,36 @@ class Manifest:
             )
         except (KeyError, TypeError) as error:
             raise FormatError(f"the manifest in config.json is damaged: {error}") from error
-        for code in made.codes:
-            if code.codec not in CODECS or code.gate not in made.gates:
-                raise FormatError(f"'{code.name}' has an unknown codec or gate: {code.codec}")
-        for name, gate in made.gates.items():
-            if gate.scope not in SCOPES or (gate.router and gate.router not in made.routers):
-                raise FormatError(f"gate '{name}' has an unknown scope or router")
+        made._check()
         return made
+
+    def _check(self) -> None:
+        """Raises FormatError where the manifest contradicts itself."""
+        for code in self.codes:
+            if code.codec not in CODECS or code.gate not in self.gates:
+                raise FormatError(
+                    f"'{code.name}' has codec '{code.codec}' and gate '{code.gate}', which this"
+                    " mowmerge does not know"
+                )
+            if code.slots != self.slots(code.gate) or code.slots % len(self.experts):
+                raise FormatError(
+                    f"'{code.name}' has {code.slots} slots for {len(self.experts)} experts and the"
+                    f" {self.slots(code.gate)} coefficients of gate '{code.gate}'"
+                )
+        for name, gate in self.gates.items():
+            known = gate.router in self.routers or (gate.scope == "task" and not gate.router)
+            if gate.scope not in SCOPES or not known:
+                raise FormatError(f"gate '{name}' has an unknown scope or router")
+            if all(code.gate != name for code in self.codes):
+                raise FormatError(f"gate '{name}' has no tensor to mix")
+            outputs = self.routers[gate.router].outputs if gate.router else self.slots(name)
+            if outputs != self.slots(name):
+                raise FormatError(
+                    f"router '{gate.router}' has {outputs} outputs for the {self.slots(name)} slots"
+                    f" of gate '{name}'"
+                )
+        if len(self.heads) not in (0, len(self.experts)):
+            raise FormatError(f"{len(self.heads)} heads for {len(self.experts)} experts")
 
 
 def _lean(item: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .format import Router
+from .format import FormatError, Router
 
 SMALL = 0.01  # standard deviation of a fresh router's weights
 
@@ -14,30 +14,31 @@ class RouterModule(nn.Module):
     """One router's parameters, in the shapes that its description gives.
 
     linear: W h + b. mlp: W_2 relu(W_1 h + b_1) + b_2, on each token. constant: b. twin: two hidden
-    layers of width 2d with batch norm, leaky ReLU and dropout. centroid: -|h - m_k|^2.
+    layers of width 2d with batch norm, leaky ReLU and dropout. centroid: -|h - m_k|^2. projection:
+    nothing of its own; layers score tokens by their codes' gates (scope module).
     """
 
     def __init__(self, router: Router) -> None:
         super().__init__()
         self.router = router
-        width, kind = router.width + router.code, {"dtype": torch.float32}
+        width, outputs, fp32 = router.width + router.code, router.outputs, torch.float32
         hidden = router.hidden or width
-        if router.kind == "linear":
-            self.last = nn.Linear(width, router.outputs, **kind)
-        elif router.kind == "mlp":
-            self.first = nn.Linear(width, hidden, **kind)
-            self.last = nn.Linear(hidden, router.outputs, **kind)
-        elif router.kind == "constant":
-            self.bias = nn.Parameter(torch.empty(router.outputs, **kind))
+        if router.kind == "constant":
+            self.bias = nn.Parameter(torch.empty(outputs, dtype=fp32))
         elif router.kind == "centroid":
-            self.centroids = nn.Parameter(torch.empty(router.outputs, width, **kind))
-        elif router.kind == "twin":
-            self.first, self.norm1 = nn.Linear(width, hidden, **kind), nn.BatchNorm1d(hidden)
-            self.second, self.norm2 = nn.Linear(hidden, hidden, **kind), nn.BatchNorm1d(hidden)
-            self.last = nn.Linear(hidden, router.outputs, **kind)
-        elif router.kind != "projection":  # scores tokens by the codes' own gates
-            raise ValueError(f"there is no router of kind '{router.kind}'")
-        self.temperature = nn.Parameter(torch.empty((), **kind), requires_grad=False)
+            self.centroids = nn.Parameter(torch.empty(outputs, width, dtype=fp32))
+        elif router.kind not in ("linear", "mlp", "twin", "projection"):
+            raise FormatError(f"there is no router of kind '{router.kind}'")
+        if router.kind in ("mlp", "twin"):
+            self.first = nn.Linear(width, hidden, dtype=fp32)
+        if router.kind == "twin":
+            self.norm1 = nn.BatchNorm1d(hidden, dtype=fp32)
+            self.second = nn.Linear(hidden, hidden, dtype=fp32)
+            self.norm2 = nn.BatchNorm1d(hidden, dtype=fp32)
+        if router.kind in ("linear", "mlp", "twin"):
+            last = width if router.kind == "linear" else hidden
+            self.last = nn.Linear(last, outputs, dtype=fp32)
+        self.temperature = nn.Parameter(torch.empty((), dtype=fp32), requires_grad=False)
 
     def fresh(self) -> RouterModule:
         """Itself, set to what an untrained router says: every coefficient near `init`.
@@ -47,13 +48,15 @@ class RouterModule(nn.Module):
         draw = torch.Generator().manual_seed(self.router.seed)
         with torch.no_grad():
             for name, value in self.named_parameters():
+                if value.is_meta:
+                    return self
                 if value.dim() > 1:
                     value.normal_(0, SMALL, generator=draw)
                 else:
                     value.fill_(float(name.startswith("norm") and name.endswith("weight")))
             if self.router.kind == "constant":
                 self.bias.fill_(self.router.init)
-            elif hasattr(self, "last"):
+            elif self.router.kind in ("linear", "mlp", "twin"):
                 self.last.bias.fill_(self.router.init)
             self.temperature.fill_(1.0)
             for name, buffer in self.named_buffers():
@@ -65,23 +68,24 @@ class RouterModule(nn.Module):
 
         Shapes: tokens [B,T,d], mask [B,T] or None -> [B,outputs].
         """
-        h = tokens.float()
+        h = tokens.to(self.temperature)
         if self.router.code:
-            place = layer_code(index, self.router.code).to(h.device)
+            place = layer_code(index, self.router.code).to(h)
             h = torch.cat([place.expand(*h.shape[:-1], -1), h], -1)
         if self.router.kind == "constant":
             return self.bias.expand(len(h), -1)
-        if self.router.kind == "mlp":
-            return pool(self.last(torch.relu(self.first(h))), mask)
-        pooled = pool(h, mask)
-        if self.router.kind == "linear":
-            return self.last(pooled)
+        if self.router.kind == "mlp":  # the last map is linear: the mean may come before it
+            pooled = pool(torch.relu(self.first(h)), mask)
+        else:
+            pooled = pool(h, mask)
         if self.router.kind == "centroid":
             return -torch.cdist(pooled, self.centroids).square()
-        leak, drop = nn.functional.leaky_relu, nn.functional.dropout
-        pooled = drop(leak(self.norm1(self.first(pooled))), 0.5, self.training)
-        pooled = drop(leak(self.norm2(self.second(pooled))), 0.5, self.training)
-        return self.last(pooled)
+        if self.router.kind == "twin":
+            leak, drop = nn.functional.leaky_relu, nn.functional.dropout
+            pooled = drop(leak(self.norm1(self.first(pooled))), 0.5, self.training)
+            pooled = drop(leak(self.norm2(self.second(pooled))), 0.5, self.training)
+        raw: Tensor = self.last(pooled)
+        return raw
 
     def coefficients(self, raw: Tensor) -> Tensor:
         """What mixes the slots: softmax at the temperature, top-k, hard choices.
@@ -130,5 +134,6 @@ def projections(tokens: Tensor, gate: Tensor, slots: int) -> Tensor:
 
     Shapes: tokens [...,d], gate [slots*k,d] -> [...,slots].
     """
-    scores = tokens.float() @ gate.float().T
-    return scores.view(*scores.shape[:-1], slots, -1).norm(dim=-1)
+    scores = nn.functional.linear(tokens.float(), gate.float())
+    norms: Tensor = torch.linalg.vector_norm(scores.view(*scores.shape[:-1], slots, -1), dim=-1)
+    return norms

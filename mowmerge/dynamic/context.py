@@ -1,0 +1,156 @@
+"""What the mixing modules of a model share in one forward pass: each gate's coefficients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .format import Gate
+from .routers import RouterModule
+
+
+@dataclass
+class Mix:
+    """One gate's coefficients, offsets taken off: c [B,S]; and which samples share them."""
+
+    c: Tensor
+    _groups: list[tuple[Tensor, Tensor | None, int | None]] | None = None
+    _idle: bool | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether every coefficient is at its offset, so that the anchor answers."""
+        if self._idle is None:
+            self._idle = not (self.c.requires_grad or bool(self.c.any()))
+        return self._idle
+
+    @property
+    def groups(self) -> list[tuple[Tensor, Tensor | None, int | None]]:
+        """The distinct rows: coefficients [1,S], the samples that have them (None: all), and the
+        slot that they choose, where they are one-hot."""
+        if self._groups is None:
+            at: dict[tuple[float, ...], list[int]] = {}
+            for sample, row in enumerate(self.c.detach().tolist()):
+                at.setdefault(tuple(row), []).append(sample)
+            self._groups = [
+                (
+                    self.c[samples[:1]],
+                    None if len(at) == 1 else torch.tensor(samples, device=self.c.device),
+                    row.index(1.0) if sorted(row) == [*[0.0] * (len(row) - 1), 1.0] else None,
+                )
+                for row, samples in at.items()
+            ]
+        return self._groups
+
+
+@dataclass
+class Context:
+    """What a forward pass knows: each gate's coefficients, which tokens count, how many samples.
+
+    active: whether weights are mixed at all; without that the anchor answers. masks: of the tokens
+    that count, [B,T]; decoder_mask: those of a decoder, for the gates in `decoder`. forced: one
+    expert's coefficients [B,S] for the gates of scope module. routers: shared with the model.
+    heads: whose head answers for each sample [B], where that is known beforehand.
+    """
+
+    gates: Mapping[str, Gate]
+    slots: Mapping[str, int]
+    routers: Mapping[str, RouterModule] = field(default_factory=dict)
+    decoder: frozenset[str] = frozenset()
+    active: bool = False
+    batch: int = 0
+    masks: Sequence[Tensor] = ()
+    decoder_mask: Tensor | None = None
+    mixes: dict[str, Mix] = field(default_factory=dict)
+    raw: dict[str, Tensor] = field(default_factory=dict)
+    forced: Tensor | None = None
+    heads: Tensor | None = None
+    chosen: Tensor | None = None
+    _scratch: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+
+    def begin(
+        self, batch: int, masks: Sequence[Tensor] = (), *, decoder_mask: Tensor | None = None,
+        active: bool = True,
+    ) -> None:  # fmt: skip
+        """Forgets the last pass."""
+        self.batch, self.masks, self.decoder_mask, self.active = batch, masks, decoder_mask, active
+        self.mixes, self.raw = {}, {}
+        self.forced = self.heads = self.chosen = None
+
+    def set(self, gate: str, c: Tensor) -> None:
+        """Fixes a gate's coefficients c [B,S] for this pass."""
+        self.mixes[gate] = Mix(c.float() - self.gates[gate].offset)
+        self.raw[gate] = c
+
+    def mix(self, gate: str, x: Tensor) -> Mix | None:
+        """The gate's coefficients, None where the anchor answers; those of scope block come from
+        the first input that asks, [B,T,d]."""
+        if not self.active:
+            return None
+        if gate not in self.mixes:
+            asked = self.gates[gate]
+            router, tokens = self.routers[asked.router], self.samples(x)
+            raw = router(tokens, self.mask(gate, tokens), asked.index)
+            self.set(gate, router.coefficients(raw))
+        return None if self.mixes[gate].idle else self.mixes[gate]
+
+    def mask(self, gate: str, tokens: Tensor) -> Tensor | None:
+        """Which tokens count for a gate [B,T], None if all do."""
+        inside = gate in self.decoder
+        masks = [self.decoder_mask] if inside and self.decoder_mask is not None else self.masks
+        if inside and self.decoder_mask is None:
+            return None
+        return next((m for m in masks if m.shape == tokens.shape[:2]), None)
+
+    def samples(self, x: Tensor) -> Tensor:
+        """The rows of x by sample: [B*n,...,d] -> [B,T,d].
+
+        Raises:
+            ValueError: rows that do not divide into samples.
+        """
+        if len(x) % self.batch:
+            raise ValueError(
+                f"a layer was given {len(x)} rows for {self.batch} samples: its weights cannot"
+                " differ from sample to sample"
+            )
+        return x.reshape(self.batch, -1, x.shape[-1])
+
+    def every(self, names: Sequence[str]) -> Tensor:
+        """These gates' coefficients side by side [B,G]; the offset where no layer asked."""
+        known = next(iter(self.raw.values()), torch.empty(self.batch, 0))
+        blank = {
+            name: known.new_full((self.batch, self.slots[name]), self.gates[name].offset)
+            for name in names
+            if name not in self.raw
+        }
+        return torch.cat([(self.raw | blank)[name].to(known) for name in names], 1)
+
+    def choice(self, n: int) -> Tensor:
+        """The expert, of n, whose head answers for each sample [B]: the one with the most weight
+        over all gates."""
+        if self.heads is not None:
+            self.chosen = self.heads
+        elif self.forced is not None:
+            self.chosen = self.forced.argmax(1)
+        else:
+            each = [c.view(len(c), n, -1).sum(2) for c in self.raw.values()]
+            if not each:
+                raise ValueError("no gate says whose head is meant: pass task_ids or gates")
+            self.chosen = torch.stack([c.to(each[0]) for c in each]).sum(0).argmax(1)
+        return self.chosen
+
+    def scratch(self, numel: int, like: Tensor) -> Tensor:
+        """Reused memory, for what a layer forgets before the next one begins."""
+        key = (like.dtype, like.device)
+        if key not in self._scratch or self._scratch[key].numel() < numel:
+            self._scratch[key] = torch.empty(numel, dtype=like.dtype, device=like.device)
+        return self._scratch[key][:numel]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy keeps: nothing of the last pass."""
+        blank = Context(self.gates, self.slots, self.routers, self.decoder)
+        return dict(blank.__dict__)

@@ -1,0 +1,65 @@
+"""From names on disk to names in memory, and what is wrong with files that do not load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.conversion_mapping import (
+    extract_weight_conversions_for_model,
+    get_model_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+from .configuration import MowmergeConfig
+
+
+def locator(model: Any) -> Callable[[str], str]:
+    """Maps a tensor's name on disk to its name in the model; ValueError if it is not there."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
+    held = model.state_dict()
+
+    def located(name: str) -> str:
+        found, fused = rename_source_key(name, renamings, converters, model.base_model_prefix, held)
+        if fused is not None or found not in held:
+            raise ValueError(f"'{name}' is not a tensor of {type(model).__name__} of its own")
+        return str(found)
+
+    return located
+
+
+def keep_conversions(made: Any, base: Any, config: MowmergeConfig) -> None:
+    """Registers the base's own conversion of names for the class made from it."""
+    with torch.device("meta"):
+        native = base(config.base)
+    found = extract_weight_conversions_for_model(native)
+    if found:
+        register_checkpoint_conversion_mapping(made.__name__, found, overwrite=True)
+
+
+def complain(folder: Any, name: str, info: dict[str, Any]) -> None:
+    """Raises ValueError where keys were missing or unexpected."""
+    wrong = {k: sorted(map(str, info[k])) for k in ("missing_keys", "unexpected_keys") if info[k]}
+    if wrong:
+        listed = "; ".join(
+            f"{what.replace('_', ' ')}: {', '.join(names[:5])}{', ...' * (len(names) > 5)}"
+            for what, names in wrong.items()
+        )
+        raise ValueError(f"{folder} does not load as {name}: {listed}")
+
+
+def damaged(folder: Any) -> str:
+    """The first weights file of a local folder that cannot be opened, empty if all can."""
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"{file} is damaged: {error}"
+    return ""

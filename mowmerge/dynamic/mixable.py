@@ -1,0 +1,60 @@
+"""A module's tensors and the codes beside them, and where one model holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .codecs import mixed
+from .context import Context
+from .format import Code
+
+DTYPES = {
+    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
+    "U8": torch.uint8, "I32": torch.int32, "I64": torch.int64,
+}  # fmt: skip
+
+
+class Mixable(nn.Module):
+    """A module with codes for some of its tensors. Holds the tensors it took over under their own
+    names, and each part of a code as a buffer beside."""
+
+    def __init__(self, inner: nn.Module, codes: Mapping[str, Code], context: Context) -> None:
+        super().__init__()
+        self.codes, self.context = dict(codes), context
+        for leaf, value in inner._parameters.items():
+            self.register_parameter(leaf, value)
+        for leaf, code in codes.items():
+            add_parts(self, leaf, code)
+
+    def parts(self, leaf: str) -> dict[str, Tensor]:
+        """The stored parts of a tensor's code."""
+        return parts_of(self, leaf, self.codes[leaf])
+
+    def mixed(self, leaf: str, x: Tensor) -> Tensor | None:
+        """The tensor as each sample has it [B,*shape], or the anchor's own [*shape]."""
+        value: Tensor | None = getattr(self, leaf)
+        code = self.codes.get(leaf)
+        mix = self.context.mix(code.gate, x) if code and value is not None else None
+        if code is None or mix is None or value is None:
+            return value
+        return mixed(code, self.parts(leaf), value, mix.c)
+
+
+def attribute(leaf: str, part: str) -> str:
+    """The buffer's name in its module: dyn_u beside weight, bias_dyn_u beside bias."""
+    return f"dyn_{part}" if leaf == "weight" else f"{leaf}_dyn_{part}"
+
+
+def parts_of(module: nn.Module, leaf: str, code: Code) -> dict[str, Tensor]:
+    """The stored parts of the code of one of a module's tensors."""
+    return {name: getattr(module, attribute(leaf, name)) for name in code.parts}
+
+
+def add_parts(module: nn.Module, leaf: str, code: Code) -> None:
+    """Buffers for a code's parts, on the device where modules are being made."""
+    for name, part in code.parts.items():
+        blank = torch.zeros(part.shape, dtype=DTYPES[part.dtype])
+        module.register_buffer(attribute(leaf, name), blank)
