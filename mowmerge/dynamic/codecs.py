@@ -134,7 +134,8 @@ def mixed(code: Code, parts: Parts, anchor: Tensor, c: Tensor, out: Tensor | Non
     if out is None:
         out = torch.empty(len(c), flat.shape[1], dtype=flat.dtype, device=flat.device)
     if code.codec == "full_abs":
-        torch.mul(flat, 1 - c.sum(1, keepdim=True), out=out)
+        rest = 1 - c.sum(1, keepdim=True)
+        out = flat * rest if rest.requires_grad else torch.mul(flat, rest, out=out)
     else:
         out.copy_(flat.expand_as(out))
     together = stacked(code, parts)
