@@ -59,7 +59,13 @@ def cli() -> str:
     lines = ["# Command line"]
     for command in COMMANDS:
         doc = inspect.getdoc(command) or ""
-        lines += ["", f"## mowmerge {command.__name__}", "", doc.split("\n")[0], ""]
+        lines += [
+            "",
+            f"## mowmerge {command.__name__.replace('_', '-')}",
+            "",
+            doc.split("\n")[0],
+            "",
+        ]
         lines += ["| argument or option | default | meaning |", "|---|---|---|"]
         lines += [_option(*row) for row in _parameters(command)]
     lines += ["", "Exit codes: 0 done, 1 a bug, 2 usage, 3 recipe, 4 checkpoint, 5 source or Hub,"]

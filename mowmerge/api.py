@@ -26,8 +26,19 @@ from mowmerge.tensors import DTYPES, TensorReader, torch
 if TYPE_CHECKING:
     from mowmerge.engine import Sink
     from mowmerge.evals.evaluator import Score
+    from mowmerge.training.settings import Options as Training
 
 Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The checkpoint, what report.json now says of its routers, and whether this process is the
+    one of several that speaks for all."""
+
+    path: Path
+    report: dict[str, Any]
+    speaks: bool
 
 
 @dataclass(frozen=True)
@@ -124,6 +135,41 @@ def evaluate(
     parsed = tasks if isinstance(tasks, Recipe) else check(tasks)
     folders = folder if isinstance(folder, Mapping) else {"merged": folder}
     return evaluator.evaluate({name: Path(p) for name, p in folders.items()}, parsed, against)
+
+
+def plan_training(
+    folder: str | Path, recipe: str | Path | Recipe | None = None, options: Training | None = None
+) -> dict[str, Any]:
+    """What `train_router` would train, on which samples, for how many steps."""
+    from mowmerge.training import settings, train
+
+    return train.plan(Path(folder), _tasks(folder, recipe), options or settings.Options())
+
+
+def train_router(
+    folder: str | Path,
+    recipe: str | Path | Recipe | None = None,
+    options: Training | None = None,
+    *,
+    begin: Callable[[int], Callable[[int, float], None]] = lambda steps: lambda step, loss: None,
+) -> Trained:
+    """Trains the routers of a dynamic checkpoint on the tasks of a recipe: its own, or another.
+
+    The router file is replaced when training has ended well; until then nothing changes. `begin` is
+    given the number of steps and returns what is called after each with its number and loss.
+    """
+    from mowmerge.training import settings, train
+
+    asked = options or settings.Options()
+    section, speaks = train.train(Path(folder), _tasks(folder, recipe), asked, begin)
+    return Trained(Path(folder), section, speaks)
+
+
+def _tasks(folder: str | Path, recipe: str | Path | Recipe | None) -> Recipe:
+    """The recipe that names the tasks."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    return check(recipe if recipe is not None else Path(folder) / "recipe.yaml")
 
 
 def demo(folder: str | Path, tell: Callable[[str], None] = lambda line: None) -> list[Score]:

@@ -15,6 +15,7 @@ from mowmerge.cli.eval import eval
 from mowmerge.cli.merge import merge
 from mowmerge.cli.methods import methods
 from mowmerge.cli.schema import schema
+from mowmerge.cli.train_router import train_router
 from mowmerge.errors import MowmergeError, ResourceError
 
 app = typer.Typer(
@@ -26,7 +27,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 a bug, 2 usage, 3 recipe, 4 checkpoint, 5 source or Hub,"
     " 6 disk, memory or permission, 130 interrupted.",
 )
-COMMANDS = (merge, eval, check, methods, schema, demo)
+COMMANDS = (merge, train_router, eval, check, methods, schema, demo)
 for command in COMMANDS:
     app.command()(command)
 

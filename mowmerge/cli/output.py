@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mowmerge.api import Advance, Result
+    from mowmerge.api import Advance, Result, Trained
     from mowmerge.evals.evaluator import Score
     from mowmerge.plan import Plan, TensorJob
 
@@ -162,6 +162,83 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+class Steps:
+    """Progress in steps with the loss: a bar on a terminal, else a line at each tenth."""
+
+    def __init__(self, hidden: bool) -> None:
+        self._hidden, self._bar = hidden, None
+
+    def __enter__(self) -> Steps:
+        return self
+
+    def begin(self, steps: int) -> Callable[[int, float], None]:
+        """Starts the bar; returns what moves it."""
+        if self._hidden:
+            return lambda step, loss: None
+        from tqdm import tqdm
+
+        bar: Any = tqdm(total=steps, unit="step", disable=None, file=sys.stderr)
+        self._bar, tenth = bar, max(1, steps // 10)
+
+        def moved(step: int, loss: float) -> None:
+            if bar.disable and (step % tenth == 0 or step == steps):
+                print(f"step {step} of {steps}: loss {loss:.4g}", file=sys.stderr)
+            bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
+            bar.update(step - bar.n)
+
+        return moved
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def show_training(planned: dict[str, Any], *, as_json: bool) -> None:
+    """What would train, on how many samples, for how long."""
+    if as_json:
+        print(json.dumps({"version": 1, **planned}))
+        return
+    rows = [("task", "expert", "router split", "samples", "select split", "samples")]
+    for name, task in planned["tasks"].items():
+        select = task["select"] or {"split": "-", "samples": 0}
+        rows.append(
+            (name, task["expert"], task["router"]["split"], str(task["router"]["samples"]),
+             select["split"], str(select["samples"]))
+        )  # fmt: skip
+    print(table(rows))
+    counts = [router["parameters"] for router in planned["routers"].values()]
+    print(
+        f"\n{len(counts)} router(s) with {sum(counts):,} parameters, objective"
+        f" {planned['objective']}: {planned['steps']} steps of {planned['batch']} samples a task,"
+        f" lr {planned['lr']:g} ({planned['schedule']}), seed {planned['seed']}"
+    )
+
+
+def show_trained(result: Trained, *, as_json: bool, quiet: bool) -> None:
+    """What the routers reached."""
+    section = result.report
+    if as_json:
+        print(json.dumps({"version": 1, "path": str(result.path), **section}))
+        return
+    warn(section["notes"])
+    if quiet:
+        return
+    figures = ", ".join(
+        f"{name} {value:.4g}"
+        for name, value in section["metrics"].items()
+        if isinstance(value, float)
+    )
+    print(
+        f"{result.path}: {len(section['routers'])} router(s) trained ({section['objective']}), step"
+        f" {section['kept_step']} of {section['steps']} kept: {figures}"
+    )
 
 
 def show_result(result: Result, *, as_json: bool, quiet: bool) -> None:

@@ -1,0 +1,68 @@
+"""The processes that train together, as accelerate reports them, and the device of this one."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from mowmerge.errors import ResourceError, SourceError
+from mowmerge.tensors import Tensor, torch
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's rank, how many there are, and the device that it computes on."""
+
+    rank: int
+    count: int
+    device: Any
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes."""
+        if self.count == 1:
+            return tensor
+        from accelerate.utils import reduce
+
+        found: Tensor = reduce(tensor.to(self.device), "sum")
+        return found.to(tensor.device)
+
+    def wait(self) -> None:
+        """Returns when all processes are here."""
+        if self.count > 1:
+            from accelerate import PartialState
+
+            PartialState().wait_for_everyone()
+
+
+def begin(device: str | None = None) -> Processes:
+    """Joins the processes that torchrun or accelerate started; gloo on CPUs.
+
+    `device` is cpu, cuda or cuda:1; None is a GPU where there is one.
+
+    Raises:
+        ResourceError: no such device, or fewer processes in sight than WORLD_SIZE says: each of
+            them would believe that it is the only one.
+        SourceError: accelerate is not installed.
+    """
+    if not find_spec("accelerate"):
+        raise SourceError(
+            "training needs accelerate, which is not installed",
+            hint='pip install "mowmerge[train]"',
+        )
+    from accelerate import PartialState
+
+    gpu = torch.cuda.is_available()
+    if device and device != "cpu" and not gpu:
+        raise ResourceError(f"there is no device '{device}' here", hint="--device cpu")
+    told = int(os.environ.get("WORLD_SIZE", "1"))
+    state = PartialState(cpu=device == "cpu" or not gpu)
+    if told != state.num_processes:
+        raise ResourceError(
+            f"WORLD_SIZE says {told} processes, and accelerate sees {state.num_processes}",
+            hint=f"start them with `torchrun --nproc_per_node {told} -m mowmerge train-router ...`",
+        )
+    alone = state.num_processes == 1
+    chosen = torch.device(device or ("cuda" if gpu else "cpu")) if alone else state.device
+    return Processes(state.process_index, state.num_processes, chosen)
