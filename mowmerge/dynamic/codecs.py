@@ -82,13 +82,14 @@ def sparse(deltas: Tensor, kept: int) -> dict[str, Tensor]:
 
 
 def row_sparse(deltas: Tensor) -> dict[str, Tensor]:
-    """The rows of each delta that are not all zero.
+    """The rows of each delta that are not all zero, in order.
 
-    Shapes: deltas [S,rows,columns] -> rowidx [n], rowval [n,columns], ptr [S+1].
+    Shapes: deltas [S,*shape] -> rowidx [n], rowval [n,columns], ptr [S+1].
     """
-    changed = [delta.abs().amax(1).nonzero().squeeze(1) for delta in deltas]
+    flat = deltas.reshape(len(deltas), *_matrix(deltas.shape[1:]))
+    changed = [delta.abs().amax(1).nonzero().squeeze(1) for delta in flat]
     ptr = torch.tensor([0, *(len(rows) for rows in changed)], dtype=torch.int64).cumsum(0)
-    values = [delta[rows] for delta, rows in zip(deltas, changed, strict=True)]
+    values = [delta[rows] for delta, rows in zip(flat, changed, strict=True)]
     return {"rowidx": torch.cat(changed), "rowval": torch.cat(values), "ptr": ptr}
 
 
@@ -145,7 +146,8 @@ def opened(code: Code, parts: Parts, anchor: Tensor, out: Tensor | None = None) 
 def lead(code: Code, c: Tensor) -> Tensor:
     """The anchor's own coefficient [B,1]: 1, or 1 - sum_s c_s with full_abs."""
     if code.codec == "full_abs":
-        return (1 - c.float().sum(1, keepdim=True)).to(c.dtype)
+        wide = torch.promote_types(c.dtype, torch.float32)
+        return (1 - c.sum(1, keepdim=True, dtype=wide)).to(c.dtype)
     return torch.ones_like(c[:, :1])
 
 

@@ -24,8 +24,7 @@ class MixedEmbedding(Mixable):
         self._owner = (owner if owner is not None else self,)
         self.weight: Tensor
         self.num_embeddings, self.embedding_dim = self.weight.shape
-        self.scale: Tensor | None
-        self.register_buffer("scale", getattr(inner, "embed_scale", None), persistent=False)
+        self.scale = scale_of(inner)
         self.padding_idx = getattr(inner, "padding_idx", None)
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -45,7 +44,13 @@ class MixedEmbedding(Mixable):
             each = ids.reshape(1, -1).expand(batch, -1) if shared else ids.flatten(1)
             found: Tensor = MixedRows.apply(mix.c, each, self.weight, table, owner.parts("weight"))  # type: ignore[no-untyped-call]
             base = found.view(batch, *ids.shape[1 if ids.dim() > 1 else 0 :], found.shape[-1])
-        return base if self.scale is None else base * self.scale.to(base.dtype)
+        return base if self.scale == 1 else base * torch.tensor(self.scale).to(base)
+
+
+def scale_of(inner: nn.Module) -> float:
+    """What a table multiplies its rows by: a number, as buffers have no values on meta."""
+    held = getattr(inner, "scalar_embed_scale", getattr(inner, "embed_scale", 1.0))
+    return float(held)
 
 
 class MixedRows(torch.autograd.Function):

@@ -200,9 +200,7 @@ def _kind(inner: nn.Module, codes: Mapping[str, Code], path: str) -> Any:
     if isinstance(inner, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return MixedConv if inner.padding_mode == "zeros" else None
     if isinstance(inner, nn.Embedding):
-        known = type(inner) is nn.Embedding or isinstance(
-            getattr(inner, "embed_scale", None), Tensor
-        )
+        known = type(inner) is nn.Embedding or hasattr(inner, "embed_scale")
         return MixedEmbedding if known and "attention_bias" not in path else None
     channels = isinstance(inner, nn.GroupNorm | nn.modules.batchnorm._BatchNorm)
     return MixedNorm if weight.dim() == 1 and not channels else None

@@ -1,0 +1,169 @@
+"""Where coefficients come from: prefix or last states, thresholds, tasks, one router for several."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from making import K, Made, apart, first, inputs, model, one, write
+
+from mowmerge.dynamic.format import Gate, Router
+
+torch.set_num_threads(1)
+
+
+def _made(folder: Path, name: str = "llama", **router: Any) -> Made:
+    kind = {"kind": "linear", "layer": 1} | router
+    return write(folder, model(name), routers={"0": Router(width=32, outputs=K, **kind)})
+
+
+def _wild(made: Made) -> Any:
+    """The model, with a router that tells its inputs apart."""
+    dynamic, draw = made.load(), torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for value in dynamic.mow_router["0"].parameters():
+            if value.dim() > 1:
+                value.normal_(generator=draw)
+    return dynamic
+
+
+@pytest.mark.parametrize(("name", "path"), [("llama", "model"), ("bert", ""), ("t5", "encoder")])
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_features_are_the_anchors_hidden_states(
+    name: str, path: str, layer: int, tmp_path: Path
+) -> None:
+    made, batch = _made(tmp_path, name, layer=layer), inputs(name)
+    dynamic = _wild(made)
+    with torch.no_grad():
+        backbone = made.plain.get_submodule(path)
+        alone = {k: v for k, v in batch.items() if "decoder" not in k}
+        states = backbone(**alone, output_hidden_states=True)
+        layers = backbone.layers if name == "llama" else (
+            backbone.encoder.layer if name == "bert" else backbone.block)  # fmt: skip
+        want = states.last_hidden_state if not layer else _after(made.plain, layers[layer - 1], batch)
+        found = dynamic.features(layer, **batch)
+        assert torch.allclose(found, want, atol=1e-6)
+        mask = batch["attention_mask"].float()[..., None]
+        raw = dynamic.mow_router["0"].last((want * mask).sum(1) / mask.sum(1))
+        assert torch.allclose(dynamic(**batch).gates, raw.softmax(-1), atol=1e-5)
+
+
+def _after(plain: Any, layer: Any, batch: Any) -> torch.Tensor:
+    found = []
+    hook = layer.register_forward_hook(lambda m, i, o: found.append(o))
+    plain(**batch)
+    hook.remove()
+    return found[0] if isinstance(found[0], torch.Tensor) else found[0][0]
+
+
+def test_only_the_first_layers_run_for_a_prefix(tmp_path: Path) -> None:
+    dynamic, ran = _wild(_made(tmp_path)), []
+    for i, layer in enumerate(dynamic.model.layers):
+        layer.register_forward_hook(lambda m, a, o, i=i: ran.append(i))
+    dynamic.features(1, **inputs("llama"))
+    assert ran == [0]
+    dynamic.route(**inputs("llama"))
+    assert ran == [0, 0]
+
+
+def test_features_come_from_the_anchor_whatever_ran_before(tmp_path: Path) -> None:
+    dynamic, batch = _wild(_made(tmp_path)), inputs("llama")
+    before = dynamic.features(0, **batch)
+    with torch.no_grad():
+        dynamic(**batch, task_ids=torch.tensor([0, 1, 2, 0]))
+    assert torch.equal(dynamic.features(0, **batch), before)
+
+
+def test_sure_gates_are_one_hot(tmp_path: Path) -> None:
+    made, batch = _made(tmp_path, hard=0.34), inputs("llama")
+    dynamic = _wild(made)
+    with torch.no_grad():
+        out = dynamic(**batch)
+        chosen = out.gates.argmax(1)
+        assert torch.equal(out.gates, torch.nn.functional.one_hot(chosen, K).float())
+        want = torch.stack([made.expert(int(k), batch)[b] for b, k in enumerate(chosen)])
+        assert apart(first(out), want, batch) < 2e-5
+
+
+def test_routers_see_what_routing_mask_shows(tmp_path: Path) -> None:
+    dynamic, batch = _wild(_made(tmp_path)), inputs("llama")
+    prompt = batch["attention_mask"].clone()
+    prompt[:, 5:] = 0
+    with torch.no_grad():
+        short = {key: value[:, :5] for key, value in batch.items()}
+        found = dynamic(**batch, routing_mask=prompt).gates
+        assert torch.allclose(found, dynamic(**short).gates, atol=1e-5)
+        assert not torch.allclose(found, dynamic(**batch).gates, atol=1e-3)
+        assert torch.allclose(found, dynamic.route(**batch, routing_mask=prompt))
+
+
+def test_twin_router_is_in_eval_mode_and_fp32(tmp_path: Path) -> None:
+    made, batch = _made(tmp_path, kind="twin", hidden=64, layer=0), inputs("llama")
+    dynamic = made.load(dtype=torch.bfloat16)
+    router = dynamic.mow_router["0"]
+    assert router.norm1.running_var.dtype == torch.float32
+    with torch.no_grad():
+        assert torch.equal(dynamic(**batch).gates, dynamic(**batch).gates)
+        singles = [dynamic(**one(batch, b)).gates for b in range(4)]
+    assert torch.allclose(dynamic.route(**batch), torch.cat(singles), atol=1e-2)
+
+
+def test_without_a_router_the_caller_says_which(tmp_path: Path) -> None:
+    made = write(tmp_path, model("llama"), gates={"0": Gate("task")}, routers={})
+    dynamic, batch = made.load(), inputs("llama")
+    with pytest.raises(ValueError, match="pass task_ids .*: a, b, c"):
+        dynamic(**batch)
+    with pytest.raises(ValueError, match=r"gates must be \[4, 3\], not \[4, 2\]"):
+        dynamic(**batch, gates=torch.zeros(4, 2))
+    with torch.no_grad():
+        found = first(dynamic(**batch, task_ids=torch.tensor([1, 1, 1, 1])))
+    assert apart(found, made.expert(1, batch), batch) < 2e-5
+
+
+def test_a_cached_prompt_has_its_gates_already(tmp_path: Path) -> None:
+    dynamic, batch = _wild(_made(tmp_path)), inputs("llama")
+    with torch.no_grad():
+        out = dynamic(**batch)
+        word = {"input_ids": batch["input_ids"][:, :1], "past_key_values": out.past_key_values}
+        with pytest.raises(ValueError, match="pass them as gates"):
+            dynamic(**word)
+        dynamic(**word, gates=out.gates)
+
+
+def test_smile_routes_by_token_and_obeys_task_ids(tmp_path: Path) -> None:
+    def gated(code: Any, parts: Any) -> Any:
+        if len(code.shape) < 2:
+            return code, parts
+        from dataclasses import replace
+
+        code = replace(code, gate_rank=2)
+        return code, {**parts, "gate": torch.randn(code.parts["gate"].shape)}
+
+    def linear(name: str) -> bool:
+        return "layer." in name and "LayerNorm" not in name
+
+    made = write(
+        tmp_path, model("bert"), codec=("low_rank", "full"), gates={"0": Gate("module", "0")},
+        routers={"0": Router("projection", 32, K, top_k=1)}, pick=linear, more=gated,
+    )  # fmt: skip
+    dynamic, batch = made.load(), inputs("bert")
+    with torch.no_grad():
+        whole = first(dynamic(**batch))
+        singles = torch.cat([first(dynamic(**one(batch, b))) for b in range(4)])
+        assert apart(whole, singles, batch) < 1e-5
+        forced = dynamic(**batch, task_ids=torch.tensor([2, 2, 2, 2]))
+        assert apart(first(forced), made.expert(2, batch), batch) < 2e-5
+        assert apart(first(forced), whole, batch) > 1e-3
+
+
+def test_routers_alone_learn(tmp_path: Path) -> None:
+    dynamic, batch = _wild(_made(tmp_path)), inputs("llama")
+    out = dynamic(**batch, labels=batch["input_ids"])
+    out.loss.backward()
+    learned = {n for n, p in dynamic.named_parameters() if p.grad is not None}
+    assert learned == {"mow_router.0.last.weight", "mow_router.0.last.bias"}
+    assert dynamic.mow_router["0"].last.weight.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        dynamic.gradient_checkpointing_enable()
