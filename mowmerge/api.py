@@ -25,7 +25,7 @@ from mowmerge.tensors import DTYPES, TensorReader, torch
 
 if TYPE_CHECKING:
     from mowmerge.engine import Sink
-    from mowmerge.evals.evaluator import Score
+    from mowmerge.evals.score import Score
     from mowmerge.training.settings import Options as Training
 
 Advance = Callable[[int], None]

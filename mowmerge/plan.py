@@ -109,10 +109,13 @@ class Tied:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a merge will do. `sources` holds, for each model, a checkpoint or another plan;
-    `heads` the file of each model whose head is kept as it is. A dynamic merge has a manifest,
-    files of codes and one of routers; `head_names` says of a head's tensor among the codes which model's
-    it is; `surveyed` what was measured before, None where that is still to come."""
+    """Everything a merge will do.
+
+    `sources` holds, for each model, a checkpoint or another plan; `heads` the file of each model
+    whose head is kept as it is. A dynamic merge has a manifest, files of codes and one of routers;
+    `head_names` says of a head's tensor among the codes which model's it is; `surveyed` what was
+    measured before, None where that is still to come.
+    """
 
     name: str
     donor: str

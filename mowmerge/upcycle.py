@@ -109,8 +109,8 @@ class Upcycling:
             )
         names = {spec.name: held for spec, held in zip(kept, self._sources, strict=True)}
         return replace(
-            plan, shards=tuple(anchor), heads={}, manifest=manifest, codes=tuple(shards), router=router,
-            head_names=names, warnings=tuple(warnings),
+            plan, shards=tuple(anchor), heads={}, manifest=manifest, codes=tuple(shards),
+            router=router, head_names=names, warnings=tuple(warnings),
         )  # fmt: skip
 
     def _heads(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mowmerge.api import Advance, Result, Trained
-    from mowmerge.evals.evaluator import Score
+    from mowmerge.evals.score import Score
     from mowmerge.plan import Plan, TensorJob
 
 UNITS = ("B", "kB", "MB", "GB", "TB")

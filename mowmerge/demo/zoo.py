@@ -27,7 +27,7 @@ from mowmerge.demo import images
 from mowmerge.demo.images import SPLITS, TASKS
 from mowmerge.errors import CheckpointError, MowmergeError, ResourceError
 from mowmerge.evals import evaluator
-from mowmerge.evals.evaluator import Score
+from mowmerge.evals.score import Score
 from mowmerge.recipe import parse
 from mowmerge.tasks import heads
 from mowmerge.tasks.data import without_bars

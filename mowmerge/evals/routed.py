@@ -1,8 +1,8 @@
 """Scores a dynamic checkpoint on all tasks at once: batches in which every task's items mix.
 
-Three ways, each a row of its own. NAME: nothing is told; the router chooses weights and head, and an
-item under another task's head is wrong. "NAME, task given": the head is the true task's, the gates
-are the router's. "NAME, oracle": the gates, too, are the true task's expert alone.
+Three ways, each a row of its own. NAME: nothing is told; the router chooses weights and head, and
+an item under another task's head is wrong. "NAME, task given": the head is the true task's, the
+gates are the router's. "NAME, oracle": the gates, too, are the true task's expert alone.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def _predict(
     predicted = {task: [NOWHERE] * len(held) for task, held in items.items()}
     for kind in sorted({recipe.tasks[task].type for task in items}):
         processor = inputs.processor(folder, kind)
-        places = [(t, i) for t in items if recipe.tasks[t].type == kind for i in range(len(items[t]))]
+        named = [task for task in items if recipe.tasks[task].type == kind]
+        places = [(task, i) for task in named for i in range(len(items[task]))]
         Random(SEED).shuffle(places)
         for start in range(0, len(places), batch):
             some = places[start : start + batch]

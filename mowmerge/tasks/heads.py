@@ -38,7 +38,7 @@ def load(
     if not settings:
         raise CheckpointError("there is no config.json", where=str(folder))
     if settings.get("model_type") == "mowmerge":
-        return _dynamic(folder)
+        return dynamic(folder)
     whole = keeping is not None and not (keeping / "heads").is_dir()
     head = keeping if whole else _head_file(keeping or folder, task, expert) if task else None
     find(str(folder))  # a shard that is absent or cut short is named before transformers meets it
@@ -73,8 +73,12 @@ def load(
     return model.eval()
 
 
-def _dynamic(folder: Path) -> Any:
-    """The dynamic model in a folder, with all its heads: `task_ids` chooses, or its router."""
+def dynamic(folder: Path, dtype: Any = "auto") -> Any:
+    """The dynamic model in a folder, with all its heads: `task_ids` chooses, or its router.
+
+    Raises:
+        CheckpointError: a file that is damaged or of a newer format, a key too many or too few.
+    """
     import transformers
 
     from mowmerge.dynamic import modeling
@@ -88,7 +92,7 @@ def _dynamic(folder: Path) -> Any:
         named = manifest.head_class or described.base_config["architectures"][0]
         made = modeling.dynamic_class(getattr(transformers, named))
         with quiet():
-            return modeling.load(made, folder, described, local_files_only=True)[0]
+            return modeling.load(made, folder, described, local_files_only=True, dtype=dtype)[0]
     except (FormatError, ValueError, RuntimeError, OSError) as error:
         raise CheckpointError(str(error).strip(), where=str(folder)) from error
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mowmerge.checkpoint.source import config, find
 from mowmerge.dynamic.format import ROUTER, FormatError, Manifest
 from mowmerge.errors import CheckpointError, SourceError
+from mowmerge.tasks import heads
 from mowmerge.tensors import Tensor, torch
 from mowmerge.training import desk
 
@@ -106,31 +107,7 @@ def model(folder: Path, held: Manifest, *, bf16: bool) -> Any:
             "training needs transformers, which is not installed",
             hint='pip install "mowmerge[train]"',
         )
-    import transformers
-
-    from mowmerge.dynamic import modeling
-
-    find(str(folder))  # a shard that is absent or cut short is named before transformers meets it
-    logging = transformers.utils.logging
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    dtype = "auto" if bf16 else torch.float32
-    try:
-        described = modeling.MowmergeConfig.from_pretrained(folder)
-        if held.heads and held.head_class in modeling.FRONTS:
-            front: Any = modeling.FRONTS[held.head_class]
-            return front.from_pretrained(folder, config=described, dtype=dtype)
-        name = (described.base_config.get("architectures") or ["AutoModel"])[0]
-        base = getattr(transformers, name, None)
-        if base is None:
-            raise ValueError(f"transformers knows no class '{name}'")
-        made = modeling.dynamic_class(base)
-        return modeling.load(made, folder, described, dtype=dtype)[0]
-    except (RuntimeError, OSError, ValueError) as error:
-        raise CheckpointError(str(error).strip(), where=str(folder)) from error
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    return heads.dynamic(folder, dtype="auto" if bf16 else torch.float32)
 
 
 def router_tensors(modules: Mapping[str, RouterModule]) -> dict[str, Tensor]:

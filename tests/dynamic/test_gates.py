@@ -42,7 +42,9 @@ def test_features_are_the_anchors_hidden_states(
         states = backbone(**alone, output_hidden_states=True)
         layers = backbone.layers if name == "llama" else (
             backbone.encoder.layer if name == "bert" else backbone.block)  # fmt: skip
-        want = states.last_hidden_state if not layer else _after(made.plain, layers[layer - 1], batch)
+        want = (
+            states.last_hidden_state if not layer else _after(made.plain, layers[layer - 1], batch)
+        )
         found = dynamic.features(layer, **batch)
         assert torch.allclose(found, want, atol=1e-6)
         mask = batch["attention_mask"].float()[..., None]

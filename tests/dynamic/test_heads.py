@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from making import IMAGE, K, TEXT, Made, first, inputs, seeded, write
+from making import IMAGE, TEXT, K, Made, first, inputs, seeded, write
 
 import mowmerge.hf  # noqa: F401
 from mowmerge.dynamic import modeling

@@ -17,7 +17,6 @@ from PIL import Image as Picture
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-import mowmerge.hf
 from mowmerge.checkpoint.writer import sha256
 from mowmerge.dynamic.format import Code, Gate, Head, Manifest, Router
 from mowmerge.dynamic.routers import RouterModule
@@ -144,7 +143,10 @@ def _heads(
     found = {}
     for name, n in CLASSES.items():
         labels = {str(i): f"{name}{i}" for i in range(n)}
-        held = dict(config) | {"id2label": labels, "label2id": {v: int(k) for k, v in labels.items()}}
+        held = dict(config) | {
+            "id2label": labels,
+            "label2id": {v: int(k) for k, v in labels.items()},
+        }
         weight = torch.randn(n, WIDTH, generator=draw)
         found[name] = held, {"weight": weight, "bias": torch.zeros(n)}
     return found
@@ -220,7 +222,9 @@ def _tasks(root: Path, kind: str) -> Path:
             if kind == "vit":
                 labels = [i % CLASSES[name] for i in range(n)]
                 rows = [{"image": _picture(name, chance, k), "label": k} for k in labels]
-                data = Dataset.from_list(rows, features=Features({"image": Image(), "label": Value("int64")}))
+                data = Dataset.from_list(
+                    rows, features=Features({"image": Image(), "label": Value("int64")})
+                )
             else:
                 data = Dataset.from_list([{"text": _text(name, split, chance)} for _ in range(n)])
             file = root / f"{name}-{split}.parquet"

@@ -434,5 +434,3 @@ def test_fewer_processes_than_world_size_are_refused(
     with pytest.raises(ResourceError, match="WORLD_SIZE says 2 processes, and accelerate sees 1"):
         api.train_router(made.out, made.recipe)
     assert made.bytes() == before
-
-
