@@ -93,7 +93,8 @@ def _code(site: Site, p: Mapping[str, Any], found: Mapping[str, Any] | None) -> 
 
 def _routing(sites: Sequence[Site], codes: Sequence[Code], p: Mapping[str, Any]) -> Routing:
     layer = max(1, depth_of(sites) // 3)
-    return by_classifier(sites, kind=p["router"], layer=layer, seed=p["seed"], hard=p["hard"])
+    kind = {"deep": "twin"}.get(p["router"], p["router"])
+    return by_classifier(sites, kind=kind, layer=layer, seed=p["seed"], hard=p["hard"])
 
 
 def _rest(p: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -117,7 +118,7 @@ def mow(
     embeddings: Literal["auto", "all", "none"] = "auto",
     codec: Literal["full_abs", "full", "low_rank"] = "full_abs",
     rank: Annotated[int, Range(1)] = 32,
-    router: Literal["linear", "centroid"] = "linear",
+    router: Literal["deep", "linear", "centroid"] = "deep",
     hard: Unit = 1.0,
     seed: Seed = 0,
 ) -> dict[str, Tensor]:
@@ -136,14 +137,15 @@ def mow(
         codec: the experts' weights (a one-hot gate is bit exact), their differences from the
             anchor, or those at a rank.
         rank: of each difference, with codec low_rank.
-        router: a linear probe, or the distance to each task's mean.
+        router: two hidden layers with batch norm, a linear probe, or the distance to each task's
+            mean.
         hard: from this probability on, the expert alone answers; 1 never rounds.
         seed: of the router's first weights.
 
     Source: Mixture of Weights, doi 10.1109/TCSVT.2025.3544680; reference code main_mow_merge.py.
     Differs: gate and head are each sample's own, where the released code averages the gate over a
-    batch; cosines are fp64 and free of cancellation; the router is a probe on the model's own
-    hidden states instead of a second network, trained on logits with data of its own.
+    batch; cosines are fp64 and free of cancellation; the router is a small network on the model's
+    own hidden states instead of a MobileNet, trained on logits with data of its own.
     """
     if code.codec == "full_abs":
         return {"abs": models}

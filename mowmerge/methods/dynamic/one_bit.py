@@ -22,7 +22,7 @@ def _code(site: Site, p: Mapping[str, Any], found: Any) -> Code:
 
 def _routing(sites: Sequence[Site], codes: Sequence[Code], p: Mapping[str, Any]) -> Routing:
     layer = max(1, depth_of(sites) // 2)
-    return by_classifier(sites, layer=layer, seed=p["seed"], top_k=1, rest=p["rest"])
+    return by_classifier(sites, kind="twin", layer=layer, seed=p["seed"], top_k=1, rest=p["rest"])
 
 
 def _scales(extents: Sequence[Extent]) -> Reduction:
@@ -58,7 +58,8 @@ def one_bit(
     """W(x) = W_0 + D'_k + rest sum_{j != k} D'_j for the k that a classifier chooses.
 
     D'_k = a_k sgn(D_k), and a_k is the mean magnitude of a matrix's task vector, the scale with the
-    least squared error. Matrices of attention and MLPs have one bit an entry; all other tensors are kept whole.
+    least squared error. Matrices of attention and MLPs have one bit an entry; all other tensors are
+    kept whole.
 
     Shapes: deltas [N,*S], base [*S] -> anchor [*S], sign [N,rows,bytes], scale [N]; or delta.
 
