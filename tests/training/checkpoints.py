@@ -17,7 +17,6 @@ from PIL import Image as Picture
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-import mowmerge.hf
 from mowmerge.checkpoint.writer import sha256
 from mowmerge.dynamic.format import Code, Gate, Head, Manifest, Router
 from mowmerge.dynamic.routers import RouterModule
@@ -61,12 +60,14 @@ def base(kind: str) -> Any:
     if kind == "bert":
         config = T.BertConfig(**SIZES, vocab_size=32, max_position_embeddings=16)
         return T.BertModel(config)
-    return T.LlamaForCausalLM(
+    made = T.LlamaForCausalLM(
         T.LlamaConfig(
             **SIZES, num_key_value_heads=2, vocab_size=32, pad_token_id=0, bos_token_id=1,
             eos_token_id=2, max_position_embeddings=32,
         )
     )  # fmt: skip
+    made.model.embed_tokens.weight.data.mul_(50)  # hidden states of the size of a trained model's
+    return made
 
 
 def checkpoint(
@@ -144,7 +145,10 @@ def _heads(
     found = {}
     for name, n in CLASSES.items():
         labels = {str(i): f"{name}{i}" for i in range(n)}
-        held = dict(config) | {"id2label": labels, "label2id": {v: int(k) for k, v in labels.items()}}
+        held = dict(config) | {
+            "id2label": labels,
+            "label2id": {v: int(k) for k, v in labels.items()},
+        }
         weight = torch.randn(n, WIDTH, generator=draw)
         found[name] = held, {"weight": weight, "bias": torch.zeros(n)}
     return found
@@ -220,9 +224,11 @@ def _tasks(root: Path, kind: str) -> Path:
             if kind == "vit":
                 labels = [i % CLASSES[name] for i in range(n)]
                 rows = [{"image": _picture(name, chance, k), "label": k} for k in labels]
-                data = Dataset.from_list(rows, features=Features({"image": Image(), "label": Value("int64")}))
+                data = Dataset.from_list(
+                    rows, features=Features({"image": Image(), "label": Value("int64")})
+                )
             else:
-                data = Dataset.from_list([{"text": _text(name, split, chance)} for _ in range(n)])
+                data = Dataset.from_list([{"text": _text(name, chance)} for _ in range(n)])
             file = root / f"{name}-{split}.parquet"
             data.to_parquet(str(file))
             files[split] = f"./{file.name}"
@@ -249,11 +255,11 @@ def _picture(name: str, chance: random.Random, label: int) -> Picture.Image:
     return Picture.frombytes("RGB", (8, 8), bytes(noise))
 
 
-def _text(name: str, split: str, chance: random.Random) -> str:
+def _text(name: str, chance: random.Random) -> str:
     """Words of the task, and a few that make the text one of a kind."""
-    own = [chance.choice(WORDS[name].split()) for _ in range(6)]
-    first = {"train": 0, "validation": 6, "test": 12}[split]
-    return " ".join([*own, *(f"w{first + chance.randrange(6)}" for _ in range(5))])
+    own = [chance.choice(WORDS[name].split()) for _ in range(8)]
+    rest = [f"w{chance.randrange(18)}" for _ in range(4)]
+    return " ".join([*own[:2], *rest, *own[2:]])
 
 
 def routers(out: Path) -> dict[str, torch.Tensor]:

@@ -37,9 +37,7 @@ def _built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Made]:
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets.config
 
     cache = tmp_path_factory.getbasetemp() / "cache"
@@ -48,7 +46,9 @@ def _own_cache(
 
 @pytest.fixture
 def make(
-    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, _built: dict[str, Made],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    _built: dict[str, Made],
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[[str], Made]:
     """A checkpoint by its name in ROUTERS, the test's own copy."""
