@@ -55,8 +55,8 @@ def train(
         RecipeError: see `data.samples`.
         ResourceError: another training of the folder is running; fewer processes than WORLD_SIZE.
     """
-    held, asked, given = _prepared(folder, recipe, options)
     here = processes.begin(options.device)
+    held, asked, given = _prepared(folder, recipe, options)
     model = checkpoint.model(folder, held, bf16=asked.bf16).to(here.device)
     for name in asked.routers:
         model.mow_router[name].load_state_dict(

@@ -60,12 +60,14 @@ def base(kind: str) -> Any:
     if kind == "bert":
         config = T.BertConfig(**SIZES, vocab_size=32, max_position_embeddings=16)
         return T.BertModel(config)
-    return T.LlamaForCausalLM(
+    made = T.LlamaForCausalLM(
         T.LlamaConfig(
             **SIZES, num_key_value_heads=2, vocab_size=32, pad_token_id=0, bos_token_id=1,
             eos_token_id=2, max_position_embeddings=32,
         )
     )  # fmt: skip
+    made.model.embed_tokens.weight.data.mul_(50)  # hidden states of the size of a trained model's
+    return made
 
 
 def checkpoint(
@@ -226,7 +228,7 @@ def _tasks(root: Path, kind: str) -> Path:
                     rows, features=Features({"image": Image(), "label": Value("int64")})
                 )
             else:
-                data = Dataset.from_list([{"text": _text(name, split, chance)} for _ in range(n)])
+                data = Dataset.from_list([{"text": _text(name, chance)} for _ in range(n)])
             file = root / f"{name}-{split}.parquet"
             data.to_parquet(str(file))
             files[split] = f"./{file.name}"
@@ -253,11 +255,11 @@ def _picture(name: str, chance: random.Random, label: int) -> Picture.Image:
     return Picture.frombytes("RGB", (8, 8), bytes(noise))
 
 
-def _text(name: str, split: str, chance: random.Random) -> str:
+def _text(name: str, chance: random.Random) -> str:
     """Words of the task, and a few that make the text one of a kind."""
-    own = [chance.choice(WORDS[name].split()) for _ in range(6)]
-    first = {"train": 0, "validation": 6, "test": 12}[split]
-    return " ".join([*own, *(f"w{first + chance.randrange(6)}" for _ in range(5))])
+    own = [chance.choice(WORDS[name].split()) for _ in range(8)]
+    rest = [f"w{chance.randrange(18)}" for _ in range(4)]
+    return " ".join([*own[:2], *rest, *own[2:]])
 
 
 def routers(out: Path) -> dict[str, torch.Tensor]:

@@ -128,7 +128,7 @@ def test_entropy_takes_the_head_of_the_samples_task_and_leaves_gates_free(make: 
             p = torch.softmax(out.logits[:, : (3, 4, 5)[k]], -1)
         assert out.task.tolist() == [k] * len(items)
         assert (out.gates - 0.3).abs().max() < 0.05
-        expected += float(-(p * p.log()).sum(-1).mean())
+        expected += float(torch.special.entr(p).sum(-1).mean())
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
@@ -145,7 +145,7 @@ def _job(made: Made, options: Options) -> tuple[Any, Mixture]:
 def test_a_batch_in_parts_has_the_gradient_of_the_whole(make: Make) -> None:
     gradients = []
     for parts in (1, 3):
-        asked, job = _job(make("shared", f"-{parts}"), Options(batch=8, accumulate=parts))
+        _, job = _job(make("shared", f"-{parts}"), Options(batch=8, accumulate=parts))
         loss = job.loss(0)
         gradients.append([p.grad for p in job.routers.parameters() if p.requires_grad])
         gradients[-1].append(torch.tensor(loss))
@@ -155,42 +155,35 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(make: Make) -> None:
 
 
 def test_the_gradient_of_a_router_is_that_of_finite_differences(make: Make) -> None:
-    asked, job = _job(make("wemoe"), Options(batch=4))
-    job._model.double()
-    job.routers.double()
-    job._processor["image-classification"] = _doubled(job._processor["image-classification"])
+    _, job = _job(make("wemoe"), Options(batch=4))
     job.loss(0)
     bias = job.routers["r0"].last.bias
     assert bias.grad is not None
     for i in range(3):
         ends = []
-        for move in (1e-3, -2e-3):
+        for move in (1e-2, -2e-2):
             bias.data[i] += move
             ends.append(job.loss(0))
-        bias.data[i] += 1e-3
+        bias.data[i] += 1e-2
         job.routers.zero_grad()
         job.loss(0)
-        assert float(bias.grad[i]) == pytest.approx((ends[0] - ends[1]) / 2e-3, rel=2e-2, abs=1e-4)
-
-
-def _doubled(processor: Any) -> Any:
-    return lambda *args, **more: {k: v.double() for k, v in processor(*args, **more).items()}
+        assert float(bias.grad[i]) == pytest.approx((ends[0] - ends[1]) / 2e-2, rel=2e-2, abs=1e-3)
 
 
 def test_distillation_finds_the_expert_of_each_text(make: Make) -> None:
     """With every tensor dynamic the expert's own gates make the divergence 0."""
     made = make("llama")
-    result = api.train_router(made.out, made.recipe, Options(steps=60, lr=0.05))
+    result = api.train_router(made.out, made.recipe, Options(steps=30, lr=0.1, batch=8))
     select = column(made.out, "select_loss")
-    assert select[-1] < 0.1 * select[0]
+    assert select[-1] < 0.5 * select[0]
     assert result.report["objective"] == "distill"
 
 
 def test_next_token_loss_falls(make: Make) -> None:
     made = make("llama")
-    api.train_router(made.out, made.recipe, Options("lm", steps=30, lr=0.05))
-    select = column(made.out, "select_loss")
-    assert min(select) < select[0]
+    api.train_router(made.out, made.recipe, Options("lm", steps=10, lr=0.02, batch=24))
+    losses = column(made.out, "loss")  # a batch is the whole split
+    assert losses == sorted(losses, reverse=True)
 
 
 @pytest.mark.parametrize("which", ["linear", "wemoe"])
@@ -199,7 +192,7 @@ def test_the_seed_decides_every_byte(make: Make, which: str) -> None:
     for copy, seed in (("", 0), ("-again", 0), ("-other", 1)):
         made = make(which, copy)
         for _ in range(1 + (copy == "-again")):  # what the file held before does not matter
-            api.train_router(made.out, made.recipe, replace(QUICK, seed=seed))
+            api.train_router(made.out, made.recipe, Options(steps=8, batch=4, seed=seed))
         found.append((made.bytes()["router.safetensors"], made.bytes()["router_log.csv"]))
     assert found[0] == found[1]
     assert found[0][0] != found[2][0]
@@ -417,9 +410,9 @@ def test_other_faults_of_tasks_are_told(make: Make) -> None:
         api.plan_training(made.out, made.tasks(type="causal-lm"))
     with pytest.raises(RecipeError, match="look at each block's tokens"):
         api.plan_training(made.out, made.recipe, Options("task"))
+    content = json.loads(made.recipe.read_text()) | {"tasks": {}}
+    made.recipe.write_text(json.dumps(content))
     with pytest.raises(RecipeError, match="has no tasks"):
-        content = json.loads(made.recipe.read_text()) | {"tasks": {}}
-        made.recipe.write_text(json.dumps(content))
         api.plan_training(made.out, made.recipe)
     with pytest.raises(SourceError, match="no folder"):
         api.plan_training(made.out / "nope", made.recipe)
