@@ -31,7 +31,7 @@ class _Front(PreTrainedModel):
     @classmethod
     def _made(cls, config: Any) -> Any:
         known = getattr(transformers, cls.auto)._model_mapping
-        base = known.get(type(config.base))
+        base = known.get(type(config.base), None)
         if base is None:
             raise ValueError(f"{cls.auto} knows no class for {type(config.base).__name__}")
         return dynamic_class(base[0] if isinstance(base, tuple | list) else base)

@@ -148,7 +148,9 @@ def test_blocks_route_each_sample_alone(routed: Any) -> None:
         again = wild(**batch, gates=whole.gates)
         assert apart(first(again), first(whole), batch) < 1e-6
         if "attention_mask" in batch:  # padding was left out of the mean
-            alone = {k: v[:, 3:] if k != "decoder_input_ids" else v for k, v in one(batch, 0).items()}
+            alone = {
+                k: v[:, 3:] if k != "decoder_input_ids" else v for k, v in one(batch, 0).items()
+            }
             if name in ("llama", "t5"):  # positions are relative there
                 assert torch.allclose(wild(**alone).gates, whole.gates[:1], atol=1e-4)
 
