@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -63,3 +64,17 @@ class MowmergeConfig(PreTrainedConfig):
         for name in ("_base", *_OWN):
             held.pop(name, None)
         return held
+
+
+@contextmanager
+def taken_for_base(config: Any) -> Iterator[type]:
+    """Within it, Auto classes take the config, and copies of it, for one of the base's: a backbone
+    that a base's class makes so inside itself is the base's own, and not a dynamic one once more.
+    Gives the class that copies then have."""
+    held = type(config)
+    made = type(type(config.base).__name__, (held,), {"__init__": held.__init__})
+    config.__class__ = made
+    try:
+        yield made
+    finally:
+        config.__class__ = held

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
-from .configuration import MowmergeConfig
+from .configuration import MowmergeConfig, taken_for_base
 from .context import Context
 from .embedding import MixedEmbedding
 from .format import HEADS, ROUTER
@@ -26,6 +27,9 @@ _PROMPT = (
     "input_ids", "attention_mask", "token_type_ids", "inputs_embeds", "pixel_values",
     "decoder_input_ids",
 )  # fmt: skip
+
+
+_CACHES = ("cache", "past_key_values")  # a cache of keys and values, as releases call it
 
 
 class _Reached(Exception):
@@ -45,7 +49,7 @@ class MowMixin(nn.Module):
     config: MowmergeConfig
     base_class: Any
     base_model: nn.Module
-    generation_config: Any
+    generation_config: Any = None
     post_init: Callable[[], None]
     get_encoder: Callable[[], nn.Module]
     get_expanded_tied_weights_keys: Callable[..., dict[str, str]]
@@ -53,15 +57,20 @@ class MowMixin(nn.Module):
     _keys_to_ignore_on_load_unexpected = [rf"^{HEADS}\."]
 
     def __init__(self, config: MowmergeConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        with taken_for_base(config) as disguise:
+            super().__init__(config, *args, **kwargs)
+        for module in self.modules():
+            if isinstance(getattr(module, "config", None), disguise):
+                module.config.__class__ = type(config)
+        self._generate_as_base()
         manifest = self._manifest = config.manifest
         located = locator(self)
         slots = {name: manifest.slots(name) for name in manifest.gates}
         routers = {name: RouterModule(router) for name, router in manifest.routers.items()}
-        inside = {c.gate for c in manifest.codes if "decoder" in located(c.name).split(".")}
-        decoder = frozenset(inside if config.is_encoder_decoder else ())
+        encoder = {c.gate for c in manifest.codes if "decoder" not in located(c.name).split(".")}
+        decoder = set(manifest.gates) - encoder if config.is_encoder_decoder else set[str]()
         self.mow_router = nn.ModuleDict(routers)
-        self._context = Context(manifest.gates, slots, dict(routers), decoder)
+        self._context = Context(manifest.gates, slots, dict(routers), frozenset(decoder))
         install(self, manifest, self._context, located)
         self._tie()
         if manifest.heads and self.base_class.__name__ == manifest.head_class:
@@ -70,6 +79,11 @@ class MowMixin(nn.Module):
         for router in routers.values():
             router.fresh()
         freeze(self)
+
+    def _generate_as_base(self) -> None:
+        """Where no file says how to generate, the base's config does."""
+        if self.generation_config is not None:
+            self.generation_config = GenerationConfig.from_model_config(self.config.base)
 
     def _tie(self) -> None:
         """What is tied to a mixed embedding is mixed with it."""
@@ -89,7 +103,7 @@ class MowMixin(nn.Module):
         pairs = [made(self.base_class, head) for head in heads]
         self.mow_heads = nn.ModuleList([module for _, module in pairs])
         setattr(self, pairs[0][0], Heads(self.mow_heads, self._context))
-        self.num_labels = max(map(width, heads))
+        self.num_labels = self.config.num_labels = max(map(width, heads))
 
     # --- what routers see
 
@@ -116,7 +130,7 @@ class MowMixin(nn.Module):
 
         top = self.get_encoder() if self.config.is_encoder_decoder else self.base_model
         where = layer_stack(top)[layer - 1] if layer else top
-        inputs = {k: v for k, v in inputs.items() if k not in ("labels", "past_key_values")}
+        inputs = {k: v for k, v in inputs.items() if k not in ("labels", *_CACHES)}
         self._context.active = False
         hook = where.register_forward_hook(keep) if where is not self else None
         try:
@@ -177,8 +191,8 @@ class MowMixin(nn.Module):
         masks = [mask] if isinstance(mask, Tensor) and mask.dim() == 2 else []
         chosen: dict[str, Tensor] = {}
         if gates is None and task_ids is None:
-            cache = inputs.get("past_key_values")
-            if manifest.routed and cache is not None and cache.get_seq_length():
+            caches = [inputs[k] for k in _CACHES if inputs.get(k) is not None]
+            if manifest.routed and any(cache.get_seq_length() for cache in caches):
                 raise ValueError("a cached prompt has its gates already: pass them as gates")
             chosen = self._classified(args, inputs, batch, masks)
         context.begin(batch, masks, decoder_mask=inputs.get("decoder_attention_mask"))
@@ -263,7 +277,7 @@ class MowMixin(nn.Module):
             ValueError: a damaged file, or a key that is missing, unexpected or of another shape.
         """
         told = kwargs.pop("output_loading_info", False)
-        if not isinstance(config, MowmergeConfig):
+        if getattr(config, "model_type", "") != MowmergeConfig.model_type:
             config = MowmergeConfig.from_pretrained(config or folder)
         keep_conversions(cls, cls.base_class, config)
         try:
@@ -273,6 +287,8 @@ class MowMixin(nn.Module):
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(damaged(folder) or f"{folder} does not load: {error}") from error
         complain(folder, cls.__name__, info)
+        if Path(folder).is_dir() and not (Path(folder) / "generation_config.json").exists():
+            model._generate_as_base()
         freeze(model)
         model.eval()
         return (model, info) if told else model

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from making import IMAGE, TEXT, K, Made, first, inputs, seeded, write
+from making import CAUSAL, IMAGE, TEXT, K, Made, first, inputs, seeded, write
 
 import mowmerge.hf  # noqa: F401
 from mowmerge.dynamic import modeling
@@ -18,6 +18,12 @@ torch.set_num_threads(1)
 WIDTHS = (3, 5, 2)
 CASES = {
     "vit": (hf.ViTForImageClassification, hf.ViTConfig, IMAGE, hf.AutoModelForImageClassification),
+    "llama": (
+        hf.LlamaForSequenceClassification,
+        hf.LlamaConfig,
+        CAUSAL,
+        hf.AutoModelForSequenceClassification,
+    ),
     "bert": (
         hf.BertForSequenceClassification,
         hf.BertConfig,
@@ -28,6 +34,10 @@ CASES = {
 IDS = torch.tensor([0, 2, 1, 2])
 
 
+def _head(name: str) -> str:
+    return "score" if name == "llama" else "classifier"
+
+
 def _made(folder: Path, name: str, *, bare: bool) -> tuple[Made, list[Any]]:
     """A checkpoint with heads of 3, 5 and 2 labels over a backbone saved bare or in its class."""
     cls, config, asked, _ = CASES[name]
@@ -36,10 +46,11 @@ def _made(folder: Path, name: str, *, bare: bool) -> tuple[Made, list[Any]]:
         labels = {i: f"{'abc'[k]}{i}" for i in range(width)}
         own = config(**asked, id2label=labels, label2id={v: i for i, v in labels.items()})
         torch.manual_seed(k + 10)
-        heads.append((Head("abc"[k], own.to_dict()), torch.nn.Linear(32, width).state_dict()))
+        head = torch.nn.Linear(32, width, bias=name != "llama").state_dict()
+        heads.append((Head("abc"[k], own.to_dict()), head))
     held = plain.base_model if bare else plain
     made = write(
-        folder, held, heads=heads, head_class=cls.__name__, drop="classifier",
+        folder, held, heads=heads, head_class=cls.__name__, drop=_head(name),
         routers={"0": Router("linear", 32, K, layer=1, hard=0.0001)},
     )  # fmt: skip
     return Made(made.folder, plain, made.experts, made.manifest), heads
@@ -51,7 +62,7 @@ def _want(made: Made, heads: list[Any], name: str, batch: Any, bare: bool) -> li
     prefix = f"{made.plain.base_model_prefix}." if bare else ""
     for k, (_, tensors) in enumerate(heads):
         own = {f"{prefix}{n}": v for n, v in made.experts[k].items()}
-        own |= {f"classifier.{n}": v for n, v in tensors.items()}
+        own |= {f"{_head(name)}.{n}": v for n, v in tensors.items()}
         with torch.no_grad():
             found.append(torch.func.functional_call(made.plain, own, kwargs=dict(batch)).logits)
     return found
@@ -78,7 +89,7 @@ def test_each_sample_gets_its_own_tasks_logits(name: str, bare: bool, tmp_path: 
     assert torch.equal(dynamic(**batch, task_ids=IDS).task, IDS)
     dynamic.save_pretrained(tmp_path / "again")
     again = CASES[name][3].from_pretrained(tmp_path / "again")
-    assert again.config.manifest == made.manifest
+    assert again.config.mowmerge == dynamic.config.mowmerge
     with torch.no_grad():
         assert torch.equal(first(again(**batch)), first(dynamic(**batch)))
 

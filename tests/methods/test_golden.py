@@ -25,6 +25,7 @@ CASES = {c["id"]: c for c in json.loads((GOLDEN / "manifest.json").read_text())[
 MERGEKIT = [name for name in CASES if re.match(r"mergekit_(?!stat_)", name)]
 GLOBAL = [name for name in CASES if name.startswith("ties_global_")]
 STATISTICAL = [name for name in CASES if name.startswith("mergekit_stat_")]
+DYNAMIC = [name for name in CASES if re.match("mow_merge|wemoe_|smile_", name)]  # tests/dynamic
 SEEDS = 200
 
 linear, slerp, task_arithmetic, ties, dare, passthrough, model_stock = (
@@ -375,5 +376,5 @@ def test_dare_in_distribution(case: str) -> None:
 
 
 def test_every_case_is_run() -> None:
-    assert {*MERGEKIT, *GLOBAL, *STATISTICAL, "dare_magnitude_80"} == set(CASES)
-    assert len(CASES) == 40
+    assert {*MERGEKIT, *GLOBAL, *STATISTICAL, *DYNAMIC, "dare_magnitude_80"} == set(CASES)
+    assert len(CASES) == 45
