@@ -16,8 +16,9 @@ from typing import Any, Literal, TypeVar, Union
 from mowmerge.errors import RecipeError, did_you_mean
 from mowmerge.methods.contracts import RESERVED, Extent, MethodError, Range, Reduction
 
-FAMILIES = ("static",)
+FAMILIES = ("static", "learned")
 LAWS = ("identity", "idempotent", "permutation", "scale", "propagates")
+FITTING = ("granularity", "steps", "rate", "batch", "seed")
 F = TypeVar("F", bound=Callable[..., Any])
 Scope = str | Callable[[Mapping[str, Any]], str]
 
@@ -77,6 +78,7 @@ class MethodSpec:
     scopes: Scope = "element"
     reduce: Callable[[Sequence[Extent]], Reduction] | None = None
     validate: Callable[[Mapping[str, Any], int], None] | None = None
+    fit: str | None = None
     origin: str = "mowmerge"
 
     @property
@@ -145,6 +147,7 @@ def merge_method(
     exempt: Mapping[str, str] | None = None,
     reduce: Callable[[Sequence[Extent]], Reduction] | None = None,
     validate: Callable[[Mapping[str, Any], int], None] | None = None,
+    fit: str | None = None,
 ) -> Callable[[F], F]:
     """Registers a function as a merge method and returns it unchanged.
 
@@ -159,6 +162,8 @@ def merge_method(
         reduce: for methods with a statistic over a tensor or the model: a generator function over
             the extents that yields folds and returns `state`.
         validate: raises MethodError where parameters contradict each other.
+        fit: the per-model parameter in which the method is linear and that is found on data, within
+            its range; how is said by the parameters granularity, steps, rate, batch and seed.
     """
     declared = dict(laws) if isinstance(laws, Mapping) else {law: {} for law in laws}
     unknown = set(declared) - set(LAWS)
@@ -168,6 +173,10 @@ def merge_method(
     def register(function: F) -> F:
         name = function.__name__
         inputs, parameters, optional = _signature(function)
+        if fit and not {fit, *FITTING} <= parameters.keys():
+            raise TypeError(
+                f"{name}: a fitted method has the parameters {fit}, {', '.join(FITTING)}"
+            )
         _found[name] = MethodSpec(
             name=name,
             family=f"other.{function.__module__}".split(".")[-2],
@@ -183,6 +192,7 @@ def merge_method(
             scopes=scope,
             reduce=reduce,
             validate=validate,
+            fit=fit,
             origin=function.__module__.partition(".")[0],
         )
         return function
