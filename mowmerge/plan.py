@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from mowmerge.tensors import TensorSpec
 
@@ -93,9 +93,28 @@ class Tied:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """A fit pass: whose coefficients are found, on which tasks, how, and in how many bytes.
+
+    `held` says that task vectors stay in memory; else each step reads them again. `nbytes` counts
+    the merged weights, their gradients and what is held, and no activations.
+    """
+
+    tensors: tuple[str, ...]
+    tasks: tuple[str, ...]
+    granularity: Literal["tensor", "task"]
+    steps: int
+    rate: float
+    batch: int
+    seed: int
+    held: bool
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything a merge will do. `sources` holds, for each model, a checkpoint or another plan;
-    `heads` the file of each model whose head is kept as it is."""
+    `heads` the file of each model whose head is kept as it is; `fit` what is to be fitted first."""
 
     name: str
     donor: str
@@ -111,6 +130,7 @@ class Plan:
     tied: tuple[Tied, ...] = ()
     heads: Mapping[str, Shard] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
+    fit: Fit | None = None
     warnings: tuple[str, ...] = ()
 
     @property

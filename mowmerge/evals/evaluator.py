@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from mowmerge.checkpoint.source import find
-from mowmerge.errors import RecipeError, SourceError, did_you_mean
+from mowmerge.errors import RecipeError, did_you_mean
 from mowmerge.recipe.model import Recipe
-from mowmerge.tasks import heads
+from mowmerge.tasks import heads, inputs
 from mowmerge.tasks.data import Items
 from mowmerge.tasks.metrics import METRICS
 from mowmerge.tasks.splits import load_apart
 from mowmerge.tensors import torch
 
 BATCH = 64  # items a forward pass
-MOST_TOKENS = 8192  # of a text, where neither model nor tokenizer says fewer
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def evaluate(folder: Path, recipe: Recipe, against: Sequence[str] = ()) -> list[
         if "experts" in against:
             models["expert"] = heads.load(own, None)
         metric = recipe.tasks[name].metric or "accuracy"
-        processor = _processor(own, recipe.tasks[name].type)
+        processor = inputs.processor(own, recipe.tasks[name].type)
         for which, model in models.items():
             predicted = predict(model, processor, samples)
             true = samples.labels(model.config.label2id)
@@ -74,16 +73,8 @@ def predict(model: Any, processor: Any, items: Items, batch: int = BATCH) -> lis
     found: list[int] = []
     with torch.inference_mode():
         for start in range(0, len(items), batch):
-            inputs = [items.input(i) for i in range(start, min(start + batch, len(items)))]
-            if isinstance(inputs[0], str):
-                places = getattr(model.config, "max_position_embeddings", MOST_TOKENS)
-                longest = min(places, processor.model_max_length, MOST_TOKENS)
-                given = processor(
-                    inputs, padding=True, truncation=True, max_length=longest, return_tensors="pt"
-                )
-            else:
-                given = processor([i.convert("RGB") for i in inputs], return_tensors="pt")
-            found += model(**given).logits.argmax(-1).tolist()
+            samples = [items.input(i) for i in range(start, min(start + batch, len(items)))]
+            found += model(**inputs.encoded(samples, processor, model)).logits.argmax(-1).tolist()
     return found
 
 
@@ -135,23 +126,6 @@ def _source(recipe: Recipe, model: str | None) -> str:
             hint="merge it first: only checkpoints can be scored",
         )
     return source
-
-
-def _processor(folder: Path, kind: str) -> Any:
-    """The expert's own image processor or tokenizer; SourceError where it has none."""
-    import transformers
-
-    try:
-        if kind == "image-classification":
-            return transformers.AutoImageProcessor.from_pretrained(folder, backend="pil")
-        return transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, ImportError) as error:
-        what = "image processor" if kind == "image-classification" else "tokenizer"
-        raise SourceError(
-            f"there is no {what} that loads: {str(error).splitlines()[0]}",
-            where=str(folder),
-            hint=f"save the expert's {what} into its folder",
-        ) from error
 
 
 def as_json(scores: Sequence[Score]) -> Mapping[str, Any]:

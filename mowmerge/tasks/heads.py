@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -68,6 +68,32 @@ def load(
         keys = "; ".join(f"{what}: {', '.join(names)}" for what, names in wrong.items() if names)
         raise CheckpointError(f"does not load as {name}: {keys}", where=str(folder))
     return model.eval()
+
+
+def locator(model: Any) -> Callable[[str], str]:
+    """What maps a tensor's name on disk to its name in a transformers model.
+
+    The two differ for some families (ViT's `attention.attention.key` is `attention.k_proj`), and by
+    a class prefix. A tensor that becomes part of a fused one is a CheckpointError.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
+    held = model.state_dict()
+
+    def located(name: str) -> str:
+        found, fused = rename_source_key(name, renamings, converters, model.base_model_prefix, held)
+        if fused is not None:
+            raise CheckpointError(
+                f"'{name}' is only a part of a tensor of {type(model).__name__}",
+                hint="fused experts cannot be fitted yet",
+            )
+        return str(found)
+
+    return located
 
 
 def _head_file(folder: Path, task: str, expert: str | None) -> Path:

@@ -1,0 +1,1 @@
+"""What is learned on data: coefficients of static methods, and routers."""
