@@ -58,7 +58,10 @@ def fit(recipe: Recipe, plan: Plan, tell: Tell = lambda line: None) -> Fitted:
     wanted = plan.fit
     assert wanted is not None
     merged = Merged(plan, wanted)
-    tasks = [Task(recipe, plan, name, merged.leaves) for name in wanted.tasks]
+    tasks = []
+    for name in wanted.tasks:
+        tasks.append(Task(recipe, plan, name, merged.leaves))
+        tell(f"fit: task '{name}', {len(tasks[-1].items)} samples")
     optimizer = torch.optim.Adam([merged.weights], lr=wanted.rate, foreach=False)
     for step in range(wanted.steps):
         for task in tasks:
@@ -73,10 +76,16 @@ def fit(recipe: Recipe, plan: Plan, tell: Tell = lambda line: None) -> Fitted:
     rows = merged.rows()
     jobs = [coefficients.applied(j, rows[j.output.name]) if j.output.name in rows else j
             for j in plan.jobs]  # fmt: skip
-    warnings = (*plan.warnings, *(text for task in tasks for text in task.warnings()))
+    found = _found(wanted, plan.jobs, merged, tasks)
+    warnings = [
+        f"model '{model}' has no task: its coefficients serve the tasks of the others"
+        for model in found.models
+        if all(task.expert != model for task in tasks)
+    ]
+    warnings += [text for task in tasks for text in task.warnings()]
     return Fitted(
-        replace(plan, jobs=tuple(jobs), fit=None, warnings=warnings),
-        _found(wanted, plan.jobs, merged, tasks),
+        replace(plan, jobs=tuple(jobs), fit=None, warnings=(*plan.warnings, *warnings)),
+        found,
         {task.name: task.figures() for task in tasks},
     )
 
@@ -164,13 +173,13 @@ class Merged:
 
     def _parts(self, job: TensorJob) -> tuple[Tensor, Tensor]:
         """W_0 [numel] and B [N,numel] of a fitted tensor, in fp32."""
-        name = job.output.name
+        name, device = job.output.name, self._engine.plan.device
         if name not in self._kept:
             with self._engine.open(job) as opened:
                 self._engine.settled(opened)
                 pieces = [opened.parts(start, stop) for start, stop in opened.blocks()]
-            base, rows = zip(*pieces, strict=True) if pieces else ((), ())
-            found = (_joined(base, 0, job), _joined(rows, len(job.models), job))
+            bases, rows = zip(*pieces, strict=True) if pieces else ((), ())
+            found = _joined(bases, (0,)).to(device), _joined(rows, (len(job.models), 0)).to(device)
             if not self._held:
                 return found
             self._kept[name] = found
@@ -208,8 +217,8 @@ class Task:
         if not self._batch:
             raise RecipeError(f"the router split of task '{name}' is empty", where=self.items.where)
         self._order = order(wanted.seed, name, len(self.items))
-        self._processor = inputs.processor(Path(origin.folder), asked.type)
         self.model = heads.load(Path(origin.folder), None).float().to(plan.device)
+        self._processor = inputs.processor(Path(origin.folder), asked.type)
         settings = self.model.config
         if settings.num_labels < 2 or settings.problem_type not in (None, ONE_LABEL):
             raise RecipeError(
@@ -263,13 +272,20 @@ class Task:
         }
 
     def warnings(self) -> list[str]:
-        """Says so where nearly all predictions are of one class: no entropy, and no use."""
+        """Test inputs; predictions nearly all of one class: no entropy, and no use."""
+        said = []
+        if "test" in self.items.split.lower():
+            said.append(
+                f"task '{self.name}': fitted on the split '{self.items.split}': scores on it are of"
+                " no use"
+            )
         if not self.entropies or self.commonest[1] < COLLAPSED:
-            return []
+            return said
         label, share = self.commonest
         return [
+            *said,
             f"task '{self.name}': {share:.0%} of the fit's last predictions are"
-            f" '{self.model.config.id2label[label]}': its entropy may be low for that alone"
+            f" '{self.model.config.id2label[label]}': its entropy may be low for that alone",
         ]
 
     def seen(self) -> Samples:
@@ -332,11 +348,9 @@ def install(model: Any, leaves: Mapping[str, Tensor], kept: Sequence[str]) -> No
         own[name].requires_grad_(False)
 
 
-def _joined(pieces: Sequence[Tensor], rows: int, job: TensorJob) -> Tensor:
-    """Blocks [..,B] side by side, in fp32; of a tensor without elements, nothing."""
-    if not pieces:
-        return torch.zeros((rows, 0) if rows else (0,))
-    return torch.cat(list(pieces), -1).float()
+def _joined(pieces: Sequence[Tensor], empty: tuple[int, ...]) -> Tensor:
+    """Blocks [..,B] side by side, in fp32; of a tensor without elements, what is `empty`."""
+    return torch.cat(list(pieces), -1).float() if pieces else torch.zeros(empty)
 
 
 def _found(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,15 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvw
 COUNT = 12
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where models and data are made once; the data stay here, tests change copies of models."""
     import datasets.config
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder, before = tmp_path_factory.mktemp("store"), datasets.config.HF_DATASETS_CACHE
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    yield folder
+    datasets.config.HF_DATASETS_CACHE = before
 
 
 def maps(labels: list[str]) -> dict[str, Any]:
@@ -60,7 +65,27 @@ def apart(model: Any, base: Any, step: float = 0.1) -> Any:
     return model.eval()
 
 
-def vits(folder: Path) -> dict[str, Any]:
+def vits(store: Path, folder: Path) -> dict[str, Any]:
+    return copied(build_vits, store, folder)
+
+
+def berts(store: Path, folder: Path) -> dict[str, Any]:
+    return copied(build_berts, store, folder)
+
+
+def copied(build: Callable[[Path], dict[str, Any]], store: Path, folder: Path) -> dict[str, Any]:
+    """A zoo's models in the test's folder, made in the store if they are not there; its tasks."""
+    at = store / build.__name__
+    if not at.exists():
+        at.mkdir()
+        (at / "tasks.json").write_text(json.dumps(build(at)))
+    for name in ("base", *LABELS):
+        shutil.copytree(at / name, folder / name)
+    found: dict[str, Any] = json.loads((at / "tasks.json").read_text())
+    return found
+
+
+def build_vits(folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     chance = random.Random(0)
     sizes = {**SIZES, "image_size": 8, "patch_size": 4}
@@ -77,12 +102,12 @@ def vits(folder: Path) -> dict[str, Any]:
                 at = folder / f"data-{name}" / split / labels[i % len(labels)]
                 at.mkdir(parents=True, exist_ok=True)
                 Image.frombytes("RGB", (8, 8), chance.randbytes(192)).save(at / f"{i:03d}.png")
-        data = {"path": "imagefolder", "data_dir": f"./data-{name}"}
+        data = {"path": "imagefolder", "data_dir": str(folder / f"data-{name}")}
         tasks[name] = {"expert": name, "type": "image-classification", "data": data}
     return tasks
 
 
-def berts(folder: Path) -> dict[str, Any]:
+def build_berts(folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     chance = random.Random(0)
     sizes = {**SIZES, "vocab_size": len(WORDS), "max_position_embeddings": 16}
@@ -101,12 +126,15 @@ def berts(folder: Path) -> dict[str, Any]:
             ]
             at = folder / f"{name}-{split}.json"
             at.write_text("\n".join(map(json.dumps, lines)))
-        data = {"path": "json", "data_files": {s: f"./{name}-{s}.json" for s in ("train", "test")}}
+        data = {
+            "path": "json",
+            "data_files": {s: str(folder / f"{name}-{s}.json") for s in ("train", "test")},
+        }
         tasks[name] = {"expert": name, "type": "text-classification", "data": data}
     return tasks
 
 
-BUILDS: dict[str, Callable[[Path], dict[str, Any]]] = {"vit": vits, "bert": berts}
+BUILDS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {"vit": vits, "bert": berts}
 
 
 def written(folder: Path, of: dict[str, Any], name: str = "recipe", **changed: Any) -> Path:
@@ -126,8 +154,8 @@ def written(folder: Path, of: dict[str, Any], name: str = "recipe", **changed: A
 
 
 @pytest.fixture(params=list(BUILDS))
-def zoo(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
-    return BUILDS[request.param](tmp_path)
+def zoo(request: pytest.FixtureRequest, store: Path, tmp_path: Path) -> dict[str, Any]:
+    return BUILDS[request.param](store, tmp_path)
 
 
 def learned(out: Path) -> dict[str, dict[str, float]]:
@@ -257,6 +285,7 @@ def test_no_steps_is_task_arithmetic_and_steps_are_not(
 def test_the_entropy_falls_and_the_bounds_hold(tmp_path: Path, zoo: dict[str, Any]) -> None:
     file = written(tmp_path, zoo, parameters={"steps": 40, "rate": 0.05, "batch": 6})
     result = run(file)
+    assert "coefficients.json" in (result.path / "README.md").read_text()
     for task in result.report["fit"]["tasks"].values():
         assert task["entropy_last"] < task["entropy_first"]
     values = [w for row in learned(result.path).values() for w in row.values()]
@@ -276,8 +305,8 @@ def test_coefficients_of_zero_are_the_base_and_of_one_the_expert(
         assert torch.allclose(value, theirs, atol=1e-6)
 
 
-def test_an_expert_that_is_the_base_stays_where_it_started(tmp_path: Path) -> None:
-    tasks = vits(tmp_path)
+def test_an_expert_that_is_the_base_stays_where_it_started(store: Path, tmp_path: Path) -> None:
+    tasks = vits(store, tmp_path)
     base = ViTModel.from_pretrained(tmp_path / "base", add_pooling_layer=False)
     model = ViTForImageClassification.from_pretrained(tmp_path / "sky")
     model.vit.load_state_dict(base.state_dict())
@@ -312,8 +341,8 @@ def test_one_coefficient_a_model(tmp_path: Path, zoo: dict[str, Any]) -> None:
     assert len(set(next(iter(rows.values())).values())) == len(LABELS)
 
 
-def test_all_kept_and_of_one_sign_the_two_methods_are_one(tmp_path: Path) -> None:
-    tasks = vits(tmp_path)
+def test_all_kept_and_of_one_sign_the_two_methods_are_one(store: Path, tmp_path: Path) -> None:
+    tasks = vits(store, tmp_path)
     base = ViTModel.from_pretrained(tmp_path / "base", add_pooling_layer=False)
     torch.manual_seed(1)
     signs = {n: torch.randn_like(p).sign() for n, p in base.named_parameters()}
@@ -388,8 +417,8 @@ def test_a_fitted_method_in_a_rule_is_recognised(tmp_path: Path, zoo: dict[str, 
 # --- faults
 
 
-def test_what_check_says(tmp_path: Path) -> None:
-    tasks = vits(tmp_path)
+def test_what_check_says(store: Path, tmp_path: Path) -> None:
+    tasks = vits(store, tmp_path)
     for changed, message in (
         ({"tasks": None}, r"(?s):\d+: 'adamerging' is fitted on data, and the recipe has no tasks.*"
                           r"coefficients: OUT/coefficients\.json"),
@@ -414,8 +443,8 @@ def test_what_check_says(tmp_path: Path) -> None:
     assert "'sea' is a causal-lm task" in str(e.value)
 
 
-def test_coefficients_of_another_merge_are_refused(tmp_path: Path) -> None:
-    tasks = vits(tmp_path)
+def test_coefficients_of_another_merge_are_refused(store: Path, tmp_path: Path) -> None:
+    tasks = vits(store, tmp_path)
     out = run(written(tmp_path, tasks)).path
     held = json.loads((out / "coefficients.json").read_text())
     first = next(iter(held["tensors"]))
@@ -433,8 +462,8 @@ def test_coefficients_of_another_merge_are_refused(tmp_path: Path) -> None:
             api.plan(written(tmp_path, tasks, coefficients="c.json"))
 
 
-def test_what_the_fit_refuses(tmp_path: Path) -> None:
-    tasks = vits(tmp_path)
+def test_what_the_fit_refuses(store: Path, tmp_path: Path) -> None:
+    tasks = vits(store, tmp_path)
     file = written(tmp_path, tasks)
     content = json.loads(file.read_text())
     content["tasks"]["pets"]["splits"] = {"router": "train", "eval": "train"}
@@ -459,8 +488,21 @@ def test_what_the_fit_refuses(tmp_path: Path) -> None:
         run(written(tmp_path, tasks))
 
 
-def test_predictions_of_one_class_are_a_warning(tmp_path: Path) -> None:
-    tasks = vits(tmp_path)
+def test_test_inputs_and_models_without_a_task_are_said(store: Path, tmp_path: Path) -> None:
+    tasks = vits(store, tmp_path)
+    file = written(tmp_path, {"pets": tasks["pets"]})
+    content = json.loads(file.read_text())
+    content["tasks"]["pets"]["splits"] = {"router": "test"}
+    file.write_text(json.dumps(content))
+    result = run(file)
+    assert json.loads((result.path / "coefficients.json").read_text())["uses_test_inputs"] is True
+    said = " ".join(result.report["warnings"])
+    assert "task 'pets': fitted on the split 'test'" in said
+    assert "model 'sky' has no task" in said and "model 'pets' has no task" not in said
+
+
+def test_predictions_of_one_class_are_a_warning(store: Path, tmp_path: Path) -> None:
+    tasks = vits(store, tmp_path)
     model = ViTForImageClassification.from_pretrained(tmp_path / "sky")
     model.classifier.bias.data = torch.tensor([0.0, 50.0])
     model.save_pretrained(tmp_path / "sky")
@@ -469,8 +511,8 @@ def test_predictions_of_one_class_are_a_warning(tmp_path: Path) -> None:
     assert any("'clear'" in w for w in result.report["warnings"])
 
 
-def test_the_command_says_what_it_will_fit_and_how_it_goes(tmp_path: Path) -> None:
-    tasks = vits(tmp_path)
+def test_the_command_says_what_it_will_fit_and_how_it_goes(store: Path, tmp_path: Path) -> None:
+    tasks = vits(store, tmp_path)
     written(tmp_path, tasks)
     zoo = Zoo(tmp_path)
     ran = zoo.here("merge", "recipe.yaml", "--dry-run")
