@@ -106,6 +106,7 @@ class Fit:
     steps: int
     rate: float
     batch: int
+    balance: bool
     seed: int
     held: bool
     nbytes: int

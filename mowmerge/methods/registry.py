@@ -18,7 +18,7 @@ from mowmerge.methods.contracts import RESERVED, Extent, MethodError, Range, Red
 
 FAMILIES = ("static", "learned")
 LAWS = ("identity", "idempotent", "permutation", "scale", "propagates")
-FITTING = ("granularity", "steps", "rate", "batch", "seed")
+FITTING = ("granularity", "steps", "rate", "batch", "balance", "seed")
 F = TypeVar("F", bound=Callable[..., Any])
 Scope = str | Callable[[Mapping[str, Any]], str]
 
@@ -163,7 +163,7 @@ def merge_method(
             the extents that yields folds and returns `state`.
         validate: raises MethodError where parameters contradict each other.
         fit: the per-model parameter in which the method is linear and that is found on data, within
-            its range; how is said by the parameters granularity, steps, rate, batch and seed.
+            its range; how is said by the parameters of FITTING.
     """
     declared = dict(laws) if isinstance(laws, Mapping) else {law: {} for law in laws}
     unknown = set(declared) - set(LAWS)

@@ -37,6 +37,7 @@ class Coefficients(Strict):
     steps: int
     rate: float
     batch: int
+    balance: bool
     seed: int
     data: Mapping[str, Samples]
     uses_test_inputs: bool = Field(description="Whether a split it was fitted on is named a test.")
@@ -111,7 +112,7 @@ def fit(
     """The fit that `fitted` of a plan's jobs need, in `room` bytes where that is limited."""
     how = {tuple(job.parameters[word] for word in registry.FITTING) for job in fitted}
     start = {pair for job in fitted for pair in of(job).items()}
-    granularity, steps, rate, batch, seed = next(iter(how))
+    granularity, steps, rate, batch, balance, seed = next(iter(how))
     if len(how) > 1 or (granularity == "task" and len(start) > len(dict(start))):
         raise RecipeError(
             f"{', '.join(registry.FITTING)}, and with granularity: task where the fit starts, must"
@@ -129,5 +130,5 @@ def fit(
     held = vectors <= (HELD if room is None else room - bare)
     return Fit(
         tuple(job.output.name for job in fitted), tuple(recipe.tasks), granularity, steps, rate,
-        batch, seed, held, bare + (vectors if held else 0),
+        batch, balance, seed, held, bare + (vectors if held else 0),
     )  # fmt: skip

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import islice
-from math import fsum, isfinite
+from math import fsum, isfinite, log
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -227,6 +227,7 @@ class Task:
                 where=recipe.where("tasks", name, "type"),
                 hint="only classification can be fitted: leave the task out",
             )
+        self._most = log(settings.num_labels) if wanted.balance else 1.0
         head = plan.heads.get(asked.expert)
         install(self.model, leaves, (*(head.offsets if head else ()), *plan.dropped))
         self._seen: dict[int, str] = {}
@@ -250,7 +251,7 @@ class Task:
                 where=f"model '{self.expert}'",
                 hint="lower `rate` or `weight`; if it is step 1, the model or its data is damaged",
             )
-        torch.autograd.backward(loss)
+        torch.autograd.backward(loss / self._most)
         self._predicted.append(Counter(logits.argmax(-1).tolist()))
 
     @property
@@ -365,6 +366,7 @@ def _found(
         steps=wanted.steps,
         rate=wanted.rate,
         batch=wanted.batch,
+        balance=wanted.balance,
         seed=wanted.seed,
         data=seen,
         uses_test_inputs=any("test" in samples.split.lower() for samples in seen.values()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -250,6 +251,16 @@ def test_task_wise_is_the_sum_over_tensors(tmp_path: Path, zoo: dict[str, Any]) 
                 each[given.model] += float(gradient[i])
         sums.append(each)
     assert sums[0] == pytest.approx(sums[1], abs=1e-6)
+
+
+def test_balanced_entropies_are_shares_of_the_most_they_can_be(store: Path, tmp_path: Path) -> None:
+    tasks, gradients = vits(store, tmp_path), []
+    for balance in (False, True):
+        given = {"balance": balance}
+        ready = Ready(written(tmp_path, {"pets": tasks["pets"]}, parameters=given))
+        ready.tasks[0].learn(0)
+        gradients.append(ready.merged.gradient())
+    assert torch.allclose(gradients[0], gradients[1] * math.log(3), rtol=1e-4, atol=1e-8)
 
 
 def test_reading_task_vectors_again_each_step_changes_nothing(

@@ -23,6 +23,7 @@ def adamerging(
     steps: Count = 500,
     rate: NonNegative = 1e-3,
     batch: Positive = 16,
+    balance: bool = False,
     seed: Seed = 0,
 ) -> Tensor:
     """The sum of the task vectors, by coefficients that a fit pass finds: sum_i weight_i * D_i.
@@ -39,6 +40,7 @@ def adamerging(
         steps: updates of the coefficients (Adam); 0 leaves them at weight.
         rate: Adam's learning rate.
         batch: samples of each task an update sees.
+        balance: divide each task's entropy by the log of its number of classes, the most it can be.
         seed: which order the samples come in.
 
     Source: AdaMerging, arXiv:2310.02575, eq. 5 and 6; reference code

@@ -61,6 +61,7 @@ def adamerging_pp(
     steps: Count = 500,
     rate: NonNegative = 1e-3,
     batch: Positive = 16,
+    balance: bool = False,
     seed: Seed = 0,
     state: State | None = None,
 ) -> Tensor:
@@ -79,6 +80,7 @@ def adamerging_pp(
         steps: updates of the coefficients (Adam); 0 leaves them at weight.
         rate: Adam's learning rate.
         batch: samples of each task an update sees.
+        balance: divide each task's entropy by the log of its number of classes, the most it can be.
         seed: which order the samples come in.
 
     Raises:
