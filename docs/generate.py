@@ -32,6 +32,7 @@ def methods() -> str:
     for spec in specs:
         base = "base, " if spec.needs_base else ""
         count = str(spec.count) if spec.count else f"{spec.at_least}+"
+        count += ", tasks" if spec.fit else ""
         defaults = {p.name: p.default for p in spec.parameters.values()}
         laws = ", ".join(sorted(spec.laws))
         lines.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from mowmerge.training.settings import Options as Training
 
 Advance = Callable[[int], None]
+Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,13 @@ def merge(
     hashes: bool = True,
     force: bool = False,
     begin: Callable[[Plan], Advance] = lambda plan: lambda nbytes: None,
+    tell: Tell = lambda line: None,
 ) -> Result:
     """Merges a recipe's models into the folder `out`, which appears when it is whole.
 
     `out` defaults to the recipe's output.path, then to ./merged/<recipe name>. `begin` is given the
-    plan and returns what is called with the number of bytes written, for progress.
+    plan and returns what is called with the number of bytes written, for progress; `tell` is given
+    a line now and then while coefficients are fitted.
     """
     from mowmerge.engine import Engine
 
@@ -86,6 +90,7 @@ def merge(
     keep = [folder for _, folder in _inputs(planned)]
     with Staging(target, force=force, keep=keep) as staging:
         staging.allocate(planned.files)
+        planned, learned = _fitted(parsed, planned, staging.path, tell)
         with _ShardSink(staging.path, planned.files, begin(planned)) as sink:
             engine = Engine(planned)
             tensors = engine.run(sink)
@@ -96,7 +101,7 @@ def merge(
                 held = config(_folder(planned, model))
                 label_map = (staging.path / shard.file).with_suffix(".json")
                 _write(label_map, json.dumps(held, indent=2, ensure_ascii=False) + "\n")
-            extra = _write_sidecars(planned, parsed, staging.path)
+            extra = _write_sidecars(planned, parsed, staging.path) | learned
             content = report(planned, tensors, time.perf_counter() - began, extra)
             _write(staging.path / "report.json", json.dumps(content, indent=1) + "\n")
             _finish(planned, staging.path, hashes)
@@ -232,6 +237,25 @@ class _ShardSink:
         except OSError as error:
             raise writer.denied(error, self._folder / file) from error
         self._advance(len(data))
+
+
+def _fitted(recipe: Recipe, planned: Plan, folder: Path, tell: Tell) -> tuple[Plan, dict[str, Any]]:
+    """The plan with its coefficients fitted, written to the folder; facts for the report."""
+    file = folder / "coefficients.json"
+    if planned.fit is None:
+        if recipe.coefficients is not None:
+            shutil.copyfile(recipe.locate(recipe.coefficients), file)
+        return planned, {}
+    from mowmerge.training import fit
+
+    began = time.perf_counter()
+    found = fit.fit(recipe, planned.static, tell)
+    _write(file, found.coefficients.model_dump_json(indent=1) + "\n")
+    facts = found.coefficients.model_dump(mode="json", exclude={"tensors"})
+    seconds = round(time.perf_counter() - began, 3)
+    return planned.anchored(found.plan), {
+        "fit": {**facts, "tasks": found.tasks, "seconds": seconds}
+    }
 
 
 def _inputs(planned: Plan) -> list[tuple[str, Path]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from mowmerge.tensors import TensorSpec
 
@@ -108,13 +108,33 @@ class Tied:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """A fit pass: whose coefficients are found, on which tasks, how, and in how many bytes.
+
+    `held` says that task vectors stay in memory; else each step reads them again. `nbytes` counts
+    the merged weights, their gradients and what is held, and no activations.
+    """
+
+    tensors: tuple[str, ...]
+    tasks: tuple[str, ...]
+    granularity: Literal["tensor", "task"]
+    steps: int
+    rate: float
+    batch: int
+    balance: bool
+    seed: int
+    held: bool
+    nbytes: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything a merge will do.
 
     `sources` holds, for each model, a checkpoint or another plan; `heads` the file of each model
     whose head is kept as it is. A dynamic merge has a manifest, files of codes and one of routers;
     `head_names` says of a head's tensor among the codes which model's it is; `surveyed` what was
-    measured before, None where that is still to come.
+    measured before, None where that is still to come; `fit` what is to be fitted first.
     """
 
     name: str
@@ -136,12 +156,29 @@ class Plan:
     head_names: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     surveyed: Mapping[str, Any] | None = None
     dropped: tuple[str, ...] = ()
+    fit: Fit | None = None
     warnings: tuple[str, ...] = ()
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
         """The output's tensors, in the order in which they are written."""
         return {job.output.name: job.output for job in self.jobs}
+
+    @property
+    def static(self) -> Plan:
+        """The static merge in it: that which a dynamic one's anchor is, with the heads' names."""
+        heads: dict[str, dict[str, int]] = {}
+        for model, name in self.head_names.values():
+            heads.setdefault(model, {})[name] = 0
+        kept = {model: Shard("", b"", names, 0) for model, names in heads.items()}
+        jobs = tuple(job.anchor or job for job in self.jobs)
+        return replace(self, jobs=jobs, heads=self.heads or kept)
+
+    def anchored(self, static: Plan) -> Plan:
+        """The plan with the jobs of its static merge replaced by another's."""
+        pairs = zip(self.jobs, static.jobs, strict=True)
+        jobs = tuple(replace(job, anchor=one) if job.code else one for job, one in pairs)
+        return replace(self, jobs=jobs, fit=static.fit, warnings=static.warnings)
 
     @property
     def each(self) -> tuple[TensorJob, ...]:

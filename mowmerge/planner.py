@@ -14,7 +14,8 @@ from mowmerge.checkpoint.writer import layout, shard_of
 from mowmerge.errors import CheckpointError, Problem, RecipeError, ResourceError, SourceError
 from mowmerge.methods import registry
 from mowmerge.methods.contracts import Extent, MethodError
-from mowmerge.plan import RUN, Input, Plan, Shard, Stored, TensorJob, Tied, block_length
+from mowmerge.plan import RUN, Fit, Input, Plan, Shard, Stored, TensorJob, Tied, block_length
+from mowmerge.recipe import coefficients
 from mowmerge.recipe.model import Match, Recipe
 from mowmerge.recipe.values import Place, Setting, setting
 from mowmerge.tensors import TensorSpec, dtype_named
@@ -69,6 +70,7 @@ class _Planner:
         jobs = self._jobs(donor, base, specs)
         self._raise_problems()
         jobs = self._grouped(jobs)
+        jobs, fit = self._fitted(jobs)
         self._warn(jobs)
         workers = self.options.workers or min(8, os.cpu_count() or 1)
         block, peak = self._memory(jobs, workers)
@@ -88,6 +90,7 @@ class _Planner:
             heads=heads,
             surveyed=self.options.surveyed,
             dropped=tuple(self.dropped),
+            fit=fit,
             warnings=tuple(self.warnings),
         )
         if not self.upcycling:
@@ -108,6 +111,12 @@ class _Planner:
             if isinstance(origin, Recipe):
                 inner = build(origin, replace(self.options, stats=False, workers=1))
                 self.warnings += [f"{name}: {warning}" for warning in inner.warnings]
+                if inner.fit:
+                    raise RecipeError(
+                        f"the nested recipe '{name}' is to be fitted, which is for a merge to do",
+                        where=self.recipe.where("models", name),
+                        hint="merge it first, or give it `coefficients:`",
+                    )
                 if inner.heads:
                     self.warnings.append(f"{name}: the heads its recipe keeps are not taken along")
                 found[name] = inner
@@ -357,6 +366,29 @@ class _Planner:
                     f"{method_name}: {error}", where=self.recipe.where("method")
                 ) from error
         return grouped
+
+    def _fitted(self, jobs: Sequence[TensorJob]) -> tuple[list[TensorJob], Fit | None]:
+        """The jobs with the coefficients that the recipe replays, or the fit that they need."""
+        statics = [job.anchor or job for job in jobs]
+        fitted = [job for job in statics if job.method and registry.get(job.method).fit]
+        if not fitted:
+            return list(jobs), None
+        alone = next((job for job in statics if job.code is not None), None)
+        if alone is not None:
+            raise RecipeError(
+                f"'{alone.method}' makes its own anchor, so the rest cannot be fitted with it",
+                where=self.recipe.where("rest"),
+                hint="fit a static merge first, or use a method whose anchor is the rest",
+            )
+        if self.recipe.coefficients is None:
+            limit = self.options.max_memory
+            room = None if limit is None else limit - 2 * RUNTIME  # transformers takes as much
+            return list(jobs), coefficients.fit(self.recipe, statics, fitted, room)
+        found = coefficients.read(self.recipe)
+        rows = coefficients.replayed(fitted, found, self.recipe.where("coefficients"))
+        again = [rows.get(job.output.name, job) for job in statics]
+        pairs = zip(jobs, again, strict=True)
+        return [replace(job, anchor=one) if job.code else one for job, one in pairs], None
 
     def _warn(self, jobs: Sequence[TensorJob]) -> None:
         for i in range(len(self.recipe.rules)):

@@ -170,23 +170,43 @@ class OpenJob:
 
     def merged(self, start: int, stop: int) -> memoryview:
         """The bytes of a block of the merged tensor, in the output's dtype."""
+        base, values = self._working(start, stop, check="propagates" not in self.spec.laws)
+        result = self._applied(base, values, start)
+        if self.stats and base is not None:
+            if self._deltas:
+                self.stats.update(values, result.clone())
+            else:
+                self.stats.update(values.sub_(base), result - base)
+        return self._cast(
+            result.add_(base) if self._deltas and base is not None else result, start, stop
+        )
+
+    def parts(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """The base [B], and what each model adds to it at a coefficient of 1 [N,B]: a fit's terms.
+
+        For a method on deltas that is linear in the parameter it has fitted; new tensors.
+        """
+        base, values = self._working(start, stop, check=True)
+        assert base is not None
+        rows = []
+        for k in range(len(values)):
+            alone = tuple(float(i == k) for i in range(len(values)))
+            rows.append(self._applied(base, values, start, **{str(self.spec.fit): alone}))
+        return base.clone(), torch.stack(rows)
+
+    def _applied(self, base: Tensor | None, values: Tensor, start: int, **changed: Any) -> Tensor:
+        """What the method makes of a block: a weight, or a delta [B]."""
         job, spec = self.job, self.spec
-        base, values = self._working(start, stop, check="propagates" not in spec.laws)
         shape = (-1, *job.output.shape[1:]) if self._shaped and job.output.shape[1:] else (-1,)
-        given: dict[str, Any] = dict(job.parameters)
+        given: dict[str, Any] = {**job.parameters, **changed}
         if "state" in spec.inputs:
             given["state"] = self.state
         if "rng" in spec.inputs:
             given["rng"] = self._draws(start)
         if "base" in spec.inputs:
             given["base"] = base.view(shape) if base is not None else None
-        result = spec.function(values.view(len(values), *shape), **given).reshape(-1)
-        if self.stats and base is not None:
-            if self._deltas:
-                self.stats.update(values, result.clone())
-            else:
-                self.stats.update(values.sub_(base), result - base)
-        return self._cast(result.add_(base) if self._deltas else result, start, stop)
+        result: Tensor = spec.function(values.view(len(values), *shape), **given).reshape(-1)
+        return result
 
     def coded(
         self, start: int, stop: int, anchor: memoryview | None

@@ -359,12 +359,29 @@ def test_documented_and_in_its_place(name: str) -> None:
         assert (Path(__file__).parent / f"methods/{spec.family}/test_{name}.py").is_file()
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if registry.get(name).fit])
+def test_linear_in_what_is_fitted(name: str) -> None:
+    """f(weight) is the sum of weight_i * f(one at i), from which the fit takes its gradients."""
+    spec, n = registry.get(name), 3
+    assert spec.fit
+    for given in variants(spec, n):
+        values, weight = normal(n, 131, 17), [0.2, 0.7, 0.05]
+        parts = [
+            call(spec, values, {**given, spec.fit: [float(i == k) for i in range(n)]})
+            for k in range(n)
+        ]
+        both = sum(w * part for w, part in zip(weight, parts, strict=True))
+        assert close(call(spec, values, {**given, spec.fit: weight}), both)
+        assert not call(spec, values, {**given, spec.fit: 0.0}).any()
+
+
 # --- declared laws
 
 
 def close(a: Tensor, b: Tensor) -> bool:
     size = float(b.abs().max()) if b.numel() else 0.0
-    return torch.allclose(a, b, rtol=1e-5, atol=1e-5 * size)
+    least = torch.finfo(b.dtype).tiny  # below it floats are a fixed distance apart
+    return torch.allclose(a, b, rtol=1e-5, atol=1e-5 * size + least)
 
 
 def with_declared(law: str, n: Callable[[MethodSpec], int] = count) -> Callable[..., Any]:

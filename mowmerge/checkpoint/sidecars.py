@@ -14,7 +14,8 @@ from mowmerge.dynamic.format import Manifest
 from mowmerge.dynamic.remote import auto_map, bundle, front_class
 
 _OURS = ("config.json", "report.json", "recipe.yaml", "README.md", "SHA256SUMS", "*.index.json",
-         "recipe.lock.yaml", "trainer_state.json", "*_results.json")  # fmt: skip
+         "recipe.lock.yaml", "coefficients.json", "trainer_state.json",
+         "*_results.json")  # fmt: skip
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".md")
 _OF_A_HEAD = ("id2label", "label2id", "num_labels", "problem_type", "finetuning_task")
 _CLASS_WITH_HEAD = re.compile(r"(?:For[A-Z]|LMHead|DoubleHeads)\w*$")

@@ -59,6 +59,7 @@ def completed(recipe: Recipe) -> dict[str, Any]:
         "missing": recipe.missing,
         "heads": recipe.heads and recipe.heads.model_dump(mode="json"),
         "tasks": {name: task.model_dump(mode="json") for name, task in recipe.tasks.items()},
+        "coefficients": recipe.coefficients,
         "output": recipe.output.model_dump(mode="json"),
     }
 

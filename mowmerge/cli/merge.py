@@ -56,7 +56,7 @@ def merge(
     with output.Progress(quiet or json_) as progress:
         result = api.merge(
             recipe, out, overrides=set_ or [], options=options, hashes=hash_, force=force,
-            begin=progress.begin,
+            begin=progress.begin, tell=progress.tell,
         )  # fmt: skip
     output.show_result(result, as_json=json_, quiet=quiet)
 

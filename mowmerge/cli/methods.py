@@ -52,6 +52,7 @@ def described(spec: MethodSpec) -> dict[str, Any]:
             }
             for p in spec.parameters.values()
         ],
+        "fitted": spec.fit,
         "laws": {law: dict(wanted) for law, wanted in spec.laws.items()},
         "exempt": dict(spec.exempt),
         "doc": spec.doc,
@@ -68,15 +69,17 @@ def _page(spec: MethodSpec) -> str:
     ]
     parts = [f"{spec.name} ({_needs(spec)})", spec.doc]
     parts += [_table(rows)] if len(rows) > 1 else []
+    parts += [f"Fitted on the recipe's tasks: {spec.fit}"] if spec.fit else []
     parts += [f"Laws: {', '.join(laws) or 'none'}\nPaper: {spec.paper}"]
     return "\n\n".join(parts)
 
 
 def _needs(spec: MethodSpec) -> str:
-    """`base, 2 models`: what the method must be given."""
+    """`base, 2 models, tasks`: what the method must be given."""
     count = f"{spec.count}" if spec.count else f"{spec.at_least}+"
     models = f"{count} model" if count == "1" else f"{count} models"
-    return f"base, {models}" if spec.needs_base else models
+    needs = f"base, {models}" if spec.needs_base else models
+    return f"{needs}, tasks" if spec.fit else needs
 
 
 def _values(p: Parameter) -> str:

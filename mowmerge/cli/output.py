@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,14 @@ def show_plan(plan: Plan, *, as_json: bool) -> None:
         f" read {size(plan.read_bytes)}, write {size(plan.write_bytes)},"
         f" peak memory {size(plan.peak_bytes)} with {plan.workers} worker(s)"
     )
+    if plan.fit:
+        fit, drawn = plan.fit, plan.fit.steps * plan.fit.batch
+        each = "tensor and model" if fit.granularity == "tensor" else "model"
+        print(
+            f"a fit pass comes first: coefficients of {len(fit.tensors)} tensors, one a {each};"
+            f" {fit.steps} steps, {drawn:,} samples of each of {len(fit.tasks)} task(s);"
+            f" {size(fit.nbytes)} and activations"
+        )
     if plan.heads:
         print(f"heads kept as they are: {', '.join(plan.heads)}")
     if plan.dropped:
@@ -111,6 +120,7 @@ def plan_object(plan: Plan) -> dict[str, Any]:
             model: {"file": shard.file, "bytes": shard.nbytes, "tensors": list(shard.offsets)}
             for model, shard in plan.heads.items()
         },
+        "fit": asdict(plan.fit) if plan.fit else None,
         "dropped": list(plan.dropped),
         "warnings": list(plan.warnings),
     }
@@ -153,6 +163,11 @@ class Progress:
         bar: Any = tqdm(total=total, unit="B", unit_scale=True, disable=None, file=sys.stderr)
         self._bar = bar
         return lambda nbytes: bar.update(nbytes) and None
+
+    def tell(self, line: str) -> None:
+        """Prints a line about what goes on before bytes are written."""
+        if not self._hidden:
+            print(line, file=sys.stderr)
 
     def __exit__(
         self,

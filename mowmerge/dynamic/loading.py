@@ -18,8 +18,9 @@ from transformers.core_model_loading import WeightRenaming, rename_source_key
 from .configuration import MowmergeConfig
 
 
-def locator(model: Any) -> Callable[[str], str]:
-    """Maps a tensor's name on disk to its name in the model; ValueError if it is not there."""
+def renamer(model: Any) -> Callable[[str], str]:
+    """Maps a tensor's name on disk to what it is called in a model of this class; ValueError for
+    what becomes a part of a fused tensor."""
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
@@ -27,9 +28,22 @@ def locator(model: Any) -> Callable[[str], str]:
 
     def located(name: str) -> str:
         found, fused = rename_source_key(name, renamings, converters, model.base_model_prefix, held)
-        if fused is not None or found not in held:
-            raise ValueError(f"'{name}' is not a tensor of {type(model).__name__} of its own")
+        if fused is not None:
+            raise ValueError(f"'{name}' is only a part of a tensor of {type(model).__name__}")
         return str(found)
+
+    return located
+
+
+def locator(model: Any) -> Callable[[str], str]:
+    """Maps a tensor's name on disk to its name in the model; ValueError if it is not there."""
+    renamed, held = renamer(model), model.state_dict()
+
+    def located(name: str) -> str:
+        found = renamed(name)
+        if found not in held:
+            raise ValueError(f"'{name}' is not a tensor of {type(model).__name__} of its own")
+        return found
 
     return located
 

@@ -30,6 +30,8 @@ def card(plan: Plan, recipe: Recipe) -> str:
         lines.append(f"| {name} | {where} | {revision[:12]} |")
     lines += ["", "| method | tensors | paper |", "|---|---|---|"]
     lines += [f"| {n} | {c} | {registry.get(n).paper} |" for n, c in used.most_common()]
+    if any(registry.get(name).fit for name in methods):
+        lines += ["", "Coefficients, and on which data they were fitted: coefficients.json."]
     lines += ["", "The recipe:", "", "```yaml", recipe.text.strip(), "```", ""]
     lines += ["What the merge did to each tensor is in report.json.", ""]
     return "\n".join(lines)

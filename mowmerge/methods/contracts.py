@@ -36,6 +36,8 @@ class Range:
 
 Unit = Annotated[float, Range(0.0, 1.0)]
 NonNegative = Annotated[float, Range(0.0)]
+Count = Annotated[int, Range(0)]
+Positive = Annotated[int, Range(1)]
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 
 RESERVED = frozenset({"models", "base", "deltas", "state", "rng", "anchor", "code"})

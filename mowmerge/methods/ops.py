@@ -201,6 +201,25 @@ def kth_largest(ranks: Sequence[int], total: int) -> Reduction:
     return found
 
 
+def trim_thresholds(density: Sequence[float], total: int, *, extra: int) -> Reduction:
+    """Returns each model's least magnitude of those that trimming keeps; 0s where all keep all.
+
+    Of `total` entries model i keeps floor(total * density[i]) + extra, at least 1; none at 0.
+    """
+    if all(d == 1 for d in density):
+        return [0.0] * len(density)
+    ranks = [min(total, max(1, int(total * d) + extra)) if d > 0 else 0 for d in density]
+    return (yield from kth_largest(ranks, total))
+
+
+def majority(
+    kept: Callable[[Block], Sequence[Tensor]], elect: Elect = "mass", power: Sequence[float] = ()
+) -> Reduction:
+    """Returns the sign that most entries of `kept(block)` elect: 1.0, or -1.0 where it is even."""
+    balance = yield Sum(lambda b: elect_sign(kept(b), elect, 0.0, power).sum(), exact=True)
+    return 1.0 if balance.total > 0 else -1.0
+
+
 def _codes(value: Tensor, itemsize: int) -> Any:
     """The bit patterns of |value| as unsigned integers, which order as the magnitudes do."""
     magnitude = value.abs().cpu().numpy().ravel()

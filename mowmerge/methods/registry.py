@@ -23,8 +23,9 @@ from mowmerge.methods.contracts import (
     Reduction,
 )
 
-FAMILIES = ("static", "dynamic")
+FAMILIES = ("static", "learned", "dynamic")
 LAWS = ("identity", "idempotent", "permutation", "scale", "propagates")
+FITTING = ("granularity", "steps", "rate", "batch", "balance", "seed")
 F = TypeVar("F", bound=Callable[..., Any])
 Scope = str | Callable[[Mapping[str, Any]], str]
 
@@ -85,6 +86,7 @@ class MethodSpec:
     reduce: Callable[[Sequence[Extent]], Reduction] | None = None
     validate: Callable[[Mapping[str, Any], int], None] | None = None
     dynamic: Dynamic | None = None
+    fit: str | None = None
     origin: str = "mowmerge"
 
     @property
@@ -154,6 +156,7 @@ def merge_method(
     reduce: Callable[[Sequence[Extent]], Reduction] | None = None,
     validate: Callable[[Mapping[str, Any], int], None] | None = None,
     dynamic: Dynamic | None = None,
+    fit: str | None = None,
 ) -> Callable[[F], F]:
     """Registers a function as a merge method and returns it unchanged.
 
@@ -170,6 +173,8 @@ def merge_method(
         validate: raises MethodError where parameters contradict each other.
         dynamic: which tensors are coded, how, and by what they are mixed; the function then gives
             the parts of a code.
+        fit: the per-model parameter in which the method is linear and that is found on data, within
+            its range; how is said by the parameters of FITTING.
     """
     declared = dict(laws) if isinstance(laws, Mapping) else {law: {} for law in laws}
     unknown = set(declared) - set(LAWS)
@@ -179,6 +184,10 @@ def merge_method(
     def register(function: F) -> F:
         name = function.__name__
         inputs, parameters, optional = _signature(function)
+        if fit and not {fit, *FITTING} <= parameters.keys():
+            raise TypeError(
+                f"{name}: a fitted method has the parameters {fit}, {', '.join(FITTING)}"
+            )
         _found[name] = MethodSpec(
             name=name,
             family=f"other.{function.__module__}".split(".")[-2],
@@ -195,6 +204,7 @@ def merge_method(
             reduce=reduce,
             validate=validate,
             dynamic=dynamic,
+            fit=fit,
             origin=function.__module__.partition(".")[0],
         )
         return function

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from mowmerge.errors import Problem
+from mowmerge.methods import registry
 from mowmerge.recipe.model import (
     NAME,
     Heads,
@@ -54,7 +55,7 @@ def check(data: Mapping[str, Any], origin: Origin) -> tuple[Recipe | None, list[
         recipe = Recipe.model_validate(data, context=origin)
     except ValidationError as error:
         faults = list(_structure(error, origin))
-    faults += [*_names(data), *method_faults(data, partial(_match_faults, origin))]
+    faults += [*_names(data), *method_faults(data, partial(_match_faults, origin)), *_fit(data)]
     return recipe, [Problem(f.message, origin.where(f.loc), f.hint) for f in faults]
 
 
@@ -128,6 +129,33 @@ def _names(data: Mapping[str, Any]) -> Iterator[Fault]:
             yield from unknown_model(expert, ("tasks", task, "expert"), models)
     if data.get("missing") == "base" and data.get("base") is None:
         yield Fault(("missing",), "missing: base needs a base, and the recipe names none")
+
+
+def _fit(data: Mapping[str, Any]) -> Iterator[Fault]:
+    """What a fit pass lacks: tasks, and of each a router split and a type that it can use."""
+    used: dict[Loc, Any] = {("method",): data.get("method")}
+    for i, rule in enumerate(map(as_map, as_list(data.get("rules")))):
+        used["rules", i, "method"] = rule.get("method")
+    fitted = {loc: m for loc, m in used.items() if m in registry.names() and registry.get(m).fit}
+    if data.get("coefficients") is not None:
+        if not fitted:
+            message = "coefficients are given, and no method of the recipe is fitted"
+            yield Fault(("coefficients",), message, "remove them, or name the method they are of")
+        return
+    if not fitted:
+        return
+    loc, method = next(iter(fitted.items()))
+    tasks = as_map(data.get("tasks"))
+    if not tasks:
+        hint = "name tasks, or replay an earlier fit: `coefficients: OUT/coefficients.json`"
+        yield Fault(loc, f"'{method}' is fitted on data, and the recipe has no tasks", hint)
+    for name, task in tasks.items():
+        if not as_map(as_map(task).get("splits")).get("router"):
+            message = f"'{method}' is fitted on the router split, and task '{name}' names none"
+            yield Fault(("tasks", name, "splits"), message, "name one: splits: {router: train}")
+        if as_map(task).get("type") == "causal-lm":
+            message = f"task '{name}' is a causal-lm task, which '{method}' cannot be fitted on yet"
+            yield Fault(("tasks", name, "type"), message)
 
 
 def _match_faults(origin: Origin, match: Any, loc: Loc) -> Iterator[Fault]:

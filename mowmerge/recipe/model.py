@@ -318,6 +318,10 @@ class Recipe(Strict):
     tasks: Mapping[str, Task] = Field(
         default_factory=dict, description="Tasks for fitting, router training and evaluation."
     )
+    coefficients: str | None = Field(
+        default=None,
+        description="coefficients.json of an earlier fit: replayed, and nothing is fitted.",
+    )
     output: Output = Field(default=Output(), description="Where the result goes, and how.")
     _origin: Origin = PrivateAttr(default_factory=Origin)
 

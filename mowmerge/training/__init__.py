@@ -1,1 +1,1 @@
-"""Training of routers: objectives, the loop that accelerate drives, and what it leaves behind."""
+"""What is learned on data: coefficients of static methods, and routers."""

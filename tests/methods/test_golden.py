@@ -28,10 +28,11 @@ STATISTICAL = [name for name in CASES if name.startswith("mergekit_stat_")]
 DYNAMIC = [name for name in CASES if re.match("mow_merge|wemoe_|smile_", name)]  # tests/dynamic
 SEEDS = 200
 
-linear, slerp, task_arithmetic, ties, dare, passthrough, model_stock = (
+linear, slerp, task_arithmetic, ties, dare, passthrough, model_stock, adamerging_pp = (
     registry.get(name).function
     for name in (
         "linear", "slerp", "task_arithmetic", "ties", "dare", "passthrough", "model_stock",
+        "adamerging_pp",
     )
 )  # fmt: skip
 
@@ -309,6 +310,32 @@ def test_ties_over_the_whole_model(case: str) -> None:
     assert kept == told["kept_counts"]
 
 
+def test_adamerging_pp_with_given_coefficients() -> None:
+    case = "adapp_k20_const"
+    base, *experts = CASES[case]["inputs"]
+    names, told = sorted(stored(base)), extra(case)
+    flat = torch.cat([deltas(base, experts, n).reshape(len(experts), -1) for n in names], 1)
+    density = CASES[case]["parameters"]["K"] / 100
+    spread = {"weight": [1.0] * len(experts), "density": density}
+    state = ops.settle(registry.get("adamerging_pp").reduce, flat, spread)
+    got = {}
+    for key in expected(case):
+        kind, _, name = key.partition("/")
+        expert = ""
+        if kind == "tau":
+            expert, _, name = name.partition("/")
+        moved = deltas(base, experts, name)
+        weight = [float(e.endswith(f"/{expert}")) for e in experts] if expert else None
+        weight = weight or told["lambdas"][name]
+        delta = adamerging_pp(moved, weight=weight, density=density, state=state)
+        got[key] = delta if expert else wide(base, name) + delta
+    assert_within_tolerance(case, got)
+    for i, share in enumerate(told["nonzero_fraction"]):
+        one = [float(i == k) for k in range(len(experts))]
+        alone = adamerging_pp(flat, weight=one, density=density, state=state)
+        assert float((alone != 0).double().mean()) == pytest.approx(share, rel=1e-6)
+
+
 def test_dare_by_magnitude() -> None:
     case = "dare_magnitude_80"
     p, (base, *experts) = CASES[case]["parameters"], CASES[case]["inputs"]
@@ -376,5 +403,6 @@ def test_dare_in_distribution(case: str) -> None:
 
 
 def test_every_case_is_run() -> None:
-    assert {*MERGEKIT, *GLOBAL, *STATISTICAL, *DYNAMIC, "dare_magnitude_80"} == set(CASES)
-    assert len(CASES) == 45
+    named = {"dare_magnitude_80", "adapp_k20_const"}
+    assert {*MERGEKIT, *GLOBAL, *STATISTICAL, *DYNAMIC, *named} == set(CASES)
+    assert len(CASES) == 46

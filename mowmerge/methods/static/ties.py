@@ -12,11 +12,12 @@ from mowmerge.methods.ops import (
     agree,
     elect_sign,
     keep_above,
-    kth_largest,
     l1_norms,
+    majority,
     restoring,
     settle,
     spread,
+    trim_thresholds,
 )
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
@@ -51,11 +52,8 @@ def _statistics(extents: Sequence[Extent]) -> Reduction:
     def kept(block: Block, weight: Any = None) -> list[Tensor]:
         return _trimmed(block.values, state, weight or block.parameters["weight"])
 
-    if any(d < 1 for d in density):
-        extra = 1 if p["trim"] == "global" else 0  # the released code keeps one above nominal
-        state.threshold = yield from kth_largest(
-            [min(total, max(1, int(total * d) + extra)) if d > 0 else 0 for d in density], total
-        )
+    extra = 1 if p["trim"] == "global" else 0  # the released code keeps one above nominal
+    state.threshold = yield from trim_thresholds(density, total, extra=extra)
     if p["rescale"]:
         masses = yield Sum(lambda b: torch.stack([l1_norms(b.values), l1_norms(kept(b, 1.0))]))
         state.factor = restoring(*masses.total)
@@ -63,10 +61,7 @@ def _statistics(extents: Sequence[Extent]) -> Reduction:
         squares = yield Sum(lambda b: torch.stack([v.double().square().sum() for v in kept(b)]))
         state.power = squares.total.tolist()
     if p["zero_sign"] == "majority":
-        balance = yield Sum(
-            lambda b: elect_sign(kept(b), p["elect"], 0.0, state.power).sum(), exact=True
-        )
-        state.majority = 1.0 if balance.total > 0 else -1.0
+        state.majority = yield from majority(kept, p["elect"], state.power)
     return state
 
 

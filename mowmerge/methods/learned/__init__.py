@@ -1,0 +1,1 @@
+"""Methods with coefficients that are found on data: a file a method, named as it is."""
