@@ -33,16 +33,15 @@ def scores(
     ways = ["oracle"]
     if scopes != {"task"}:
         ways.insert(0, "task given")
-    if scopes & {"sample", "block"}:
+    if "sample" in scopes:  # the gates of blocks and modules say nothing of heads
         ways.insert(0, "")
     experts = {task: manifest.experts.index(recipe.tasks[task].expert) for task in items}
+    predicted = _predict(model, folder, recipe, items, experts, ways, batch)
     found = []
-    for way in ways:
-        predicted = _predict(model, folder, recipe, items, experts, way, batch)
-        for task, classes in predicted.items():
+    for way, by_task in predicted.items():
+        for task, classes in by_task.items():
             metric = recipe.tasks[task].metric or "accuracy"
-            labels = _labels(manifest, experts[task])
-            true = items[task].labels(labels)
+            true = items[task].labels(_labels(manifest, experts[task]))
             value = METRICS[metric](classes, true)
             name = f"{which}, {way}" if way else which
             found.append(Score(name, task, metric, value, classes, true))
@@ -55,11 +54,12 @@ def _predict(
     recipe: Recipe,
     items: Mapping[str, Items],
     experts: Mapping[str, int],
-    way: str,
+    ways: Sequence[str],
     batch: int,
-) -> dict[str, list[int]]:
-    """The class of each item of each task, from shuffled batches of all tasks of one type."""
-    predicted = {task: [NOWHERE] * len(held) for task, held in items.items()}
+) -> dict[str, dict[str, list[int]]]:
+    """The class of each item, by way and task, from shuffled batches of all tasks of one type."""
+    blank = {task: [NOWHERE] * len(held) for task, held in items.items()}
+    predicted = {way: {task: list(row) for task, row in blank.items()} for way in ways}
     for kind in sorted({recipe.tasks[task].type for task in items}):
         processor = inputs.processor(folder, kind)
         named = [task for task in items if recipe.tasks[task].type == kind]
@@ -69,13 +69,13 @@ def _predict(
             some = places[start : start + batch]
             given = inputs.encode(processor, [items[t].input(i) for t, i in some], model.config)
             ids = torch.tensor([experts[t] for t, _ in some])
-            told = {"oracle": {"task_ids": ids}, "task given": {"head_ids": ids}}.get(way, {})
-            with torch.inference_mode():
-                out = model(**given, **told)
-            classes, chosen = out.logits.argmax(-1), out["task"]
-            classes = torch.where(chosen == ids, classes, NOWHERE).tolist()
-            for (task, i), number in zip(some, classes, strict=True):
-                predicted[task][i] = number
+            for way in ways:
+                told = {"oracle": {"task_ids": ids}, "task given": {"head_ids": ids}}.get(way, {})
+                with torch.inference_mode():
+                    out = model(**given, **told)
+                classes = torch.where(out["task"] == ids, out.logits.argmax(-1), NOWHERE).tolist()
+                for (task, i), number in zip(some, classes, strict=True):
+                    predicted[way][task][i] = number
     return predicted
 
 
