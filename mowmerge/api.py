@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +14,7 @@ from mowmerge.checkpoint import heads, sidecars, writer
 from mowmerge.checkpoint.source import config
 from mowmerge.checkpoint.writer import Staging
 from mowmerge.hub.card import card
-from mowmerge.plan import Plan, Shard, Stored
+from mowmerge.plan import Plan, Stored
 from mowmerge.planner import Options, build
 from mowmerge.recipe import parse
 from mowmerge.recipe.model import Recipe
@@ -75,16 +73,16 @@ def merge(
     keep = [folder for _, folder in _inputs(planned)]
     with Staging(target, force=force, keep=keep) as staging:
         staging.allocate(planned.files)
-        with _ShardSink(staging.path, planned.files, begin(planned)) as sink:
+        with writer.ShardSink(staging.path, planned.files, begin(planned)) as sink:
             engine = Engine(planned)
             tensors = engine.run(sink)
             _write_dynamic(planned, engine.readers, sink)
         try:
             for model, shard in planned.heads.items():
                 heads.write(engine.readers[model], shard, staging.path / shard.file)
-                held = config(_folder(planned, model))
+                settings = config(_folder(planned, model))
                 label_map = (staging.path / shard.file).with_suffix(".json")
-                _write(label_map, json.dumps(held, indent=2, ensure_ascii=False) + "\n")
+                _write(label_map, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
             extra = _write_sidecars(planned, parsed, staging.path)
             content = report(planned, tensors, time.perf_counter() - began, extra)
             _write(staging.path / "report.json", json.dumps(content, indent=1) + "\n")
@@ -151,32 +149,6 @@ def _write_dynamic(planned: Plan, readers: Mapping[str, TensorReader], sink: Sin
             sink.write(name, 0, value.detach().reshape(-1).view(torch.uint8).numpy().data)
 
 
-class _ShardSink:
-    """Puts bytes at their planned offsets in the staged shards."""
-
-    def __init__(self, folder: Path, shards: Sequence[Shard], advance: Advance) -> None:
-        self._places = {name: (s.file, at) for s in shards for name, at in s.offsets.items()}
-        self._folder, self._advance, self._closing = folder, advance, ExitStack()
-        self._fds: dict[str, int] = {}
-
-    def __enter__(self) -> Sink:
-        for file in {file for file, _ in self._places.values()}:
-            self._fds[file] = os.open(self._folder / file, os.O_WRONLY)
-            self._closing.callback(os.close, self._fds[file])
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._closing.close()
-
-    def write(self, name: str, start: int, data: memoryview) -> None:
-        file, offset = self._places[name]
-        try:
-            writer.write_at(self._fds[file], data, offset + start)
-        except OSError as error:
-            raise writer.denied(error, self._folder / file) from error
-        self._advance(len(data))
-
-
 def _inputs(planned: Plan) -> list[tuple[str, Path]]:
     """Every model that is read, those of nested recipes too: its name and its folder."""
     found: list[tuple[str, Path]] = []
@@ -221,12 +193,7 @@ def _finish(planned: Plan, folder: Path, hashes: bool) -> None:
     )
     dtype = DTYPES[next(iter(dtypes))].torch_name if changed and len(dtypes) == 1 else None
     if hashes:
-        names = sorted(
-            {shard.file for shard in planned.files}
-            | {p.name for p in folder.iterdir() if p.is_file() and p.name not in _NOT_HASHED}
-            | {p.relative_to(folder).as_posix() for p in folder.glob("heads/*")}
-        )
-        lines = [f"{writer.sha256(folder / name)}  {name}" for name in names]
+        lines = writer.sums(folder)
     if planned.manifest:
         sidecars.write_dynamic_config(_donor(planned), folder, dtype, planned.manifest)
     else:
@@ -235,9 +202,6 @@ def _finish(planned: Plan, folder: Path, hashes: bool) -> None:
         if (folder / "config.json").exists():
             lines.append(f"{writer.sha256(folder / 'config.json')}  config.json")
         _write(folder / "SHA256SUMS", "\n".join(lines) + "\n")
-
-
-_NOT_HASHED = ("report.json", "README.md")
 
 
 def _donor_dtype(planned: Plan, name: str) -> str | None:
