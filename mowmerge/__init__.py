@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mowmerge.api import Result, check, evaluate, load, merge
+    from mowmerge.api import Result, check, evaluate, inspect, load, merge
     from mowmerge.methods.registry import merge_method
 
-__all__ = ["Result", "__version__", "check", "evaluate", "load", "merge", "merge_method"]
+__all__ = [
+    "Result", "__version__", "check", "evaluate", "inspect", "load", "merge",
+    "merge_method",
+]  # fmt: skip
 
 _HOMES = {"merge_method": "mowmerge.methods.registry"}
 

@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from mowmerge import __version__
 from mowmerge.checkpoint import heads, sidecars, writer
+from mowmerge.checkpoint.contents import contents
+from mowmerge.checkpoint.contents import planned as specs_of
+from mowmerge.checkpoint.dynamic import held
 from mowmerge.checkpoint.source import config
 from mowmerge.checkpoint.writer import Staging
 from mowmerge.hub.card import card
+from mowmerge.methods import registry
 from mowmerge.plan import Plan, Stored
 from mowmerge.planner import Options, build
 from mowmerge.recipe import parse
@@ -105,6 +109,37 @@ def load(folder: str | Path, *, task: str | None = None) -> Any:
     from mowmerge.tasks import heads as task_heads
 
     return task_heads.load(Path(folder), task)
+
+
+def inspect(
+    target: str | Path, *, overrides: Sequence[str] = (), options: Options | None = None
+) -> dict[str, Any]:
+    """What a dynamic checkpoint holds, from its headers; or what a recipe would write.
+
+    For a recipe whose method needs a survey that is run (it reads the weights), and nothing else.
+
+    Raises:
+        RecipeError, CheckpointError, SourceError: as `plan`; or no dynamic checkpoint.
+    """
+    if Path(target).is_dir():
+        source = held(Path(target))
+        told = contents(source.manifest, source.specs)
+        return {
+            "version": 1, "kind": "checkpoint", "path": str(target), "trained": source.trained,
+            **told,
+        }  # fmt: skip
+    parsed = check(target, overrides)
+    how = registry.get(parsed.method).dynamic
+    named = {"version": 1, "kind": "recipe", "recipe": parsed.name, "method": parsed.method}
+    if how is None:
+        return {**named, "dynamic": False}
+    asked = replace(options or Options(), download=how.survey is not None)
+    planned = surveyed(parsed, asked)
+    told = contents(planned.manifest, specs_of(planned)) if planned.manifest else {}
+    return {
+        **named, "dynamic": True, "survey": planned.surveyed, **told,
+        "write_bytes": planned.write_bytes, "warnings": list(planned.warnings),
+    }  # fmt: skip
 
 
 def evaluate(
