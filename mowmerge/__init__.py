@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mowmerge.api import Result, check, evaluate, inspect, load, merge
+    from mowmerge.api import Result, check, evaluate, extract, inspect, load, merge
     from mowmerge.methods.registry import merge_method
 
 __all__ = [
-    "Result", "__version__", "check", "evaluate", "inspect", "load", "merge",
+    "Result", "__version__", "check", "evaluate", "extract", "inspect", "load", "merge",
     "merge_method",
 ]  # fmt: skip
 

@@ -142,6 +142,38 @@ def inspect(
     }  # fmt: skip
 
 
+def extract(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    expert: str | None = None,
+    task: str | None = None,
+    recipe: str | Path | None = None,
+    reference: str | None = None,
+    hashes: bool = True,
+    force: bool = False,
+    begin: Callable[[int], Advance] = lambda total: lambda nbytes: None,
+) -> Result:
+    """Writes the dense model of one expert of a dynamic checkpoint, or of one task, into `out`.
+
+    The report says how far each tensor lies from the expert's: from `reference`, or where the
+    recipe found it if that is still there.
+
+    Raises:
+        ValueError: not one of `expert` and `task`.
+        CheckpointError, RecipeError, ResourceError: see `mowmerge.extraction`.
+    """
+    from mowmerge import extraction
+
+    if (expert is None) == (task is None):
+        raise ValueError("name an expert or a task, and not both")
+    found, content = extraction.extract(
+        Path(folder), Path(out), expert=expert, task=task, recipe=Path(recipe) if recipe else None,
+        reference=reference, hashes=hashes, force=force, begin=begin,
+    )  # fmt: skip
+    return Result(found, content)
+
+
 def evaluate(
     folder: str | Path, tasks: str | Path | Recipe, *, against: Sequence[str] = ("base", "experts")
 ) -> list[Score]:

@@ -126,6 +126,20 @@ def test_a_trained_router_is_told(family: Zoo) -> None:
     assert "after layer 1, trained" in family.here("inspect", "out").out
 
 
+def test_heads_and_labels(tmp_path: Path) -> None:
+    from tests.test_extract import KINDS, recipe, save
+
+    save(tmp_path, KINDS["vit"])
+    told = api.inspect(recipe(tmp_path, KINDS["vit"], "mow"))
+    out = api.merge(tmp_path / "mow.yaml", tmp_path / "out").path
+    assert held(told) == held(api.inspect(out))
+    assert told["heads"] == [
+        {"expert": "pets", "class": "ViTForImageClassification", "labels": 3},
+        {"expert": "sky", "class": "ViTForImageClassification", "labels": 2},
+    ]
+    assert "head sky: ViTForImageClassification, 2 labels" in Zoo(tmp_path).here("inspect", out).out
+
+
 def test_loads_no_torch(family: Zoo) -> None:
     family.recipe({"method": "wemoe"})
     api.merge(family.folder / "recipe.yaml", family.folder / "out")
