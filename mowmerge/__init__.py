@@ -8,12 +8,22 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mowmerge.api import Result, Trained, check, evaluate, load, merge, train_router
+    from mowmerge.api import (
+        Result,
+        Trained,
+        check,
+        evaluate,
+        extract,
+        inspect,
+        load,
+        merge,
+        train_router,
+    )
     from mowmerge.methods.registry import merge_method
 
 __all__ = [
-    "Result", "Trained", "__version__", "check", "evaluate", "load", "merge", "merge_method",
-    "train_router",
+    "Result", "Trained", "__version__", "check", "evaluate", "extract", "inspect", "load", "merge",
+    "merge_method", "train_router",
 ]  # fmt: skip
 
 _HOMES = {"merge_method": "mowmerge.methods.registry"}

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mowmerge import __version__
 from mowmerge.checkpoint import heads, sidecars, writer
+from mowmerge.checkpoint.contents import contents
+from mowmerge.checkpoint.contents import planned as specs_of
+from mowmerge.checkpoint.dynamic import held
 from mowmerge.checkpoint.source import config
 from mowmerge.checkpoint.writer import Staging
 from mowmerge.hub.card import card
-from mowmerge.plan import Plan, Shard, Stored
+from mowmerge.methods import registry
+from mowmerge.plan import Plan, Stored
 from mowmerge.planner import Options, build
 from mowmerge.recipe import parse
 from mowmerge.recipe.model import Recipe
@@ -91,16 +93,16 @@ def merge(
     with Staging(target, force=force, keep=keep) as staging:
         staging.allocate(planned.files)
         planned, learned = _fitted(parsed, planned, staging.path, tell)
-        with _ShardSink(staging.path, planned.files, begin(planned)) as sink:
+        with writer.ShardSink(staging.path, planned.files, begin(planned)) as sink:
             engine = Engine(planned)
             tensors = engine.run(sink)
             _write_dynamic(planned, engine.readers, sink)
         try:
             for model, shard in planned.heads.items():
                 heads.write(engine.readers[model], shard, staging.path / shard.file)
-                held = config(_folder(planned, model))
+                settings = config(_folder(planned, model))
                 label_map = (staging.path / shard.file).with_suffix(".json")
-                _write(label_map, json.dumps(held, indent=2, ensure_ascii=False) + "\n")
+                _write(label_map, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
             extra = _write_sidecars(planned, parsed, staging.path) | learned
             content = report(planned, tensors, time.perf_counter() - began, extra)
             _write(staging.path / "report.json", json.dumps(content, indent=1) + "\n")
@@ -123,6 +125,69 @@ def load(folder: str | Path, *, task: str | None = None) -> Any:
     from mowmerge.tasks import heads as task_heads
 
     return task_heads.load(Path(folder), task)
+
+
+def inspect(
+    target: str | Path, *, overrides: Sequence[str] = (), options: Options | None = None
+) -> dict[str, Any]:
+    """What a dynamic checkpoint holds, from its headers; or what a recipe would write.
+
+    For a recipe whose method needs a survey that is run (it reads the weights), and nothing else.
+
+    Raises:
+        RecipeError, CheckpointError, SourceError: as `plan`; or no dynamic checkpoint.
+    """
+    if Path(target).is_dir():
+        source = held(Path(target))
+        told = contents(source.manifest, source.specs)
+        return {
+            "version": 1, "kind": "checkpoint", "path": str(target), "trained": source.trained,
+            **told,
+        }  # fmt: skip
+    parsed = check(target, overrides)
+    how = registry.get(parsed.method).dynamic
+    named = {"version": 1, "kind": "recipe", "recipe": parsed.name, "method": parsed.method}
+    if how is None:
+        return {**named, "dynamic": False}
+    asked = replace(options or Options(), download=how.survey is not None)
+    planned = surveyed(parsed, asked)
+    told = contents(planned.manifest, specs_of(planned)) if planned.manifest else {}
+    return {
+        **named, "dynamic": True, "survey": planned.surveyed, **told,
+        "write_bytes": planned.write_bytes, "warnings": list(planned.warnings),
+    }  # fmt: skip
+
+
+def extract(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    expert: str | None = None,
+    task: str | None = None,
+    recipe: str | Path | None = None,
+    reference: str | None = None,
+    hashes: bool = True,
+    force: bool = False,
+    begin: Callable[[int], Advance] = lambda total: lambda nbytes: None,
+) -> Result:
+    """Writes the dense model of one expert of a dynamic checkpoint, or of one task, into `out`.
+
+    The report says how far each tensor lies from the expert's: from `reference`, or where the
+    recipe found it if that is still there.
+
+    Raises:
+        ValueError: not one of `expert` and `task`.
+        CheckpointError, RecipeError, ResourceError: see `mowmerge.extraction`.
+    """
+    from mowmerge import extraction
+
+    if (expert is None) == (task is None):
+        raise ValueError("name an expert or a task, and not both")
+    found, content = extraction.extract(
+        Path(folder), Path(out), expert=expert, task=task, recipe=Path(recipe) if recipe else None,
+        reference=reference, hashes=hashes, force=force, begin=begin,
+    )  # fmt: skip
+    return Result(found, content)
 
 
 def evaluate(
@@ -213,32 +278,6 @@ def _write_dynamic(planned: Plan, readers: Mapping[str, TensorReader], sink: Sin
             sink.write(name, 0, value.detach().reshape(-1).view(torch.uint8).numpy().data)
 
 
-class _ShardSink:
-    """Puts bytes at their planned offsets in the staged shards."""
-
-    def __init__(self, folder: Path, shards: Sequence[Shard], advance: Advance) -> None:
-        self._places = {name: (s.file, at) for s in shards for name, at in s.offsets.items()}
-        self._folder, self._advance, self._closing = folder, advance, ExitStack()
-        self._fds: dict[str, int] = {}
-
-    def __enter__(self) -> Sink:
-        for file in {file for file, _ in self._places.values()}:
-            self._fds[file] = os.open(self._folder / file, os.O_WRONLY)
-            self._closing.callback(os.close, self._fds[file])
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._closing.close()
-
-    def write(self, name: str, start: int, data: memoryview) -> None:
-        file, offset = self._places[name]
-        try:
-            writer.write_at(self._fds[file], data, offset + start)
-        except OSError as error:
-            raise writer.denied(error, self._folder / file) from error
-        self._advance(len(data))
-
-
 def _fitted(recipe: Recipe, planned: Plan, folder: Path, tell: Tell) -> tuple[Plan, dict[str, Any]]:
     """The plan with its coefficients fitted, written to the folder; facts for the report."""
     file = folder / "coefficients.json"
@@ -302,12 +341,7 @@ def _finish(planned: Plan, folder: Path, hashes: bool) -> None:
     )
     dtype = DTYPES[next(iter(dtypes))].torch_name if changed and len(dtypes) == 1 else None
     if hashes:
-        names = sorted(
-            {shard.file for shard in planned.files}
-            | {p.name for p in folder.iterdir() if p.is_file() and p.name not in _NOT_HASHED}
-            | {p.relative_to(folder).as_posix() for p in folder.glob("heads/*")}
-        )
-        lines = [f"{writer.sha256(folder / name)}  {name}" for name in names]
+        lines = writer.sums(folder)
     if planned.manifest:
         sidecars.write_dynamic_config(_donor(planned), folder, dtype, planned.manifest)
     else:
@@ -316,9 +350,6 @@ def _finish(planned: Plan, folder: Path, hashes: bool) -> None:
         if (folder / "config.json").exists():
             lines.append(f"{writer.sha256(folder / 'config.json')}  config.json")
         _write(folder / "SHA256SUMS", "\n".join(lines) + "\n")
-
-
-_NOT_HASHED = ("report.json", "README.md")
 
 
 def _donor_dtype(planned: Plan, name: str) -> str | None:

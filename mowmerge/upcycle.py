@@ -143,8 +143,17 @@ class Upcycling:
                 inside = name.partition(".")[2]
                 kept.append(replace(specs[name], name=f"{HEADS}.{i}.{inside}"))
                 self._sources.append((model, name))
-        heads = tuple(Head(model, configs[model]) for model in self.recipe.models)
+        module = modules.pop()
+        heads = tuple(_head(plan, model, configs[model], module) for model in self.recipe.models)
         return heads, classes.pop(), kept
+
+
+def _head(plan: Plan, model: str, config: Mapping[str, Any], module: str) -> Head:
+    """A model's head, and how the model's own names differ from the anchor's."""
+    view = naming.aligned(plan.sources[model].specs, plan.specs)
+    own = (spec.name.removesuffix(n) for n, spec in view.items() if spec.name.endswith(n))
+    lacks = (n for n in plan.specs if n not in view and not naming.tied_to(n, view))
+    return Head(model, config, module, next(filter(None, own), ""), tuple(lacks))
 
 
 def _widths(specs: Mapping[str, TensorSpec]) -> dict[str | None, int]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 from mowmerge.checkpoint.source import SIDECARS, config
 from mowmerge.dynamic.format import Manifest
@@ -53,9 +54,8 @@ def write_config(donor: Path, out: Path, dtype: str | None, *, headless: bool = 
     if dtype is None and not headless:
         shutil.copyfile(donor / "config.json", out / "config.json")
         return
-    keys = [key for key in ("dtype", "torch_dtype") if key in settings] or ["dtype"]
-    for key in keys if dtype else ():
-        settings[key] = dtype
+    if dtype:
+        settings = with_dtype(settings, dtype)
     if headless:
         settings = {k: v for k, v in settings.items() if k not in _OF_A_HEAD}
         if "architectures" in settings:
@@ -63,6 +63,12 @@ def write_config(donor: Path, out: Path, dtype: str | None, *, headless: bool = 
             settings["architectures"] = [_CLASS_WITH_HEAD.sub("Model", name) for name in named]
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     (out / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def with_dtype(settings: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The config with this dtype, under the key that it has for it."""
+    keys = [key for key in ("dtype", "torch_dtype") if key in settings] or ["dtype"]
+    return {**settings, **dict.fromkeys(keys, dtype)}
 
 
 def write_dynamic_config(donor: Path, out: Path, dtype: str | None, manifest: Manifest) -> None:

@@ -269,6 +269,14 @@ def read_header(file: Path) -> list[Location]:
     return found
 
 
+def metadata(file: Path) -> dict[str, str]:
+    """What a safetensors file says of itself beside its tensors; `read_header` looked it over."""
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    held: dict[str, str] = header.get("__metadata__", {})
+    return held
+
+
 def _locations(file: Path, header: dict[str, Any], data: int) -> tuple[list[Location], int]:
     """A header's tensors in file order, and the length of the data that starts at byte `data`."""
     found, end = [], 0

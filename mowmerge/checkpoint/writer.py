@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -22,6 +23,7 @@ from mowmerge.tensors import TensorSpec
 
 ALIGN = 64  # the data section of a shard starts at a multiple of this
 _SEEKING = Lock()  # held between seek and write where there is no pwrite
+NOT_HASHED = ("report.json", "README.md")
 SPARE = 16 << 20  # bytes left free beside the weights, for config, tokenizer and report
 
 
@@ -206,6 +208,35 @@ class Staging:
             self._lock = None
 
 
+class ShardSink:
+    """Puts bytes at their planned offsets in the staged shards."""
+
+    def __init__(
+        self, folder: Path, shards: Sequence[Shard], advance: Callable[[int], None]
+    ) -> None:
+        self._places = {name: (s.file, at) for s in shards for name, at in s.offsets.items()}
+        self._folder, self._advance, self._closing = folder, advance, ExitStack()
+        self._fds: dict[str, int] = {}
+
+    def __enter__(self) -> ShardSink:
+        for file in {file for file, _ in self._places.values()}:
+            self._fds[file] = os.open(self._folder / file, os.O_WRONLY)
+            self._closing.callback(os.close, self._fds[file])
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._closing.close()
+
+    def write(self, name: str, start: int, data: memoryview) -> None:
+        """Takes a tensor's bytes from byte `start` on; called from any worker."""
+        file, offset = self._places[name]
+        try:
+            write_at(self._fds[file], data, offset + start)
+        except OSError as error:
+            raise denied(error, self._folder / file) from error
+        self._advance(len(data))
+
+
 def _reserve(fd: int, nbytes: int) -> None:
     if hasattr(os, "posix_fallocate"):
         try:
@@ -250,3 +281,10 @@ def sha256(file: Path) -> str:
     """The file's digest, in hex."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sums(folder: Path) -> list[str]:
+    """A line of SHA256SUMS for each file that is there, by name."""
+    files = [p for p in (*folder.iterdir(), *folder.glob("heads/*")) if p.is_file()]
+    names = sorted(p.relative_to(folder).as_posix() for p in files if p.name not in NOT_HASHED)
+    return [f"{sha256(folder / name)}  {name}" for name in names]

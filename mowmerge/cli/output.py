@@ -154,12 +154,16 @@ class Progress:
 
     def begin(self, plan: Plan) -> Advance:
         """Prints the plan's warnings and starts the bar; returns what moves it."""
+        if not self._hidden:
+            warn(plan.warnings)
+        return self.start(sum(job.output.nbytes for job in plan.jobs))
+
+    def start(self, total: int) -> Advance:
+        """Starts the bar for that many bytes; returns what moves it."""
         if self._hidden:
             return lambda nbytes: None
         from tqdm import tqdm
 
-        warn(plan.warnings)
-        total = sum(job.output.nbytes for job in plan.jobs)
         bar: Any = tqdm(total=total, unit="B", unit_scale=True, disable=None, file=sys.stderr)
         self._bar = bar
         return lambda nbytes: bar.update(nbytes) and None

@@ -176,10 +176,17 @@ class Router:
 
 @dataclass(frozen=True)
 class Head:
-    """One task's head: the expert it came from, its task, and what its config says of labels."""
+    """One expert's head, its config whole, and what `extract` needs to give its own names back.
+
+    module: what the head is called there (classifier). prefix: what stands before the anchor's
+    names there (bert.). lacks: the tensors of the anchor that are not there.
+    """
 
     expert: str
     config: Mapping[str, Any]
+    module: str = ""
+    prefix: str = ""
+    lacks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -240,7 +247,10 @@ class Manifest:
                 ),
                 gates={name: Gate(**gate) for name, gate in held["gates"].items()},
                 routers={name: Router(**router) for name, router in held["routers"].items()},
-                heads=tuple(Head(**head) for head in held["heads"]),
+                heads=tuple(
+                    Head(**{**head, "lacks": tuple(head.get("lacks", ()))})
+                    for head in held["heads"]
+                ),
                 head_class=held["head_class"],
             )
         except (KeyError, TypeError) as error:
