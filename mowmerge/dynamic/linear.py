@@ -15,7 +15,7 @@ from .format import Code
 from .mixable import Mixable
 from .routers import keep_top, projections
 
-BUDGET = 32 << 20  # bytes of mixed weights at a time
+BUDGET = 16 << 20  # bytes of mixed weights at a time: a band that stays in the caches
 SAMPLES = 32  # mixed at a time: more would leave each too few rows for a fast GEMM
 
 

@@ -295,3 +295,26 @@ def test_backward_keeps_no_mixed_weights(kind: str, codec: str) -> None:
     y.sum().backward()
     kept = sum(t.nbytes for t in context._scratch.values())
     assert kept <= linear.BUDGET
+
+
+@pytest.mark.parametrize("codec", ["full", "full_abs", "low_rank", "mask"])
+@pytest.mark.parametrize("learning", [False, True])
+def test_autocast_multiplies_in_half_precision(codec: str, learning: bool) -> None:
+    torch.manual_seed(0)
+    model, context, _ = installed(nn.Linear(D, OUT), codec)
+    x, c = torch.randn(B, 5, D), SOFT.clone().requires_grad_(learning)
+
+    def run() -> Tensor:
+        context.begin(B)
+        context.set("g", c)
+        y: Tensor = model(x)
+        return y
+
+    want = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run()
+    assert found.dtype == torch.bfloat16
+    assert torch.allclose(found.float(), want, atol=0.05)
+    if learning:
+        half, full = torch.autograd.grad(found.float().sum(), c), torch.autograd.grad(want.sum(), c)
+        assert torch.allclose(half[0], full[0], atol=0.3)
