@@ -15,6 +15,7 @@ from mowmerge import __version__
 from mowmerge.checkpoint import heads, sidecars, writer
 from mowmerge.checkpoint.source import config
 from mowmerge.checkpoint.writer import Staging
+from mowmerge.dynamic.format import auto_class
 from mowmerge.hub.card import card
 from mowmerge.plan import Plan, Shard, Stored
 from mowmerge.planner import Options, build
@@ -51,6 +52,19 @@ def plan(
     return build(parsed, options)
 
 
+def survey(
+    recipe: str | Path | Recipe, *, overrides: Sequence[str] = (), options: Options | None = None
+) -> Plan:
+    """The plan, final: what a dynamic method's layout depends on is measured in the weights."""
+    parsed = recipe if isinstance(recipe, Recipe) else check(recipe, overrides)
+    planned = plan(parsed, options=options)
+    if not planned.undecided:
+        return planned
+    from mowmerge.survey import survey as measure
+
+    return build(parsed, replace(options or Options(), surveyed=measure(parsed, planned)))
+
+
 def merge(
     recipe: str | Path | Recipe,
     out: str | Path | None = None,
@@ -70,7 +84,7 @@ def merge(
 
     began = time.perf_counter()
     parsed = recipe if isinstance(recipe, Recipe) else check(recipe, overrides)
-    planned = surveyed(parsed, options or Options())
+    planned = survey(parsed, options=options)
     target = Path(out or parsed.output.path or Path("merged") / parsed.name)
     keep = [folder for _, folder in _inputs(planned)]
     with Staging(target, force=force, keep=keep) as staging:
@@ -124,17 +138,6 @@ def demo(folder: str | Path) -> list[dict[str, Any]]:
     from mowmerge.demo import minilm
 
     return list(minilm.run(Path(folder), lambda recipe, out: merge(recipe, out, force=True)))
-
-
-def surveyed(recipe: Recipe, options: Options) -> Plan:
-    """The plan, final: what a dynamic method's layout depends on is measured first, if it does."""
-    planned = build(recipe, options)
-    if planned.manifest is None or planned.surveyed is not None:
-        return planned
-    from mowmerge.survey import survey
-
-    found = survey(recipe, planned)
-    return build(recipe, replace(options, surveyed=found)) if found is not None else planned
 
 
 def _write_dynamic(planned: Plan, readers: Mapping[str, TensorReader], sink: Sink) -> None:
@@ -207,7 +210,12 @@ def _write_sidecars(planned: Plan, recipe: Recipe, folder: Path) -> dict[str, An
     if listing:
         _write(folder / "model.safetensors.index.json", listing)
     _write(folder / "recipe.yaml", recipe.text)
-    _write(folder / "README.md", card(planned, recipe))
+    auto = "AutoModel"
+    if planned.manifest:
+        sidecars.write_code(folder)
+        front = sidecars.front(_donor(planned), planned.manifest)
+        auto = auto_class(front.removeprefix("Mowmerge"))
+    _write(folder / "README.md", card(planned, recipe, auto))
     return {"mowmerge": __version__, "recipe": recipe.name, "files_left_behind": left}
 
 

@@ -12,17 +12,16 @@ from mowmerge import __version__
 from mowmerge.checkpoint import naming, source
 from mowmerge.checkpoint.writer import layout, shard_of
 from mowmerge.errors import CheckpointError, Problem, RecipeError, ResourceError, SourceError
+from mowmerge.memory import peak_bytes, working_bytes
 from mowmerge.methods import registry
 from mowmerge.methods.contracts import Extent, MethodError
-from mowmerge.plan import RUN, Input, Plan, Shard, Stored, TensorJob, Tied, block_length
+from mowmerge.plan import RUN, Input, Plan, Shard, Stored, TensorJob, Tied
 from mowmerge.recipe.model import Match, Recipe
 from mowmerge.recipe.values import Place, Setting, setting
 from mowmerge.tensors import TensorSpec, dtype_named
 from mowmerge.upcycle import Upcycling
 
 BLOCK = 2 * RUN  # elements worked on at a time: a few models of them fit a core's L2 cache
-RUNTIME = 250 << 20  # bytes that Python, torch and the plan itself take
-HISTOGRAM = 4 << 20  # bytes a model while an order statistic is counted
 SHARD_SIZE = 5_000_000_000
 LISTED = 5  # names in a message before it says how many more
 
@@ -113,11 +112,13 @@ class _Planner:
                 found[name] = inner
                 continue
             try:
-                found[name] = source.find(
+                stored = source.find(
                     self.recipe.locate(origin),
                     download=self.options.download,
                     allow_pickle=self.options.allow_pickle,
                 )
+                source.refuse_dynamic(stored)
+                found[name] = stored
             except (CheckpointError, SourceError) as error:
                 key = ("base",) if name == "base" else ("models", name)
                 at = self.recipe.where(*key)
@@ -384,12 +385,11 @@ class _Planner:
         limit = self.options.max_memory
         block = BLOCK
         while True:
-            needs = sorted((_working_bytes(job, block) for job in jobs), reverse=True)
-            peak = RUNTIME + sum(needs[:workers])
+            peak = peak_bytes(jobs, block, workers)
             if limit is None or peak <= limit:
                 return block, peak
             if block == RUN:
-                largest = max(jobs, key=lambda job: _working_bytes(job, block))
+                largest = max(jobs, key=lambda job: working_bytes(job, block))
                 raise ResourceError(
                     f"--max-memory {limit:,} is too little: {peak:,} bytes are the least with"
                     f" {workers} worker(s)",
@@ -397,16 +397,3 @@ class _Planner:
                     hint="use fewer --workers, or allow more",
                 )
             block //= 2
-
-
-def _working_bytes(job: TensorJob, block: int) -> int:
-    """Bytes one worker holds for a job: what is read, its values, temporaries, the result."""
-    whole = bool(job.method) and registry.get(str(job.method)).reduce is None
-    length, n = block_length(block, job, whole=whole), len(job.inputs)
-    wide = 8 if any(i.spec.dtype == "F64" for i in job.inputs) else 4
-    read = sum(length * i.spec.itemsize for i in job.inputs)
-    counted = HISTOGRAM * len(job.models) if job.scope in ("tensor", "model") and not whole else 0
-    if job.code is not None:  # the parts, and what their making takes
-        counted += length * wide * 2 * (n + job.code.slots)
-        counted += _working_bytes(replace(job.anchor), block) if job.anchor else 0
-    return read + length * (wide * (2 * n + 4) + job.output.itemsize) + counted

@@ -64,19 +64,28 @@ def write_config(donor: Path, out: Path, dtype: str | None, *, headless: bool = 
     (out / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
+def write_code(out: Path) -> None:
+    """Copies the runtime of dynamic checkpoints: what `trust_remote_code` finds."""
+    for file in sorted(Path(str(dynamic.__file__)).parent.glob("[a-z]*.py")):
+        shutil.copyfile(file, out / file.name)
+
+
+def front(donor: Path, manifest: Manifest) -> str:
+    """The class that a dynamic checkpoint's config names."""
+    named = (config(donor).get("architectures") or ["Model"])[0]
+    return front_class(manifest.head_class or named)
+
+
 def write_dynamic_config(donor: Path, out: Path, dtype: str | None, manifest: Manifest) -> None:
-    """Writes the config of a dynamic checkpoint, with the donor's whole in it, and its code."""
+    """Writes the config of a dynamic checkpoint, with the donor's whole in it."""
     base = config(donor)
-    named = manifest.head_class or (base.get("architectures") or ["Model"])[0]
     settings = {
-        "architectures": [front_class(named)],
+        "architectures": [front(donor, manifest)],
         "model_type": "mowmerge",
         "dtype": dtype or base.get("dtype") or base.get("torch_dtype") or "float32",
         "auto_map": auto_map(),
         "base_config": base,
         "mowmerge": manifest.to_json(),
     }
-    for file in sorted(Path(str(dynamic.__file__)).parent.glob("[a-z]*.py")):
-        shutil.copyfile(file, out / file.name)
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     (out / "config.json").write_text(text + "\n", encoding="utf-8")

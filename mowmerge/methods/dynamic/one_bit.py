@@ -57,8 +57,9 @@ def one_bit(
 ) -> dict[str, Tensor]:
     """W(x) = W_0 + D'_k + rest sum_{j != k} D'_j for the k that a classifier chooses.
 
-    D'_k = a_k sgn(D_k), and a_k is the mean magnitude of a matrix's task vector, the scale with the least squared error.
-    Matrices of attention and MLPs have one bit an entry; all other tensors are kept whole.
+    D'_k = a_k sgn(D_k), and a_k is the mean magnitude of a matrix's task vector, the scale with the
+    least squared error. Matrices of attention and MLPs have one bit an entry; all other tensors are
+    kept whole.
 
     Shapes: deltas [N,*S], base [*S] -> anchor [*S], sign [N,rows,bytes], scale [N]; or delta.
 
