@@ -238,6 +238,11 @@ class OpenJob:
                     f"{self.spec.name}: part '{name}' of '{code.name}' is"
                     f" {tuple(value.shape)}, planned {tuple(wanted)}"
                 )
+            if dtype.kind == "float" and not value.sum(dtype=torch.float64).isfinite():
+                raise CheckpointError(
+                    f"a delta of '{code.name}' overflows {part.dtype}",
+                    hint="set output.dtype to a wider type",
+                )
             row = math.prod(part.shape[axis + 1 :]) * dtype.bits // 8
             for s, piece in enumerate(value if axis else [value]):
                 if not piece.numel():
