@@ -17,6 +17,7 @@ from mowmerge.checkpoint.contents import planned as specs_of
 from mowmerge.checkpoint.dynamic import held
 from mowmerge.checkpoint.source import config
 from mowmerge.checkpoint.writer import Staging
+from mowmerge.dynamic import remote
 from mowmerge.hub.card import card
 from mowmerge.methods import registry
 from mowmerge.plan import Plan, Stored
@@ -66,6 +67,19 @@ def plan(
     return build(parsed, options)
 
 
+def survey(
+    recipe: str | Path | Recipe, *, overrides: Sequence[str] = (), options: Options | None = None
+) -> Plan:
+    """The plan, final: what a dynamic method's layout depends on is measured in the weights."""
+    parsed = recipe if isinstance(recipe, Recipe) else check(recipe, overrides)
+    planned = plan(parsed, options=options)
+    if not planned.undecided:
+        return planned
+    from mowmerge.survey import survey as measure
+
+    return build(parsed, replace(options or Options(), surveyed=measure(parsed, planned)))
+
+
 def merge(
     recipe: str | Path | Recipe,
     out: str | Path | None = None,
@@ -87,7 +101,7 @@ def merge(
 
     began = time.perf_counter()
     parsed = recipe if isinstance(recipe, Recipe) else check(recipe, overrides)
-    planned = surveyed(parsed, options or Options())
+    planned = survey(parsed, options=options)
     target = Path(out or parsed.output.path or Path("merged") / parsed.name)
     keep = [folder for _, folder in _inputs(planned)]
     with Staging(target, force=force, keep=keep) as staging:
@@ -150,7 +164,7 @@ def inspect(
     if how is None:
         return {**named, "dynamic": False}
     asked = replace(options or Options(), download=how.survey is not None)
-    planned = surveyed(parsed, asked)
+    planned = survey(parsed, options=asked)
     told = contents(planned.manifest, specs_of(planned)) if planned.manifest else {}
     return {
         **named, "dynamic": True, "survey": planned.surveyed, **told,
@@ -253,17 +267,6 @@ def demo(folder: str | Path, tell: Callable[[str], None] = lambda line: None) ->
     return zoo.run(Path(folder), lambda recipe, out: merge(recipe, out, force=True), tell)
 
 
-def surveyed(recipe: Recipe, options: Options) -> Plan:
-    """The plan, final: what a dynamic method's layout depends on is measured first, if it does."""
-    planned = build(recipe, options)
-    if planned.manifest is None or planned.surveyed is not None:
-        return planned
-    from mowmerge.survey import survey
-
-    found = survey(recipe, planned)
-    return build(recipe, replace(options, surveyed=found)) if found is not None else planned
-
-
 def _write_dynamic(planned: Plan, readers: Mapping[str, TensorReader], sink: Sink) -> None:
     """Writes a dynamic checkpoint's heads, as they are, and its untrained routers."""
     if planned.manifest is None:
@@ -327,7 +330,12 @@ def _write_sidecars(planned: Plan, recipe: Recipe, folder: Path) -> dict[str, An
     if listing:
         _write(folder / "model.safetensors.index.json", listing)
     _write(folder / "recipe.yaml", recipe.text)
-    _write(folder / "README.md", card(planned, recipe))
+    auto = "AutoModel"
+    if planned.manifest:
+        remote.bundle(folder)
+        front = sidecars.front(_donor(planned), planned.manifest)
+        auto = remote.auto_name(front.removeprefix("Mowmerge"))
+    _write(folder / "README.md", card(planned, recipe, auto))
     return {"mowmerge": __version__, "recipe": recipe.name, "files_left_behind": left}
 
 

@@ -134,7 +134,8 @@ class Plan:
     `sources` holds, for each model, a checkpoint or another plan; `heads` the file of each model
     whose head is kept as it is. A dynamic merge has a manifest, files of codes and one of routers;
     `head_names` says of a head's tensor among the codes which model's it is; `surveyed` what was
-    measured before, None where that is still to come; `fit` what is to be fitted first.
+    measured before, and while the plan is `undecided` it is still to be: more is planned than will
+    be written; `fit` is what is to be fitted first.
     """
 
     name: str
@@ -155,6 +156,7 @@ class Plan:
     router: Shard | None = None
     head_names: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     surveyed: Mapping[str, Any] | None = None
+    undecided: bool = False
     dropped: tuple[str, ...] = ()
     fit: Fit | None = None
     warnings: tuple[str, ...] = ()
@@ -194,6 +196,12 @@ class Plan:
     def write_bytes(self) -> int:
         """Bytes of the output's weight files, headers included: the exact size on disk."""
         return sum(shard.nbytes for shard in self.files)
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of tensors in them, without the heads of a static merge."""
+        written = (*self.shards, *self.codes, *((self.router,) if self.router else ()))
+        return sum(shard.nbytes - len(shard.header) for shard in written)
 
     @property
     def files(self) -> tuple[Shard, ...]:

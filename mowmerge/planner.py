@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mowmerge import __version__
+from mowmerge import __version__, memory
 from mowmerge.checkpoint import naming, source
 from mowmerge.checkpoint.writer import layout, shard_of
-from mowmerge.errors import CheckpointError, Problem, RecipeError, ResourceError, SourceError
+from mowmerge.errors import CheckpointError, Problem, RecipeError, SourceError
 from mowmerge.methods import registry
 from mowmerge.methods.contracts import Extent, MethodError
-from mowmerge.plan import RUN, Fit, Input, Plan, Shard, Stored, TensorJob, Tied, block_length
+from mowmerge.plan import RUN, Input, Plan, Shard, Stored, TensorJob, Tied
 from mowmerge.recipe import coefficients
 from mowmerge.recipe.model import Match, Recipe
 from mowmerge.recipe.values import Place, Setting, setting
@@ -22,8 +22,6 @@ from mowmerge.tensors import TensorSpec, dtype_named
 from mowmerge.upcycle import Upcycling
 
 BLOCK = 2 * RUN  # elements worked on at a time: a few models of them fit a core's L2 cache
-RUNTIME = 250 << 20  # bytes that Python, torch and the plan itself take
-HISTOGRAM = 4 << 20  # bytes a model while an order statistic is counted
 SHARD_SIZE = 5_000_000_000
 LISTED = 5  # names in a message before it says how many more
 
@@ -70,10 +68,11 @@ class _Planner:
         jobs = self._jobs(donor, base, specs)
         self._raise_problems()
         jobs = self._grouped(jobs)
-        jobs, fit = self._fitted(jobs)
+        limit = self.options.max_memory
+        jobs, fit = coefficients.settled(self.recipe, jobs, limit)
         self._warn(jobs)
         workers = self.options.workers or min(8, os.cpu_count() or 1)
-        block, peak = self._memory(jobs, workers)
+        block, peak = memory.narrowed(jobs, workers, BLOCK, limit)
         plan = Plan(
             name=self.recipe.name,
             donor=donor,
@@ -122,11 +121,13 @@ class _Planner:
                 found[name] = inner
                 continue
             try:
-                found[name] = source.find(
+                stored = source.find(
                     self.recipe.locate(origin),
                     download=self.options.download,
                     allow_pickle=self.options.allow_pickle,
                 )
+                source.refuse_dynamic(stored)
+                found[name] = stored
             except (CheckpointError, SourceError) as error:
                 key = ("base",) if name == "base" else ("models", name)
                 at = self.recipe.where(*key)
@@ -367,29 +368,6 @@ class _Planner:
                 ) from error
         return grouped
 
-    def _fitted(self, jobs: Sequence[TensorJob]) -> tuple[list[TensorJob], Fit | None]:
-        """The jobs with the coefficients that the recipe replays, or the fit that they need."""
-        statics = [job.anchor or job for job in jobs]
-        fitted = [job for job in statics if job.method and registry.get(job.method).fit]
-        if not fitted:
-            return list(jobs), None
-        alone = next((job for job in statics if job.code is not None), None)
-        if alone is not None:
-            raise RecipeError(
-                f"'{alone.method}' makes its own anchor, so the rest cannot be fitted with it",
-                where=self.recipe.where("rest"),
-                hint="fit a static merge first, or use a method whose anchor is the rest",
-            )
-        if self.recipe.coefficients is None:
-            limit = self.options.max_memory
-            room = None if limit is None else limit - 2 * RUNTIME  # transformers takes as much
-            return list(jobs), coefficients.fit(self.recipe, statics, fitted, room)
-        found = coefficients.read(self.recipe)
-        rows = coefficients.replayed(fitted, found, self.recipe.where("coefficients"))
-        again = [rows.get(job.output.name, job) for job in statics]
-        pairs = zip(jobs, again, strict=True)
-        return [replace(job, anchor=one) if job.code else one for job, one in pairs], None
-
     def _warn(self, jobs: Sequence[TensorJob]) -> None:
         for i in range(len(self.recipe.rules)):
             if i not in self.rules_used:
@@ -410,35 +388,3 @@ class _Planner:
     def _layout(self, jobs: Sequence[TensorJob]) -> list[Shard]:
         size = self.recipe.output.shard_size or SHARD_SIZE
         return layout([job.output for job in jobs], size, self._metadata)
-
-    def _memory(self, jobs: Sequence[TensorJob], workers: int) -> tuple[int, int]:
-        """The block length and the peak bytes that go with it, within --max-memory."""
-        limit = self.options.max_memory
-        block = BLOCK
-        while True:
-            needs = sorted((_working_bytes(job, block) for job in jobs), reverse=True)
-            peak = RUNTIME + sum(needs[:workers])
-            if limit is None or peak <= limit:
-                return block, peak
-            if block == RUN:
-                largest = max(jobs, key=lambda job: _working_bytes(job, block))
-                raise ResourceError(
-                    f"--max-memory {limit:,} is too little: {peak:,} bytes are the least with"
-                    f" {workers} worker(s)",
-                    where=f"tensor '{largest.output.name}', scope {largest.scope}",
-                    hint="use fewer --workers, or allow more",
-                )
-            block //= 2
-
-
-def _working_bytes(job: TensorJob, block: int) -> int:
-    """Bytes one worker holds for a job: what is read, its values, temporaries, the result."""
-    whole = bool(job.method) and registry.get(str(job.method)).reduce is None
-    length, n = block_length(block, job, whole=whole), len(job.inputs)
-    wide = 8 if any(i.spec.dtype == "F64" for i in job.inputs) else 4
-    read = sum(length * i.spec.itemsize for i in job.inputs)
-    counted = HISTOGRAM * len(job.models) if job.scope in ("tensor", "model") and not whole else 0
-    if job.code is not None:  # the parts, and what their making takes
-        counted += length * wide * 2 * (n + job.code.slots)
-        counted += _working_bytes(replace(job.anchor), block) if job.anchor else 0
-    return read + length * (wide * (2 * n + 4) + job.output.itemsize) + counted

@@ -53,7 +53,7 @@ class TensorReport:
     """One output tensor's line in report.json."""
 
     name: str
-    action: str  # merged | copied
+    action: str  # merged | copied | dynamic
     method: str | None
     read_bytes: int
     written_bytes: int
@@ -75,6 +75,7 @@ def report(
         "base": plan.base,
         "warnings": list(plan.warnings) + [f"{t.name}: {n}" for t in tensors for n in t.notes],
         "dropped": list(plan.dropped),
+        **({"survey": plan.surveyed} if plan.surveyed is not None else {}),
         "read_bytes": plan.read_bytes,
         "written_bytes": plan.write_bytes,
         "planned_peak_bytes": plan.peak_bytes,

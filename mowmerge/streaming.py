@@ -71,6 +71,7 @@ class OpenJob:
         self.spec = registry.get(job.method or "passthrough")
         self.state: Any = None
         self.block = block or block_length(plan.block, job, whole=self.spec.reduce is None)
+        self._step = max(1, min(plan.block, job.output.numel))  # of a fold: whole runs
         wide = any(spec.dtype == "F64" for spec in (job.output, *(i.spec for i in job.inputs)))
         self.dtype = torch.float64 if wide else torch.float32
         self._shaped = job.scope == "row" or (job.scope == "tensor" and self.spec.reduce is None)
@@ -87,7 +88,7 @@ class OpenJob:
                 stack.enter_context(closing(self._readers[i.model].open(i.spec.name)))
                 for i in self.job.inputs
             ]
-            self.buffers(self.block)
+            self.buffers(max(self.block, self._step))
             self._closing = stack.pop_all()
         return self
 
@@ -257,6 +258,11 @@ class OpenJob:
                     f"{self.spec.name}: part '{name}' of '{code.name}' is"
                     f" {tuple(value.shape)}, planned {tuple(wanted)}"
                 )
+            if dtype.kind == "float" and not value.sum(dtype=torch.float64).isfinite():
+                raise CheckpointError(
+                    f"a delta of '{code.name}' overflows {part.dtype}",
+                    hint="set output.dtype to a wider type",
+                )
             row = math.prod(part.shape[axis + 1 :]) * dtype.bits // 8
             for s, piece in enumerate(value if axis else [value]):
                 if not piece.numel():
@@ -267,7 +273,7 @@ class OpenJob:
 
     def observe(self, fold: Fold, start: int, stop: int) -> Fold:
         """Feeds elements start..stop, or a sample of them, to a fold."""
-        step, wide = self.block, self.block
+        step = wide = self._step
         if fold.share < 1:
             pieces = max(1, round((stop - start) * fold.share / SAMPLE_RUN))
             step, wide = max(1, (stop - start) // pieces), SAMPLE_RUN

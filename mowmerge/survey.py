@@ -6,10 +6,13 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mowmerge import __version__
 from mowmerge.engine import Engine
+from mowmerge.errors import RecipeError
 from mowmerge.methods import registry
 from mowmerge.plan import Plan, Stored
 from mowmerge.recipe.model import Recipe
@@ -19,26 +22,43 @@ from mowmerge.upcycle import sites_of
 def survey(recipe: Recipe, plan: Plan) -> Mapping[str, Any] | None:
     """What the recipe's method decides from the weights; None where it needs no survey.
 
-    Kept in the user's cache by a digest of the plan and of every input file's size and time.
+    Kept in the user's cache by a digest of the plan and of every input file's size and time. A
+    cache that cannot be read or written is done without.
     """
     dynamic = registry.get(recipe.method).dynamic
     if dynamic is None or dynamic.survey is None:
         return None
     file = _cache() / f"{_key(plan)}.json"
-    if file.exists():
-        found: Mapping[str, Any] = json.loads(file.read_text("utf-8"))
-        return found
+    known = _known(file)
+    if known is not None:
+        return known
     sites = sites_of(recipe, plan)
     folds = {site.name: dynamic.survey.measure(site) for site in sites}
     jobs = [job for job in plan.jobs if job.code and folds.get(job.output.name) is not None]
     totals = Engine(plan).measure([(job, folds[job.output.name]) for job in jobs])
-    parameters = next(job.parameters for job in plan.jobs if job.code)
-    decided = dynamic.survey.decide(totals, sites, parameters)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    staged = file.with_suffix(f".{os.getpid()}")
-    staged.write_text(json.dumps(decided), "utf-8")
-    staged.rename(file)
+    given = {tuple(job.parameters.items()): job.parameters for job in jobs}
+    decided, *others = [dynamic.survey.decide(totals, sites, p) for p in given.values()] or [{}]
+    if any(other != decided for other in others):
+        raise RecipeError(
+            f"'{recipe.method}' chooses once for the whole model, and rules change what it goes by",
+            where=recipe.where("rules"),
+            hint="give those parameters the same value for all tensors",
+        )
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        staged = file.with_suffix(f".{os.getpid()}")
+        staged.write_text(json.dumps(decided), "utf-8")
+        staged.replace(file)
     return decided
+
+
+def _known(file: Path) -> Mapping[str, Any] | None:
+    """What an earlier survey of the same plan and files decided."""
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _cache() -> Path:
@@ -48,7 +68,7 @@ def _cache() -> Path:
 
 def _key(plan: Plan) -> str:
     """A digest of the plan, and of the files it reads as they are now."""
-    seen = [plan.fingerprint]
+    seen = [__version__, plan.fingerprint]
     for source in plan.sources.values():
         files = {p.file for p in source.tensors.values()} if isinstance(source, Stored) else ()
         for file in sorted(files):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from mowmerge.checkpoint import naming
 from mowmerge.checkpoint.writer import layout, shard_of
-from mowmerge.dynamic.format import HEADS, ROUTER, Code, Head, Manifest
+from mowmerge.dynamic.format import HEADS, ROUTER, Code, Gate, Head, Manifest, Router
 from mowmerge.errors import RecipeError
 from mowmerge.methods import registry
-from mowmerge.methods.contracts import Dynamic, Site
+from mowmerge.methods.contracts import Dynamic, MethodError, Routing, Site
 from mowmerge.plan import Plan
 from mowmerge.recipe.model import Recipe, Rest
 from mowmerge.recipe.values import Place, Setting, rest_setting
@@ -48,7 +48,7 @@ class Upcycling:
     def code(self, spec: TensorSpec, parameters: Mapping[str, Any]) -> Code | None:
         """How the tensor, as it will be stored, is coded; None where it stays static."""
         site = self.sites[spec.name] = self.site(spec)
-        if spec.kind != "float" or not spec.shape:
+        if spec.kind != "float" or not spec.shape or not spec.numel:
             return None
         code = self.dynamic.code(site, parameters, self.found)
         if code is not None and any(part in spec.name for part in UNMIXABLE):
@@ -83,8 +83,7 @@ class Upcycling:
         if not codes:
             nothing = f"'{self.method.name}' makes no tensor dynamic: this is the static merge"
             return replace(plan, warnings=(*plan.warnings, nothing))
-        parameters = next(job.parameters for job in plan.jobs if job.code)
-        gates, routers = self.dynamic.routing(list(self.sites.values()), codes, parameters)
+        gates, routers = self._routing(plan, codes)
         heads, head_class, kept = self._heads(plan, config_of)
         manifest = Manifest(
             self.method.name, tuple(self.recipe.models), tuple(codes), gates, routers,
@@ -101,7 +100,7 @@ class Upcycling:
         ]
         told = {**metadata, "trained": "false"}
         router = shard_of("router.safetensors", params, told) if params else None
-        warnings = list(plan.warnings)
+        warnings = [*plan.warnings, *(self.found or {}).get("warnings", ())]
         if self.skipped:
             warnings.append(
                 f"{len(self.skipped)} tensor(s) cannot differ from sample to sample and stay"
@@ -111,7 +110,36 @@ class Upcycling:
         return replace(
             plan, shards=tuple(anchor), heads={}, manifest=manifest, codes=tuple(shards),
             router=router, head_names=names, warnings=tuple(warnings),
+            undecided=self.dynamic.survey is not None and self.found is None,
         )  # fmt: skip
+
+    def _routing(self, plan: Plan, codes: Sequence[Code]) -> Routing:
+        """The gates and routers of all codes, each gate by the parameters of its own tensors."""
+        sites = list(self.sites.values())
+        gates: dict[str, Gate] = {}
+        routers: dict[str, Router] = {}
+        known: dict[tuple[Any, ...], Routing] = {}
+        for job in plan.jobs:
+            if job.code is None:
+                continue
+            key = tuple(job.parameters.items())
+            try:
+                if key not in known:
+                    known[key] = self.dynamic.routing(sites, codes, job.parameters)
+            except MethodError as error:
+                where = self.recipe.where("method")
+                raise RecipeError(f"{self.method.name}: {error}", where=where) from error
+            gate = known[key][0][job.code.gate]
+            router = known[key][1].get(gate.router)
+            alike = gates.setdefault(job.code.gate, gate) == gate
+            if not alike or (router and routers.setdefault(gate.router, router) != router):
+                raise RecipeError(
+                    f"the parameters of '{job.output.name}' ask for another gate or router than"
+                    " those of tensors that it shares them with",
+                    where=self.recipe.where("rules"),
+                    hint="change them for whole blocks, or for all tensors",
+                )
+        return gates, routers
 
     def _heads(
         self, plan: Plan, config_of: Callable[[str], Mapping[str, Any]]

@@ -1,6 +1,7 @@
 """The laws: what every method keeps, and what its decorator declares, over the whole registry.
 
-A method is exempt from a universal law only by `exempt={law: reason}` in its decorator.
+Dynamic methods give the parts of a code instead of a tensor: test_dynamic_laws.py has theirs. A
+method is exempt from a universal law only by `exempt={law: reason}` in its decorator.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ torch.set_num_threads(1)
 UNIVERSAL = (
     "shape", "finite", "pure", "zero", "chunked", "seed", "small", "float64", "range", "documented",
 )  # fmt: skip
-NAMES = registry.names()
+ALL = registry.names()
+NAMES = [name for name in ALL if registry.get(name).dynamic is None]
 INFINITE = float("inf")
 quick = settings(
     max_examples=50,
@@ -324,7 +326,7 @@ def test_float64_in_float64_out(name: str) -> None:
         assert not out.any() or not torch.equal(out, out.float().double()), given
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_parameters_out_of_range_are_refused(name: str) -> None:
     for p in held(name, "range").parameters.values():
         for value in (*some(p), p.default):
@@ -342,7 +344,7 @@ def test_parameters_out_of_range_are_refused(name: str) -> None:
             assert p.fault("true")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_documented_and_in_its_place(name: str) -> None:
     spec = held(name, "documented")
     for p in spec.parameters.values():

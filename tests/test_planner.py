@@ -9,7 +9,7 @@ import pytest
 import torch
 from zoo import Zoo, load
 
-from mowmerge import planner
+from mowmerge import memory, planner
 from mowmerge.errors import CheckpointError, MowmergeError, RecipeError, ResourceError
 from mowmerge.plan import RUN, Plan, TensorJob
 from mowmerge.planner import Options, build
@@ -297,10 +297,10 @@ def test_max_memory_narrows_blocks_and_then_refuses(
     assert free.block == 16 * RUN
     narrow = plan(zoo, content, workers=1, max_memory=free.peak_bytes - 1)
     assert narrow.block == 8 * RUN
-    sixteenth = planner.RUNTIME + (free.peak_bytes - planner.RUNTIME) // 16
+    sixteenth = memory.RUNTIME + (free.peak_bytes - memory.RUNTIME) // 16
     least = plan(zoo, content, workers=1, max_memory=sixteenth)
     assert least.block == RUN
-    assert planner.RUNTIME < least.peak_bytes < narrow.peak_bytes < free.peak_bytes
+    assert memory.RUNTIME < least.peak_bytes < narrow.peak_bytes < free.peak_bytes
     with pytest.raises(ResourceError, match="is too little") as caught:
         plan(zoo, content, workers=1, max_memory=least.peak_bytes - 1)
     (problem,) = caught.value.problems

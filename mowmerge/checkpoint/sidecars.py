@@ -12,7 +12,7 @@ from typing import Any
 
 from mowmerge.checkpoint.source import SIDECARS, config
 from mowmerge.dynamic.format import Manifest
-from mowmerge.dynamic.remote import auto_map, bundle, front_class
+from mowmerge.dynamic.remote import auto_map, front_class
 
 _OURS = ("config.json", "report.json", "recipe.yaml", "README.md", "SHA256SUMS", "*.index.json",
          "recipe.lock.yaml", "coefficients.json", "trainer_state.json",
@@ -71,18 +71,22 @@ def with_dtype(settings: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return {**settings, **dict.fromkeys(keys, dtype)}
 
 
+def front(donor: Path, manifest: Manifest) -> str:
+    """The class that a dynamic checkpoint's config names."""
+    named = (config(donor).get("architectures") or ["Model"])[0]
+    return front_class(manifest.head_class or named)
+
+
 def write_dynamic_config(donor: Path, out: Path, dtype: str | None, manifest: Manifest) -> None:
-    """Writes the config of a dynamic checkpoint, with the donor's whole in it, and its code."""
+    """Writes the config of a dynamic checkpoint, with the donor's whole in it."""
     base = config(donor)
-    named = manifest.head_class or (base.get("architectures") or ["Model"])[0]
     settings = {
-        "architectures": [front_class(named)],
+        "architectures": [front(donor, manifest)],
         "model_type": "mowmerge",
         "dtype": dtype or base.get("dtype") or base.get("torch_dtype") or "float32",
         "auto_map": auto_map(),
         "base_config": base,
         "mowmerge": manifest.to_json(),
     }
-    bundle(out)
     text = json.dumps(settings, indent=2, ensure_ascii=False)
     (out / "config.json").write_text(text + "\n", encoding="utf-8")

@@ -324,6 +324,16 @@ def config(folder: str | Path) -> dict[str, Any]:
     return loaded if isinstance(loaded, dict) else {}
 
 
+def refuse_dynamic(stored: Stored) -> None:
+    """CheckpointError where a folder to be merged is a dynamic checkpoint."""
+    if config(stored.folder).get("model_type") == "mowmerge":
+        raise CheckpointError(
+            "this is a dynamic checkpoint, and a merge takes models that are one",
+            where=stored.origin,
+            hint="merge what it was made from",
+        )
+
+
 def _refuse_quantised(origin: str, folder: Path) -> None:
     settings = config(folder).get("quantization_config")
     if settings:

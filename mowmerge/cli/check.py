@@ -56,12 +56,27 @@ def completed(recipe: Recipe) -> dict[str, Any]:
         "method": recipe.method,
         "parameters": get(recipe.method).complete(recipe.parameters),
         "rules": rules,
+        "rest": _rest(recipe),
         "missing": recipe.missing,
         "heads": recipe.heads and recipe.heads.model_dump(mode="json"),
         "tasks": {name: task.model_dump(mode="json") for name, task in recipe.tasks.items()},
         "coefficients": recipe.coefficients,
         "output": recipe.output.model_dump(mode="json"),
     }
+
+
+def _rest(recipe: Recipe) -> dict[str, Any] | None:
+    """The static method of a dynamic recipe, its own or the method's default."""
+    from mowmerge.methods.registry import get
+
+    spec = get(recipe.method)
+    if spec.dynamic is None:
+        return None
+    if recipe.rest is not None:
+        method, given = recipe.rest.method, recipe.rest.parameters
+    else:
+        method, given = spec.dynamic.rest(spec.complete(recipe.parameters))
+    return {"method": method, "parameters": get(method).complete(given)}
 
 
 def _source(source: str | Recipe | None) -> str | Mapping[str, Any] | None:

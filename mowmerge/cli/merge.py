@@ -22,6 +22,9 @@ def merge(
         list[str] | None, typer.Option("--set", help="Override a value: parameters.density=0.3.")
     ] = None,
     dry_run: Annotated[bool, typer.Option(help="Show the plan and stop.")] = False,
+    survey: Annotated[
+        bool, typer.Option(help="With --dry-run: measure what a dynamic layout depends on.")
+    ] = False,
     force: Annotated[bool, typer.Option(help="Replace the output folder.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Tensors worked on at once.")] = None,
     max_memory: Annotated[str | None, typer.Option(help="Peak memory, such as 2GB.")] = None,
@@ -50,7 +53,8 @@ def merge(
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported
     options = _options(workers, max_memory, device, stats, not dry_run, allow_pickle)
     if dry_run:
-        plan = api.plan(recipe, overrides=set_ or [], options=options)
+        planned = api.survey if survey else api.plan
+        plan = planned(recipe, overrides=set_ or [], options=options)
         output.show_plan(plan, as_json=json_)
         return
     with output.Progress(quiet or json_) as progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from types import TracebackType
@@ -46,7 +47,9 @@ def show_plan(plan: Plan, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(plan_object(plan)))
         return
-    rows = [("tensor", "dtype", "shape", "method", "scope", "from", "parameters")]
+    rows: list[tuple[str, ...]] = [
+        ("tensor", "dtype", "shape", "method", "scope", "from", "parameters")
+    ]
     for job in plan.jobs:
         shape = "x".join(map(str, job.output.shape)) or "scalar"
         rows.append(
@@ -60,10 +63,12 @@ def show_plan(plan: Plan, *, as_json: bool) -> None:
                 _parameters(job),
             )
         )
+        rows += _part_rows(job)
     print(table(rows))
+    bound = "at most " if plan.undecided else ""
     print(
-        f"\n{len(plan.jobs)} tensors in {len(plan.shards)} file(s);"
-        f" read {size(plan.read_bytes)}, write {size(plan.write_bytes)},"
+        f"\n{len(plan.jobs)} tensors in {len(plan.shards)} file(s);{_dynamic_totals(plan)}"
+        f" read {size(plan.read_bytes)}, write {bound}{size(plan.write_bytes)},"
         f" peak memory {size(plan.peak_bytes)} with {plan.workers} worker(s)"
     )
     if plan.fit:
@@ -74,8 +79,11 @@ def show_plan(plan: Plan, *, as_json: bool) -> None:
             f" {fit.steps} steps, {drawn:,} samples of each of {len(fit.tasks)} task(s);"
             f" {size(fit.nbytes)} and activations"
         )
-    if plan.heads:
-        print(f"heads kept as they are: {', '.join(plan.heads)}")
+    heads = [head.expert for head in plan.manifest.heads] if plan.manifest else list(plan.heads)
+    if heads:
+        print(f"heads kept as they are: {', '.join(heads)}")
+    if plan.undecided:
+        print("which tensors are dynamic is decided by a survey of the weights: --survey runs it")
     if plan.dropped:
         print(f"dropped by a rule: {', '.join(plan.dropped)}")
     warn(plan.warnings)
@@ -93,7 +101,7 @@ def plan_object(plan: Plan) -> dict[str, Any]:
         "block": plan.block,
         "shards": [
             {"file": shard.file, "bytes": shard.nbytes, "tensors": list(shard.offsets)}
-            for shard in plan.shards
+            for shard in (*plan.shards, *plan.codes, *([plan.router] if plan.router else []))
         ],
         "tensors": [
             {
@@ -113,6 +121,7 @@ def plan_object(plan: Plan) -> dict[str, Any]:
                     }
                     for given in job.inputs
                 ],
+                **_coded(job),
             }
             for job in plan.jobs
         ],
@@ -121,8 +130,59 @@ def plan_object(plan: Plan) -> dict[str, Any]:
             for model, shard in plan.heads.items()
         },
         "fit": asdict(plan.fit) if plan.fit else None,
+        **_dynamic(plan),
         "dropped": list(plan.dropped),
         "warnings": list(plan.warnings),
+    }
+
+
+def _part_rows(job: TensorJob) -> list[tuple[str, ...]]:
+    """A dynamic tensor's stored parts, and who makes its anchor."""
+    if job.code is None:
+        return []
+    says = f"{job.code.codec}, {job.code.slots} slots, gate {job.code.gate}"
+    shapes = ["x".join(map(str, part.shape)) for part in job.parts]
+    rows: list[tuple[str, ...]] = [
+        ("  " + p.name, p.dtype, s, says, "", "", "")
+        for p, s in zip(job.parts, shapes, strict=True)
+    ]
+    if job.anchor is None:
+        return rows
+    anchor = ("  anchor", "", "", job.anchor.method or "copy", job.anchor.scope)
+    return [*rows, (*anchor, _inputs(job.anchor), _parameters(job.anchor))]
+
+
+def _dynamic_totals(plan: Plan) -> str:
+    """How many tensors are dynamic, and what the file of routers adds."""
+    if plan.manifest is None:
+        return ""
+    word = "up to " if plan.undecided else ""
+    files = f"{len(plan.codes)} file(s) of deltas" + (" and one of routers" if plan.router else "")
+    return f" {word}{len(plan.manifest.codes)} dynamic, {files};"
+
+
+def _coded(job: TensorJob) -> dict[str, Any]:
+    """How a tensor is coded, as plain data; nothing for a static one."""
+    if job.code is None:
+        return {}
+    anchor = job.anchor and {"method": job.anchor.method, "parameters": dict(job.anchor.parameters)}
+    parts = [
+        {"name": p.name, "dtype": p.dtype, "shape": list(p.shape), "bytes": p.nbytes}
+        for p in job.parts
+    ]
+    code = {"codec": job.code.codec, "slots": job.code.slots, "gate": job.code.gate}
+    return {"dynamic": {**code, "parts": parts, "anchor": anchor}}
+
+
+def _dynamic(plan: Plan) -> dict[str, Any]:
+    """The gates, routers and survey of a dynamic plan, as plain data."""
+    if plan.manifest is None:
+        return {}
+    held = plan.manifest.to_json()
+    said = {key: held[key] for key in ("method", "experts", "gates", "routers")}
+    heads = [head.expert for head in plan.manifest.heads]
+    return {
+        "dynamic": {**said, "heads": heads, "undecided": plan.undecided, "survey": plan.surveyed}
     }
 
 
@@ -156,7 +216,7 @@ class Progress:
         """Prints the plan's warnings and starts the bar; returns what moves it."""
         if not self._hidden:
             warn(plan.warnings)
-        return self.start(sum(job.output.nbytes for job in plan.jobs))
+        return self.start(plan.data_bytes)
 
     def start(self, total: int) -> Advance:
         """Starts the bar for that many bytes; returns what moves it."""
@@ -269,9 +329,11 @@ def show_result(result: Result, *, as_json: bool, quiet: bool) -> None:
     if quiet:
         return
     tensors = result.report["tensors"]
-    merged = sum(t["action"] == "merged" for t in tensors)
+    did = Counter(t["action"] for t in tensors)
+    dynamic = f"{did['dynamic']} tensors dynamic, " if did["dynamic"] else ""
+    merged = f"{did['merged']} {'' if dynamic else 'tensors '}merged"
     print(
-        f"{result.path}: {merged} tensors merged, {len(tensors) - merged} copied,"
+        f"{result.path}: {dynamic}{merged}, {did['copied']} copied,"
         f" {size(summary['written_bytes'])} in {summary['seconds']:.1f} s"
     )
 

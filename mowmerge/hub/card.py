@@ -9,10 +9,19 @@ from mowmerge.methods import registry
 from mowmerge.plan import Plan, Stored
 from mowmerge.recipe.model import Recipe
 
+CHOOSERS = {
+    "task": "whoever calls it says whose sample it is, with `task_ids`",
+    "module": "each token chooses for itself, and nothing is trained",
+    "router": "routers choose, and are to be trained first",
+}
 
-def card(plan: Plan, recipe: Recipe) -> str:
-    """The model card: front matter with the direct parents, a table of inputs, the recipe."""
-    used = Counter(job.method for job in plan.jobs if job.method)
+
+def card(plan: Plan, recipe: Recipe, auto: str = "AutoModel") -> str:
+    """The model card: front matter with the direct parents, a table of inputs, the recipe.
+
+    `auto` is the Auto class that loads a dynamic checkpoint.
+    """
+    used = Counter(job.method for job in plan.each if job.method)
     methods = [name for name, _ in used.most_common()]
     parents = _parents(plan)
     front = ["---", "library_name: transformers"]
@@ -32,9 +41,31 @@ def card(plan: Plan, recipe: Recipe) -> str:
     lines += [f"| {n} | {c} | {registry.get(n).paper} |" for n, c in used.most_common()]
     if any(registry.get(name).fit for name in methods):
         lines += ["", "Coefficients, and on which data they were fitted: coefficients.json."]
+    lines += _dynamic(plan, auto)
     lines += ["", "The recipe:", "", "```yaml", recipe.text.strip(), "```", ""]
     lines += ["What the merge did to each tensor is in report.json.", ""]
     return "\n".join(lines)
+
+
+def _dynamic(plan: Plan, auto: str) -> list[str]:
+    """What a dynamic checkpoint is, and how to load it."""
+    if plan.manifest is None:
+        return []
+    manifest = plan.manifest
+    scopes = {gate.scope for gate in manifest.gates.values()}
+    told = CHOOSERS["task" if "task" in scopes else "module" if "module" in scopes else "router"]
+    return [
+        "",
+        f"A dynamic checkpoint: {len(manifest.codes)} of {len(plan.jobs)} tensors are mixed for"
+        f" each input from {', '.join(manifest.experts)} ({manifest.method}); {told}.",
+        "",
+        "```python",
+        "import mowmerge.hf  # or trust_remote_code=True",
+        f"from transformers import {auto}",
+        "",
+        f'model = {auto}.from_pretrained("...")',
+        "```",
+    ]
 
 
 def _parents(plan: Plan) -> list[str]:

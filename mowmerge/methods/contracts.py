@@ -82,7 +82,8 @@ class Survey:
     """What decides a dynamic method's layout and needs the weights: a streamed pass.
 
     measure: of each site, the fold whose total over the tensor counts (None: not measured).
-    decide: from all totals by tensor, what `code` is given as `found`; plain data, for a report.
+    decide: from all totals by tensor, what `code` is given as `found`; plain data, for a report,
+    in which `warnings` are for the user.
     """
 
     measure: Callable[[Site], Any]

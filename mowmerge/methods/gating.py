@@ -52,7 +52,7 @@ def by_block(
         id = ids.setdefault(str(site.stack) if shared else code.gate, str(len(ids)))
         gates[code.gate] = Gate("block", id, offset, site.layer or 0)
         described = Router(
-            DEPTHS[depth], site.width, code.slots, hidden=hidden, code=layer_code,
+            DEPTHS[depth], _width(site), code.slots, hidden=hidden, code=layer_code,
             activation="none", init=offset, seed=seed + int(id), objective="entropy",
         )  # fmt: skip
         if routers.setdefault(id, described) != described:
@@ -75,11 +75,17 @@ def by_classifier(
     `layer`: after how many layers that is taken; 0 is the last hidden state.
     """
     inside = next((s for s in sites if s.layer is not None), sites[0])
-    hidden = 2 * inside.width if kind == "twin" else 0
-    router = Router(
-        kind, inside.width, inside.models, hidden=hidden, layer=layer, seed=seed, **more
-    )
+    width = _width(inside)
+    hidden = 2 * width if kind == "twin" else 0
+    router = Router(kind, width, inside.models, hidden=hidden, layer=layer, seed=seed, **more)
     return {"0": Gate("sample", "0")}, {"0": router}
+
+
+def _width(site: Site) -> int:
+    """The width of what a router of this tensor reads."""
+    if not site.width:
+        raise MethodError(f"no normalisation tells how wide the hidden states at '{site.name}' are")
+    return site.width
 
 
 def by_task() -> Routing:
@@ -99,4 +105,4 @@ def of_base(parameters: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 
 def of_sum(parameters: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """What is not coded is task arithmetic at the method's own scale."""
-    return "task_arithmetic", {"scale": float(parameters["scale"])}
+    return "task_arithmetic", {"scale": parameters["scale"]}

@@ -16,6 +16,7 @@ from mowmerge.recipe.model import Recipe, Strict
 
 HELD = 4 << 30  # bytes of task vectors that a fit keeps in memory where no limit says otherwise
 LISTED = 5  # names in a message
+RUNTIME = 500 << 20  # bytes that Python, torch and transformers take
 
 
 class Samples(Strict):
@@ -104,6 +105,33 @@ def replayed(jobs: Sequence[TensorJob], found: Coefficients, where: str) -> dict
             hint="remove `coefficients` to fit again",
         )
     return rows
+
+
+def settled(
+    recipe: Recipe, jobs: Sequence[TensorJob], limit: int | None
+) -> tuple[list[TensorJob], Fit | None]:
+    """The jobs with the coefficients that the recipe replays, or the fit that they need.
+
+    A fit's memory is what `limit` leaves, where there is one. The anchors of coded tensors count.
+    """
+    statics = [job.anchor or job for job in jobs]
+    fitted = [job for job in statics if job.method and registry.get(job.method).fit]
+    if not fitted:
+        return list(jobs), None
+    alone = next((job for job in statics if job.code is not None), None)
+    if alone is not None:
+        raise RecipeError(
+            f"'{alone.method}' makes its own anchor, so the rest cannot be fitted with it",
+            where=recipe.where("rest"),
+            hint="fit a static merge first, or use a method whose anchor is the rest",
+        )
+    if recipe.coefficients is None:
+        room = None if limit is None else limit - RUNTIME
+        return list(jobs), fit(recipe, statics, fitted, room)
+    rows = replayed(fitted, read(recipe), recipe.where("coefficients"))
+    again = [rows.get(job.output.name, job) for job in statics]
+    pairs = zip(jobs, again, strict=True)
+    return [replace(job, anchor=one) if job.code else one for job, one in pairs], None
 
 
 def fit(

@@ -9,7 +9,7 @@ from typing import Any
 from mowmerge.errors import RecipeError, did_you_mean
 from mowmerge.methods.contracts import MethodError
 from mowmerge.methods.registry import MethodSpec, Parameter, get
-from mowmerge.recipe.model import Loc
+from mowmerge.recipe.model import Loc, Recipe
 from mowmerge.recipe.text import dotted
 
 OURS = {  # mergekit's words, and what they are called here
@@ -94,12 +94,14 @@ def method_faults(data: Mapping[str, Any], match_faults: MatchFaults) -> Iterato
             levels = [per_model(entries), outer]
             yield from _together(spec, levels, list(entries), (), not faults)
     yield from _rest_faults(spec, data, checked)
+    yield from _nested_faults(data)
     for i, rule in enumerate(rules):
         loc: Loc = ("rules", i)
         own_spec = yield from _spec(rule.get("method"), (*loc, "method"), data)
         used = own_spec or (spec if rule.get("method") is None else None)
         if used is None or rule.get("drop") is True:
             continue
+        yield from _rule_faults(spec, used, rule, loc)
         own = as_map(rule.get("parameters"))
         own_faults = list(checked.faults(used, own, (*loc, "parameters")))
         yield from own_faults
@@ -118,6 +120,8 @@ def _rest_faults(
 ) -> Iterator[Fault]:
     """Faults of `rest`: a static method beside a dynamic one."""
     if data.get("rest") is None:
+        if spec is not None and spec.dynamic is not None:
+            yield from _default_rest_faults(spec, data)
         return
     rest = as_map(data["rest"])
     if spec is not None and spec.dynamic is None:
@@ -132,6 +136,42 @@ def _rest_faults(
         faults = list(checked.faults(used, own, ("rest", "parameters")))
         yield from faults
         yield from _together(used, [own], checked.models, ("rest",), not faults)
+
+
+def _default_rest_faults(spec: MethodSpec, data: Mapping[str, Any]) -> Iterator[Fault]:
+    """Whether what a dynamic method makes of the rest has the base that it needs."""
+    assert spec.dynamic is not None
+    method, _ = spec.dynamic.rest(spec.complete({}))
+    if data.get("base") is None and get(method).needs_base and not spec.needs_base:
+        message = f"'{spec.name}' makes the rest by {method}, which needs a base, and there is none"
+        hint = "add base: the model that the others were fine-tuned from, or rest: {method: linear}"
+        yield Fault(("method",), message, hint)
+
+
+def _rule_faults(
+    spec: MethodSpec | None, used: MethodSpec, rule: Mapping[str, Any], loc: Loc
+) -> Iterator[Fault]:
+    """Faults of a rule whose method is dynamic: the recipe's own, of all models, and no other."""
+    if used.dynamic is None:
+        return
+    if spec is None or used.name != spec.name:
+        message = f"{dotted(loc)}.method: '{used.name}' is dynamic, and a rule takes a static one"
+        hint = "name a dynamic method as the recipe's own; rules say what stays static"
+        yield Fault((*loc, "method"), message, hint)
+    elif rule.get("models"):
+        message = f"{dotted(loc)}: '{used.name}' mixes all models, so the rule can name none"
+        yield Fault((*loc, "models"), message, "add a static method to the rule")
+
+
+def _nested_faults(data: Mapping[str, Any]) -> Iterator[Fault]:
+    """Faults of sources that are recipes of dynamic merges."""
+    sources: dict[Loc, Any] = {("base",): data.get("base")}
+    for name, entry in as_map(data.get("models")).items():
+        sources["models", name] = entry.get("source") if isinstance(entry, Mapping) else entry
+    for loc, source in sources.items():
+        if isinstance(source, Recipe) and get(source.method).dynamic is not None:
+            message = f"{dotted(loc)}: its method '{source.method}' is dynamic, and gives no model"
+            yield Fault(loc, message, "a nested recipe takes a static method")
 
 
 def per_model(entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

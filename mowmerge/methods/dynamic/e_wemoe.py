@@ -27,7 +27,7 @@ def _routing(sites: Sequence[Site], codes: Sequence[Code], p: Mapping[str, Any])
     )  # fmt: skip
 
 
-@merge_method(paper="arXiv:2410.21804", dynamic=Dynamic(_code, _routing, of_sum))
+@merge_method(paper="arXiv:2410.21804", scope="tensor", dynamic=Dynamic(_code, _routing, of_sum))
 def e_wemoe(
     deltas: Tensor,
     base: Tensor,

@@ -70,7 +70,11 @@ def _decide(
     chosen = {
         role: sorted(of, key=lambda block: -of[block])[: p["blocks"]] for role, of in table.items()
     }
-    return {"dissimilarity": table, "dynamic": chosen}
+    found: dict[str, Any] = {"dissimilarity": table, "dynamic": chosen}
+    most = max(map(len, table.values()))
+    if p["blocks"] > most:
+        found["warnings"] = [f"blocks is {p['blocks']}, and there are {most}: all are dynamic"]
+    return found
 
 
 def _code(site: Site, p: Mapping[str, Any], found: Mapping[str, Any] | None) -> Code | None:
@@ -104,6 +108,7 @@ def _rest(p: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 @merge_method(
     paper="doi:10.1109/TCSVT.2025.3544680",
     at_least=2,
+    scope=lambda p: "tensor" if p["codec"] == "low_rank" else "element",
     dynamic=Dynamic(
         _code, _routing, _rest, Survey(lambda s: Sum(_distances) if _compared(s) else None, _decide)
     ),

@@ -28,6 +28,7 @@ def _routing(sites: Sequence[Site], codes: Sequence[Code], p: Mapping[str, Any])
 
 @merge_method(
     paper="https://github.com/EnnengYang/RankOne-MoE",
+    scope="tensor",
     dynamic=Dynamic(_code, _routing, of_sum),
 )
 def rank_one_moe(

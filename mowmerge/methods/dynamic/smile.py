@@ -30,7 +30,7 @@ def _routing(sites: Sequence[Site], codes: Sequence[Code], p: Mapping[str, Any])
     return {"0": Gate("module", "0")}, {"0": router}
 
 
-@merge_method(paper="arXiv:2408.10174", dynamic=Dynamic(_code, _routing, of_base))
+@merge_method(paper="arXiv:2408.10174", scope="tensor", dynamic=Dynamic(_code, _routing, of_base))
 def smile(
     deltas: Tensor,
     base: Tensor,
@@ -60,7 +60,15 @@ def smile(
         return {"anchor": base, "delta": deltas}
     from mowmerge.dynamic import codecs
 
-    directions = torch.linalg.svd(deltas, full_matrices=False)[2][:, : code.gate_rank]
-    moved = deltas.flatten(1).abs().amax(1).gt(0)
-    gate = (directions * moved.view(-1, 1, 1)).reshape(-1, deltas.shape[-1])
-    return {"anchor": base, "gate": gate, **codecs.low_rank(deltas, code.rank)}
+    n, (rows, columns), most = len(deltas), code.matrix, max(code.rank, code.gate_rank)
+    parts = codecs.low_rank(deltas, most)
+    left, right = parts["u"].view(rows, n, most), parts["v"].view(n, most, columns)
+    length = right.norm(dim=2, keepdim=True)  # a direction that moved nothing has none
+    gate = (right / length.where(length > 0, 1.0))[:, : code.gate_rank]
+    return {
+        "anchor": base,
+        "gate": gate.reshape(-1, columns),
+        "u": left[..., : code.rank].reshape(rows, -1),
+        "v": right[:, : code.rank].reshape(-1, columns),
+        "slot": torch.arange(n, dtype=torch.int32).repeat_interleave(code.rank),
+    }

@@ -27,7 +27,7 @@ def _rest(p: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     return "task_arithmetic", {"scale": 0.3}
 
 
-@merge_method(paper="arXiv:2406.15479", dynamic=Dynamic(_code, _routing, _rest))
+@merge_method(paper="arXiv:2406.15479", scope="tensor", dynamic=Dynamic(_code, _routing, _rest))
 def twin_merging(
     models: Tensor, anchor: Tensor, code: Code, *, density: Unit = 0.1, seed: Seed = 0
 ) -> dict[str, Tensor]:

@@ -32,8 +32,7 @@ def wemoe(
     depth: Annotated[int, Range(0, 2)] = 2,
     seed: Seed = 0,
 ) -> dict[str, Tensor]:
-    """MLPs W_0 + sum_k g_k(x) D_k with g the mean over tokens of a router's output; the rest is
-    task arithmetic.
+    """MLPs W_0 + sum_k g_k(x) D_k, g the mean over tokens of a router; the rest is task arithmetic.
 
     g_b = mean_t (W_2 relu(W_1 h_bt + b_1) + b_2), one router a block, its h what enters the MLP.
     The anchor is W_0 + scale sum_k D_k, the offset scale: untrained routers (W_2 near 0, b_2 =

@@ -1,0 +1,78 @@
+"""What a merge holds in memory at most, from the plan of its tensors alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mowmerge.errors import ResourceError
+from mowmerge.methods import registry
+from mowmerge.plan import RUN, TensorJob, block_length
+from mowmerge.tensors import DTYPES
+
+RUNTIME = 250 << 20  # bytes that Python, torch and the plan itself take
+HISTOGRAM = 4 << 20  # bytes a model while an order statistic is counted
+CODING = {"low_rank": (4, 4), "sparse": (7, 3), "mask": (3, 2), "one_bit": (2, 1)}
+
+
+def narrowed(
+    jobs: Sequence[TensorJob], workers: int, block: int, limit: int | None
+) -> tuple[int, int]:
+    """The block length, at most `block`, and the peak bytes that go with it, within a limit.
+
+    Raises:
+        ResourceError: the limit is too little for the shortest blocks there are.
+    """
+    while True:
+        peak = peak_bytes(jobs, block, workers)
+        if limit is None or peak <= limit:
+            return block, peak
+        if block == RUN:
+            largest = max(jobs, key=lambda job: working_bytes(job, RUN))
+            raise ResourceError(
+                f"--max-memory {limit:,} is too little: {peak:,} bytes are the least with"
+                f" {workers} worker(s)",
+                where=f"tensor '{largest.output.name}', scope {largest.scope}",
+                hint="use fewer --workers, or allow more",
+            )
+        block //= 2
+
+
+def peak_bytes(jobs: Sequence[TensorJob], block: int, workers: int) -> int:
+    """Bytes at once: the runtime, and the `workers` jobs that take most."""
+    needs = sorted((working_bytes(job, block) for job in jobs), reverse=True)
+    return RUNTIME + sum(needs[:workers])
+
+
+def working_bytes(job: TensorJob, block: int) -> int:
+    """Bytes one worker holds for a job: what is read, its values, temporaries, the result."""
+    whole = bool(job.method) and registry.get(str(job.method)).reduce is None
+    length, n = block_length(block, job, whole=whole), len(job.inputs)
+    if job.code is not None:  # its statistics are taken in blocks of their own
+        length = max(length, min(block, job.output.numel))
+    wide = 8 if any(i.spec.dtype == "F64" for i in job.inputs) else 4
+    read = sum(length * i.spec.itemsize for i in job.inputs)
+    counted = HISTOGRAM * len(job.models) if job.scope in ("tensor", "model") and not whole else 0
+    coding = _coding_bytes(job, length, wide) if job.code else 0
+    return read + length * (wide * (2 * n + 4) + job.output.itemsize) + counted + coding
+
+
+def _coding_bytes(job: TensorJob, length: int, wide: int) -> int:
+    """Bytes for the parts of a block's code, for what their making takes, and for the anchor."""
+    assert job.code is not None
+    share, made = min(1.0, length / max(1, job.output.numel)), 0.0
+    for part, spec in zip(job.code.parts.values(), job.parts, strict=True):
+        twice = spec.nbytes + spec.numel * wide * (DTYPES[spec.dtype].kind == "float")
+        made += twice * (share if part.axis is not None else 1.0)
+    each, once = CODING.get(job.code.codec, (1, 0))
+    anchor = _anchor_bytes(job, length, wide)
+    return int(made) + length * wide * (each * len(job.models) + once) + anchor
+
+
+def _anchor_bytes(job: TensorJob, length: int, wide: int) -> int:
+    """Bytes for the static job that makes the anchor, a block of the same length at a time."""
+    if job.anchor is None:
+        return 0
+    n = len(job.anchor.inputs)
+    read = sum(length * i.spec.itemsize for i in job.anchor.inputs)
+    counted = HISTOGRAM * len(job.models) if job.anchor.scope in ("tensor", "model") else 0
+    return read + length * (wide * (2 * n + 5) + job.output.itemsize) + counted
