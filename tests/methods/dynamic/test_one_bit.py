@@ -56,4 +56,4 @@ def test_what_is_quantised(zoo: Zoo, whole: str) -> None:
         role = "attention" if "self_attn" in name else "mlp" if ".mlp." in name else "other"
         assert (code.codec == "one_bit") == (role not in ("other", whole)), name
     (router,) = found.manifest.routers.values()
-    assert (router.kind, router.top_k, router.rest, router.layer) == ("linear", 1, 0.3, 1)
+    assert (router.kind, router.top_k, router.rest, router.layer) == ("twin", 1, 0.3, 1)
