@@ -271,12 +271,12 @@ def _write_dynamic(planned: Plan, readers: Mapping[str, TensorReader], sink: Sin
     """Writes a dynamic checkpoint's heads, as they are, and its untrained routers."""
     if planned.manifest is None:
         return
-    from mowmerge.upcycle import initial_router
+    from mowmerge.upcycle import initial_routers
 
     for name, (model, source) in planned.head_names.items():
         for start, data in heads.pieces(readers[model], source):
             sink.write(name, start, data)
-    for name, value in initial_router(planned.manifest).items():
+    for name, value in initial_routers(planned.manifest):
         if value.numel():
             sink.write(name, 0, value.detach().reshape(-1).view(torch.uint8).numpy().data)
 

@@ -11,7 +11,7 @@ from mowmerge.tensors import DTYPES
 
 RUNTIME = 250 << 20  # bytes that Python, torch and the plan itself take
 HISTOGRAM = 4 << 20  # bytes a model while an order statistic is counted
-CODING = {"low_rank": (4, 4), "sparse": (7, 3), "mask": (3, 2), "one_bit": (2, 1)}
+CODING = {"low_rank": (4, 4), "sparse": (7, 3), "mask": (3, 2)}
 
 
 def narrowed(
@@ -63,7 +63,7 @@ def _coding_bytes(job: TensorJob, length: int, wide: int) -> int:
     for part, spec in zip(job.code.parts.values(), job.parts, strict=True):
         twice = spec.nbytes + spec.numel * wide * (DTYPES[spec.dtype].kind == "float")
         made += twice * (share if part.axis is not None else 1.0)
-    each, once = CODING.get(job.code.codec, (1, 0))
+    each, once = CODING.get(job.code.codec, (3, 1))
     anchor = _anchor_bytes(job, length, wide)
     return int(made) + length * wide * (each * len(job.models) + once) + anchor
 

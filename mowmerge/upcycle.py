@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -100,6 +100,7 @@ class Upcycling:
         ]
         told = {**metadata, "trained": "false"}
         router = shard_of("router.safetensors", params, told) if params else None
+        largest = max((_router_bytes(router) for router in routers.values()), default=0)
         warnings = [*plan.warnings, *(self.found or {}).get("warnings", ())]
         if self.skipped:
             warnings.append(
@@ -110,6 +111,7 @@ class Upcycling:
         return replace(
             plan, shards=tuple(anchor), heads={}, manifest=manifest, codes=tuple(shards),
             router=router, head_names=names, warnings=tuple(warnings),
+            peak_bytes=plan.peak_bytes + 2 * largest,  # freed memory is kept, not given back
             undecided=self.dynamic.survey is not None and self.found is None,
         )  # fmt: skip
 
@@ -184,6 +186,10 @@ def _head(plan: Plan, model: str, config: Mapping[str, Any], module: str) -> Hea
     return Head(model, config, module, next(filter(None, own), ""), tuple(lacks))
 
 
+def _router_bytes(router: Router) -> int:
+    return sum(TensorSpec("", part.dtype, part.shape).nbytes for part in router.parts.values())
+
+
 def _widths(specs: Mapping[str, TensorSpec]) -> dict[str | None, int]:
     """The width of hidden states by stack of layers, None for the model: that of its norms."""
     seen: dict[str | None, Counter[int]] = {}
@@ -201,12 +207,11 @@ def sites_of(recipe: Recipe, plan: Plan) -> list[Site]:
     return [looked.site(spec) for spec in plan.specs.values()]
 
 
-def initial_router(manifest: Manifest) -> dict[str, Any]:
-    """The values of an untrained router's tensors, by name: the same for the same seeds."""
+def initial_routers(manifest: Manifest) -> Iterator[tuple[str, Any]]:
+    """The name and value of each tensor of untrained routers, the same for the same seeds; one
+    router at a time is in memory."""
     from mowmerge.dynamic.routers import RouterModule
 
-    return {
-        f"{ROUTER}.{name}.{part}": value
-        for name, router in manifest.routers.items()
-        for part, value in RouterModule(router).fresh().state_dict().items()
-    }
+    for name, router in manifest.routers.items():
+        for part, value in RouterModule(router).fresh().state_dict().items():
+            yield f"{ROUTER}.{name}.{part}", value

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from made import made
-from zoo import Shapes, Zoo, bert, gpt2, llama, load, raw, rewrite
+from zoo import ROOT, Shapes, Zoo, bert, gpt2, llama, load, raw, rewrite
 
 from mowmerge import api
 from mowmerge.checkpoint import naming
@@ -164,6 +165,28 @@ def test_without_a_norm_there_is_no_width(zoo: Zoo) -> None:
             plan(zoo, method)
         assert "recipe.yaml:" in caught.value.problems[0].where
     assert plan(zoo, "emr").manifest is not None
+
+
+@pytest.mark.parametrize("name", ["mow", "wemoe", "twin_merging", "emr", "smile"])
+def test_recipes_are_planned_over_a_zoo_like_the_demos(zoo: Zoo, name: str) -> None:
+    text = (ROOT / "recipes" / f"{name}.yaml").read_text()
+    assert text.startswith("# yaml-language-server: $schema=../docs/recipe.schema.json\n# ")
+    file = zoo.recipe(text, name)
+    body, config = vit(4, 64), {"architectures": ["ViTForImageClassification"]}
+    for model in ("base", *api.check(file).models):
+        held = body if model == "base" else {f"vit.{k}": v for k, v in body.items()}
+        held = held | ({} if model == "base" else {"classifier.weight": (10, 64)})
+        zoo.save(
+            f"mowmerge-demo/{model}", {k: torch.zeros(v) for k, v in held.items()}, config=config
+        )
+    planned = api.survey(file)
+    assert planned.manifest is not None
+    assert len(planned.manifest.heads) == 8
+    one = sum(4 * math.prod(shape) for shape in body.values())
+    if name == "emr":
+        assert planned.write_bytes < 2.6 * one
+    else:
+        assert one < planned.write_bytes < 9.2 * one
 
 
 # --- rest and rules

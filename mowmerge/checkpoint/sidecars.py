@@ -36,8 +36,8 @@ def copy(donor: Path, others: Sequence[tuple[str, Path]], out: Path) -> list[str
             shutil.copyfile(file, out / name)
     for model, folder in others:
         for file in sorted(p for pattern in _LICENCES for p in folder.glob(pattern) if p.is_file()):
-            same = [p for p in out.glob("*") if p.is_file() and p.read_bytes() == file.read_bytes()]
-            if not same:
+            held = [p for p in out.glob("*") if p.is_file() and p.suffix not in _WEIGHTS]
+            if all(p.read_bytes() != file.read_bytes() for p in held):
                 shutil.copyfile(file, out / f"{file.stem}-{model}{file.suffix}")
     rest = {file for file in donor.iterdir() if file.is_file()} - taken
     return sorted(f.name for f in rest if f.suffix not in _WEIGHTS and not f.name.startswith("."))

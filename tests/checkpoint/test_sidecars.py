@@ -10,6 +10,8 @@ import pytest
 import torch
 from zoo import Zoo, load
 
+from mowmerge.checkpoint import sidecars
+
 LINEAR: dict[str, Any] = {"method": "linear"}
 NARROW = LINEAR | {"output": {"dtype": "bfloat16"}}
 
@@ -155,3 +157,24 @@ def test_an_unreadable_config_says_which(zoo: Zoo, tmp_path: Path) -> None:
     with_config(zoo, "{")
     with pytest.raises(CheckpointError, match="not valid JSON"):
         zoo.merge(LINEAR)
+
+
+def test_no_weights_are_read_to_compare_licences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    donor, other, out = (tmp_path / name for name in ("donor", "other", "out"))
+    for folder in (donor, other, out):
+        folder.mkdir()
+        (folder / "LICENSE").write_text(f"licence of {folder.name}")
+    (out / "model.safetensors").write_text("many bytes")
+    true, seen = Path.read_bytes, []
+
+    def reading(self: Path) -> bytes:
+        seen.append(self.suffix)
+        return true(self)
+
+    monkeypatch.setattr(Path, "read_bytes", reading)
+    sidecars.copy(donor, [("donor", donor), ("other", other)], out)
+    assert seen
+    assert ".safetensors" not in seen
+    assert (out / "LICENSE-other").exists()
