@@ -155,6 +155,10 @@ def test_each_recipe_runs_on_the_zoo(
     first, second = recipe.read_text("utf-8").splitlines()[:2]
     assert first == "# yaml-language-server: $schema=../docs/recipe.schema.json"
     assert second.startswith("# ")
-    out = api.merge(recipe, tmp_path / "out").path
+    fitted = ["parameters.steps=2"] if recipe.stem == "adamerging" else []
+    out = api.merge(recipe, tmp_path / "out", overrides=fitted).path
+    if (out / "router.safetensors").exists() or list(out.glob("dynamic-*")):
+        assert len(mowmerge.load(out).mow_heads) == len(images.TASKS)
+        return
     kept = [file.stem for file in (out / "heads").glob("*.safetensors")]
     assert kept and all(mowmerge.load(out, task=task) for task in kept)

@@ -119,7 +119,7 @@ def checkpoint(
         for i, (_, tensors) in enumerate(made.values())
         for n, v in tensors.items()
     }
-    classes = {"vit": "ForImageClassification", "bert": "ForSequenceClassification"}
+    classes = {"vit": "ViTForImageClassification", "bert": "BertForSequenceClassification"}
     manifest = Manifest(
         "mow", EXPERTS, tuple(codes), gates, routers,  # type: ignore[arg-type]
         tuple(Head(name, held) for name, (held, _) in made.items()),
