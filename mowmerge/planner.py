@@ -21,7 +21,7 @@ from mowmerge.recipe.values import Place, Setting, setting
 from mowmerge.tensors import TensorSpec, dtype_named
 from mowmerge.upcycle import Upcycling
 
-BLOCK = 2 * RUN  # elements worked on at a time: a few models of them fit a core's L2 cache
+BLOCK = 4 * RUN  # elements worked on at a time: with shorter blocks workers wait for each other
 SHARD_SIZE = 5_000_000_000
 LISTED = 5  # names in a message before it says how many more
 

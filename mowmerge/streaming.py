@@ -16,7 +16,7 @@ from mowmerge.report import DeltaStats
 from mowmerge.tensors import DTYPES, Tensor, TensorReader, torch
 
 SAMPLE_RUN = 1024  # elements in a contiguous piece of a sample
-AHEAD = 16  # blocks that are asked for while one is worked on
+AHEAD = 8  # blocks that are asked for while one is worked on
 
 
 class _Buffers:
