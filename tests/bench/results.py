@@ -1,6 +1,6 @@
 """Merges the demo's zoo by every method, trains what is to be trained, and prints one table.
 
-    python -m tests.bench.results ZOO [--seeds 3] [--only mow,wemoe] [--steps 200]
+    python -m tests.bench.results ZOO [--seeds 3] [--only mow,wemoe]
 
 ZOO is what `mowmerge demo ZOO` builds. Fits and routers are repeated for each seed; a row has the
 mean over seeds and, behind it, half the distance between the best and the worst. Nothing is chosen
@@ -13,7 +13,7 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import fsum
 from pathlib import Path
 
@@ -33,26 +33,29 @@ class Case:
     parameters: str = ""
     rest: str = ""
     seeded: bool = False
-    trained: bool = False
+    training: Options | None = None
 
 
 SUM = (
     "{method: task_arithmetic, parameters: {scale: 0.05}}"  # the demo's scale, of its select split
 )
 FIT = "weight: 0.05, balance: true, steps: 150"  # docs/learned.md says why
+DISTILLED = Options(objective="distill", steps=400)
 CASES = (
     Case("linear", "linear"),
     Case("task_arithmetic", "task_arithmetic", "scale: 0.05"),
     Case("ties", "ties", "density: 0.2, scale: 0.2"),
     Case("adamerging", "adamerging", FIT, seeded=True),
     Case("adamerging_pp", "adamerging_pp", FIT, seeded=True),
-    Case("mow, 0 blocks", "mow", "blocks: 0", SUM, True, True),
-    Case("mow, 2 blocks", "mow", "blocks: 2", SUM, True, True),
-    Case("mow, all", "mow", "blocks: 4, norms: all, embeddings: all", SUM, True, True),
-    Case("wemoe", "wemoe", "", SUM, True, True),
-    Case("e_wemoe, 90 % pruned", "e_wemoe", "density: 0.1", SUM, True, True),
-    Case("twin_merging, rank 25 %", "twin_merging", "density: 0.25", SUM, True, True),
-    Case("one_bit", "one_bit", "", "", True, True),
+    Case("mow, 0 blocks", "mow", "blocks: 0", SUM, True, Options()),
+    Case("mow, 2 blocks", "mow", "blocks: 2", SUM, True, Options()),
+    Case("mow, all", "mow", "blocks: 4, norms: all, embeddings: all", SUM, True, Options()),
+    Case("wemoe", "wemoe", "", SUM, True, Options()),
+    Case("wemoe, distilled", "wemoe", "", SUM, True, DISTILLED),
+    Case("e_wemoe, 90 % pruned", "e_wemoe", "density: 0.1", SUM, True, Options()),
+    Case("e_wemoe, distilled", "e_wemoe", "density: 0.1", SUM, True, DISTILLED),
+    Case("twin_merging, rank 25 %", "twin_merging", "density: 0.25", SUM, True, Options()),
+    Case("one_bit", "one_bit", "", "", True, Options()),
     Case("smile", "smile", "rank: 16, gate_rank: 4"),
     Case("emr", "emr"),
     Case("tall_mask", "tall_mask"),
@@ -68,14 +71,14 @@ def recipe(zoo: Path, case: Case, seed: int) -> str:
     return re.sub("(?m)^parameters: .*$", f"parameters: {{{', '.join(own)}}}{rest}", text)
 
 
-def score(zoo: Path, case: Case, seed: int, steps: int | None) -> tuple[list[Score], float]:
+def score(zoo: Path, case: Case, seed: int) -> tuple[list[Score], float]:
     """The scores of one run, and what its weights take as a multiple of the base's."""
     stem = re.sub(r"\W+", "_", case.name) + f"_{seed}"
     file, out = zoo / f"results_{stem}.yaml", zoo / "results" / stem
     file.write_text(recipe(zoo, case, seed), "utf-8")
     api.merge(file, out, force=True)
-    if case.trained:
-        api.train_router(out, file, Options(seed=seed, steps=steps))
+    if case.training:
+        api.train_router(out, file, replace(case.training, seed=seed))
     found = api.evaluate({case.name: out}, file, against=())
     return found, _weights(out) / _weights(zoo / "base")
 
@@ -106,9 +109,6 @@ def main() -> None:
     parser.add_argument("zoo", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="", help="methods, comma-separated")
-    parser.add_argument(
-        "--steps", type=int, help="of router training; the objective's own if not given"
-    )
     asked = parser.parse_args()
     torch.set_num_threads(1)
     reference = api.evaluate({}, asked.zoo / "linear.yaml", against=["base", "experts"])
@@ -126,9 +126,7 @@ def main() -> None:
     for case in CASES:
         if only and case.method not in only:
             continue
-        runs = [
-            score(asked.zoo, case, s, asked.steps) for s in range(asked.seeds * case.seeded or 1)
-        ]
+        runs = [score(asked.zoo, case, s) for s in range(asked.seeds * case.seeded or 1)]
         print(f"{case.name}: done", file=sys.stderr, flush=True)
         for row in rows([found for found, _ in runs], experts):
             show(row, f"{runs[0][1]:.2f}")
