@@ -151,7 +151,8 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(make: Make) -> None:
         gradients[-1].append(torch.tensor(loss))
     for one, other in zip(*gradients, strict=True):
         assert one is not None and other is not None
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        grain = 2e-3 * float(other.abs().max())  # logits here are hundreds: rounding in fp32 shows
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=grain)
 
 
 def test_the_gradient_of_a_router_is_that_of_finite_differences(make: Make) -> None:
