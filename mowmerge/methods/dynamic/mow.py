@@ -86,7 +86,7 @@ def _code(site: Site, p: Mapping[str, Any], found: Mapping[str, Any] | None) -> 
         outside = "patch" in site.name or any(word in site.name for word in VOCABULARY)
         chosen = p["embeddings"] == "all" or (p["embeddings"] == "auto" and not outside)
     else:
-        chosen = False
+        chosen = p["others"]
     if not chosen:
         return None
     matrix = site.rank > 1 and p["codec"] == "low_rank"
@@ -121,6 +121,7 @@ def mow(
     blocks: Annotated[int, Range(0)] = 5,
     norms: Literal["blocks", "all", "none"] = "blocks",
     embeddings: Literal["auto", "all", "none"] = "auto",
+    others: bool = False,
     codec: Literal["full_abs", "full", "low_rank"] = "full_abs",
     rank: Annotated[int, Range(1)] = 32,
     router: Literal["deep", "linear", "centroid"] = "deep",
@@ -139,6 +140,8 @@ def mow(
         blocks: how many attention and how many MLP blocks become dynamic, the paper's m.
         norms: the normalisations that are dynamic: of the blocks, all, or none.
         embeddings: auto leaves vocabulary tables and patch convolutions static.
+        others: whether what is neither in a block's attention or MLP, nor a norm or embedding, is
+            dynamic: poolers, projections, an untied output matrix.
         codec: the experts' weights (a one-hot gate is bit exact), their differences from the
             anchor, or those at a rank.
         rank: of each difference, with codec low_rank.

@@ -85,6 +85,7 @@ def test_the_least_similar_are_chosen_and_the_first_of_equals() -> None:
         ("layers.0.mlp.up.weight", "mlp", 0, {}, True),
         ("layers.0.mlp.up.weight", "mlp", 0, {"blocks": 0}, False),
         ("pooler.dense.weight", "other", None, {}, False),
+        ("pooler.dense.weight", "other", None, {"others": True}, True),
         ("lm_head.weight", "head", None, {"embeddings": "all"}, False),
     ],
 )
