@@ -12,6 +12,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from mowmerge.checkpoint.source import find
+from mowmerge.errors import SourceError
 from mowmerge.evals.score import Score
 from mowmerge.recipe.model import Recipe
 from mowmerge.tasks import heads, inputs
@@ -61,8 +63,8 @@ def _predict(
     blank = {task: [NOWHERE] * len(held) for task, held in items.items()}
     predicted = {way: {task: list(row) for task, row in blank.items()} for way in ways}
     for kind in sorted({recipe.tasks[task].type for task in items}):
-        processor = inputs.processor(folder, kind)
         named = [task for task in items if recipe.tasks[task].type == kind]
+        processor = _processor(folder, kind, recipe, named[0])
         places = [(task, i) for task in named for i in range(len(items[task]))]
         Random(SEED).shuffle(places)
         for start in range(0, len(places), batch):
@@ -77,6 +79,17 @@ def _predict(
                 for (task, i), number in zip(some, classes, strict=True):
                     predicted[way][task][i] = number
     return predicted
+
+
+def _processor(folder: Path, kind: str, recipe: Recipe, task: str) -> Any:
+    """The checkpoint's own processor, or where it has none that of a task's expert."""
+    try:
+        return inputs.processor(folder, kind)
+    except SourceError:
+        source = recipe.models[recipe.tasks[task].expert].source
+        if not isinstance(source, str):
+            raise
+        return inputs.processor(Path(find(recipe.locate(source)).folder), kind)
 
 
 def _labels(manifest: Any, expert: int) -> Mapping[str, int]:
