@@ -56,7 +56,7 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit) as end:  # typer makes Ctrl-C an exit with 130
         if isinstance(end, SystemExit) and end.code != 130:
             raise
-        print("interrupted: nothing was written", file=sys.stderr)
+        print("interrupted: nothing is half-written", file=sys.stderr)
         sys.exit(130)
     finally:
         gc.freeze()  # no search for cycles at exit: with torch loaded it takes a quarter second
