@@ -7,7 +7,6 @@ coefficients of each gate, is in the Context that the model renews at every call
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import prod
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from .codecs import mixed
 from .context import Context
 from .embedding import MixedEmbedding
 from .format import Code, Manifest
-from .linear import BUDGET, Held, MixedLinear
+from .linear import Held, MixedLinear
 from .mixable import Mixable, add_parts, parts_of
 
 
@@ -204,10 +203,3 @@ def _kind(inner: nn.Module, codes: Mapping[str, Code], path: str) -> Any:
         return MixedEmbedding if known and "attention_bias" not in path else None
     channels = isinstance(inner, nn.GroupNorm | nn.modules.batchnorm._BatchNorm)
     return MixedNorm if weight.dim() == 1 and not channels else None
-
-
-def scratch_bytes(manifest: Manifest) -> int:
-    """Bytes of mixed weights that a pass holds at most at a time, in fp32."""
-    widest = max((code.matrix[1] * (code.slots + 33) for code in manifest.codes), default=0) * 4
-    largest = max((prod(code.shape) * (code.slots + 33) for code in manifest.codes), default=0) * 4
-    return max(widest, min(largest, BUDGET))
