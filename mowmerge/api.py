@@ -29,7 +29,7 @@ from mowmerge.tensors import DTYPES, TensorReader, torch
 
 if TYPE_CHECKING:
     from mowmerge.engine import Sink
-    from mowmerge.evals.score import Score
+    from mowmerge.evals.score import Evaluation
     from mowmerge.training.settings import Options as Training
 
 Advance = Callable[[int], None]
@@ -209,7 +209,7 @@ def evaluate(
     tasks: str | Path | Recipe,
     *,
     against: Sequence[str] = ("base", "experts"),
-) -> list[Score]:
+) -> Evaluation:
     """The scores of a merged folder on the tasks of a recipe, and of its base and its experts.
 
     Several folders, by the names that their scores shall bear, share one scoring of the rest.
@@ -256,7 +256,7 @@ def _tasks(folder: str | Path, recipe: str | Path | Recipe | None) -> Recipe:
     return check(recipe if recipe is not None else Path(folder) / "recipe.yaml")
 
 
-def demo(folder: str | Path, tell: Callable[[str], None] = lambda line: None) -> list[Score]:
+def demo(folder: str | Path, tell: Callable[[str], None] = lambda line: None) -> Evaluation:
     """Builds a small real zoo in `folder`, merges it three ways, and scores every model.
 
     `tell` is given a line now and then. Experts are trained in processes of their own: a script

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mowmerge.api import Advance, Result, Trained
-    from mowmerge.evals.score import Score
+    from mowmerge.evals.score import Evaluation
     from mowmerge.plan import Plan, TensorJob
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -338,14 +338,14 @@ def show_result(result: Result, *, as_json: bool, quiet: bool) -> None:
     )
 
 
-def show_scores(scores: Sequence[Score], *, as_json: bool) -> None:
+def show_scores(found: Evaluation, *, as_json: bool) -> None:
     """Models by tasks, or everything with each item."""
     from mowmerge.evals import evaluator
 
     if as_json:
-        print(json.dumps(evaluator.as_json(scores)))
+        print(json.dumps(evaluator.as_json(found)))
         return
-    rows = evaluator.table(scores)
+    rows = evaluator.table(found.scores)
     heads = list(rows[0])
     text = [[f"{r[h]:.3f}" if isinstance(r[h], float) else str(r[h]) for h in heads] for r in rows]
     print(table([heads, *text]))

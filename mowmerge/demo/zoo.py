@@ -27,7 +27,7 @@ from mowmerge.demo import images
 from mowmerge.demo.images import SPLITS, TASKS
 from mowmerge.errors import CheckpointError, MowmergeError, ResourceError
 from mowmerge.evals import evaluator
-from mowmerge.evals.score import Score
+from mowmerge.evals.score import Evaluation
 from mowmerge.recipe import parse
 from mowmerge.tasks import heads
 from mowmerge.tasks.data import without_bars
@@ -51,7 +51,7 @@ METHODS = {
 }
 
 
-def run(folder: Path, merge: Callable[[Path, Path], object], tell: Tell) -> list[Score]:
+def run(folder: Path, merge: Callable[[Path, Path], object], tell: Tell) -> Evaluation:
     """Builds the zoo in `folder`, has `merge(recipe, out)` do each recipe, scores all on test.
 
     Raises:
@@ -87,9 +87,7 @@ def build(folder: Path, tell: Tell = lambda line: None) -> None:
             (folder / f"{name}.yaml").write_text(recipe(name), "utf-8")
 
 
-def _merge_and_score(
-    folder: Path, merge: Callable[[Path, Path], object], tell: Tell
-) -> list[Score]:
+def _merge_and_score(folder: Path, merge: Callable[[Path, Path], object], tell: Tell) -> Evaluation:
     """Merges by each recipe, then scores: the base first, the experts, the merges."""
     outs = {}
     for name in METHODS:
@@ -97,9 +95,10 @@ def _merge_and_score(
         tell(f"merging: {name}")
         merge(folder / f"{name}.yaml", outs[name])
     tell("scoring base, experts and merges on the test splits")
-    scores = evaluator.evaluate(outs, parse.load(folder / "linear.yaml"), ("base", "experts"))
+    found = evaluator.evaluate(outs, parse.load(folder / "linear.yaml"), ("base", "experts"))
     rows = ["base", "expert", *METHODS]
-    return sorted(scores, key=lambda score: rows.index(score.model))
+    scores = sorted(found.scores, key=lambda score: rows.index(score.model))
+    return replace(found, scores=scores)
 
 
 def recipe(method: str) -> str:

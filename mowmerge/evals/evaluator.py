@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from math import fsum
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from mowmerge.checkpoint.source import config, find
 from mowmerge.errors import RecipeError, did_you_mean
 from mowmerge.evals import routed
-from mowmerge.evals.score import Score
+from mowmerge.evals.score import Evaluation, Score
 from mowmerge.recipe.model import Recipe
 from mowmerge.tasks import heads, inputs
 from mowmerge.tasks.data import Items
@@ -21,9 +22,7 @@ from mowmerge.tensors import torch
 BATCH = 64  # items a forward pass
 
 
-def evaluate(
-    merged: Mapping[str, Path], recipe: Recipe, against: Sequence[str] = ()
-) -> list[Score]:
+def evaluate(merged: Mapping[str, Path], recipe: Recipe, against: Sequence[str] = ()) -> Evaluation:
     """The scores of merged folders, and of "base" and "experts" if asked, on each task.
 
     The base is scored with each expert's head. All splits that a task names are loaded, so that an
@@ -60,10 +59,10 @@ def evaluate(
             predicted = predict(model, processor, samples)
             true = samples.labels(model.config.label2id)
             value = METRICS[metric](predicted, true)
-            scores.append(Score(which, name, metric, value, predicted, true))
+            scores.append(Score(which, "", name, metric, value, predicted, true))
     for which, folder in dynamic.items():
         scores += routed.scores(which, folder, recipe, items, BATCH)
-    return scores
+    return Evaluation(scores)
 
 
 def predict(model: Any, processor: Any, items: Items, batch: int = BATCH) -> list[int]:
@@ -84,7 +83,7 @@ def table(scores: Sequence[Score]) -> list[dict[str, Any]]:
     """
     values: dict[str, dict[str, float]] = {}
     for score in scores:
-        values.setdefault(score.model, {})[score.task] = score.value
+        values.setdefault(score.row, {})[score.task] = score.value
     expert = values.get("expert")
     rows = []
     for model, by_task in values.items():
@@ -127,6 +126,6 @@ def _source(recipe: Recipe, model: str | None) -> str:
     return source
 
 
-def as_json(scores: Sequence[Score]) -> Mapping[str, Any]:
-    """Everything as plain data: the table, and each score with its items."""
-    return {"version": 1, "table": table(scores), "scores": [vars(score) for score in scores]}
+def as_json(found: Evaluation) -> Mapping[str, Any]:
+    """Everything as plain data, and the table."""
+    return {"version": 1, "table": table(found.scores), **asdict(found)}

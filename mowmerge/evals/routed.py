@@ -45,8 +45,7 @@ def scores(
             metric = recipe.tasks[task].metric or "accuracy"
             true = items[task].labels(_labels(manifest, experts[task]))
             value = METRICS[metric](classes, true)
-            name = f"{which}, {way}" if way else which
-            found.append(Score(name, task, metric, value, classes, true))
+            found.append(Score(which, way, task, metric, value, classes, true))
     return found
 
 

@@ -80,7 +80,7 @@ def score(zoo: Path, case: Case, seed: int) -> tuple[list[Score], float]:
     if case.training:
         api.train_router(out, file, replace(case.training, seed=seed))
     found = api.evaluate({case.name: out}, file, against=())
-    return found, _weights(out) / _weights(zoo / "base")
+    return list(found.scores), _weights(out) / _weights(zoo / "base")
 
 
 def _weights(folder: Path) -> int:
@@ -89,8 +89,8 @@ def _weights(folder: Path) -> int:
 
 def rows(found: Sequence[Sequence[Score]], experts: dict[str, float]) -> Iterator[list[str]]:
     """A row for each way of running the model: tasks, mean, mean of score over expert's."""
-    for name in dict.fromkeys(s.model for run in found for s in run):
-        runs = [{s.task: s.value for s in run if s.model == name} for run in found]
+    for name in dict.fromkeys(s.row for run in found for s in run):
+        runs = [{s.task: s.value for s in run if s.row == name} for run in found]
         tasks = [fsum(run[t] for run in runs) / len(runs) for t in runs[0]]
         means = [fsum(run.values()) / len(run) for run in runs]
         shares = [fsum(v / experts[t] for t, v in run.items()) / len(run) for run in runs]
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="methods, comma-separated")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    reference = api.evaluate({}, asked.zoo / "linear.yaml", against=["base", "experts"])
+    reference = api.evaluate({}, asked.zoo / "linear.yaml", against=["base", "experts"]).scores
     experts = {s.task: s.value for s in reference if s.model == "expert"}
     names = [*experts, "mean", "normalised", "size"]
     print("| " + " | ".join(["model", *names]) + " |")

@@ -78,7 +78,7 @@ def test_its_recipes_merge_and_are_evaluated(tmp_path: Path, small: Path) -> Non
     for task, source in SOURCES.items():
         labels = mowmerge.load(out, task=task).config.label2id
         assert set(labels) == set(source.labels.values())
-    scores = api.evaluate(out, zoo.recipes["ties"])
+    scores = api.evaluate(out, zoo.recipes["ties"]).scores
     assert {(s.model, s.task) for s in scores} == {
         (model, task) for model in ("merged", "base", "expert") for task in SOURCES
     }
@@ -137,7 +137,7 @@ def test_experts_are_good_and_merges_fall_behind(tmp_path: Path, zoo: text.Zoo) 
     rows: dict[str, dict[str, float]] = {}
     for method, file in zoo.recipes.items():
         out = api.merge(file, tmp_path / method).path
-        scores = api.evaluate(out, file, against=() if rows else ("base", "experts"))
+        scores = api.evaluate(out, file, against=() if rows else ("base", "experts")).scores
         for score in scores:
             assert len(score.predicted) == SPLITS["test"]
             row = method if score.model == "merged" else score.model

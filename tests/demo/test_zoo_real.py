@@ -73,11 +73,12 @@ def test_the_best_task_arithmetic_is_above_chance_everywhere(real: Path, tmp_pat
     text = file.read_text().replace(" ./", f" {real}/")
     picked.write_text(text.replace("select: validation, eval: test", "eval: validation"))
     means = {
-        row["model"]: row["mean"] for row in evaluator.table(api.evaluate(outs, picked, against=()))
+        row["model"]: row["mean"]
+        for row in evaluator.table(api.evaluate(outs, picked, against=()).scores)
     }
     best = max(means, key=lambda scale: means[scale])
     assert f"scale: {best}}}" in file.read_text(), means
-    for score in api.evaluate(outs[best], file, against=()):
+    for score in api.evaluate(outs[best], file, against=()).scores:
         chance = max(score.true.count(c) for c in set(score.true)) / len(score.true)
         assert score.value > chance, score.task
 

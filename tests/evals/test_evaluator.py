@@ -79,7 +79,7 @@ def by_hand(folder: Path, name: str, model: Any) -> dict[str, int]:
 
 
 def test_the_figures_are_those_of_a_plain_loop(tmp_path: Path, recipe: Path) -> None:
-    scores = {(s.model, s.task): s for s in api.evaluate(tmp_path / "out", recipe)}
+    scores = {(s.model, s.task): s for s in api.evaluate(tmp_path / "out", recipe).scores}
     assert len(scores) == 6
     for name, labels in LABELS.items():
         models = {
@@ -115,7 +115,7 @@ def test_the_table_by_hand() -> None:
         ("expert", "a", 0.8),
         ("expert", "b", 0.4),
     ]
-    rows = evaluator.table([evaluator.Score(m, t, "accuracy", v, [], []) for m, t, v in values])
+    rows = evaluator.table([evaluator.Score(m, "", t, "accuracy", v, [], []) for m, t, v in values])
     assert rows[0] == {"model": "merged", "a": 0.6, "b": 0.2, "mean": pytest.approx(0.4),
                        "normalised": pytest.approx((0.75 + 0.5) / 2)}  # fmt: skip
     assert rows[1]["normalised"] == 1

@@ -32,7 +32,7 @@ def test_the_oracle_is_the_expert_and_the_router_decides_the_head(recipe: Path) 
         value.fill_(1.0 if name.endswith("temperature") else 0.0)
     router["mow_router.0.last.bias"][0] = 100.0
     save_file(router, out / "router.safetensors", {"format": "pt"})
-    scores = {(s.model, s.task): s for s in api.evaluate(out, recipe)}
+    scores = {(s.row, s.task): s for s in api.evaluate(out, recipe).scores}
     first, second = LABELS
     for name in LABELS:
         expert = scores["expert", name]
@@ -56,6 +56,6 @@ def test_the_oracle_is_the_expert_and_the_router_decides_the_head(recipe: Path) 
 )
 def test_only_classifiers_choose_heads(recipe: Path, method: str, ways: list[str]) -> None:
     out = upcycled(recipe, method, {})
-    scores = api.evaluate(out, recipe, against=["base"])
-    assert list(dict.fromkeys(s.model for s in scores)) == ["base", *ways]
+    scores = api.evaluate(out, recipe, against=["base"]).scores
+    assert list(dict.fromkeys(s.row for s in scores)) == ["base", *ways]
     assert all(len(s.predicted) == COUNT for s in scores)
