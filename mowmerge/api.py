@@ -30,6 +30,7 @@ from mowmerge.tensors import DTYPES, TensorReader, torch
 if TYPE_CHECKING:
     from mowmerge.engine import Sink
     from mowmerge.evals.score import Evaluation
+    from mowmerge.evals.settings import Options as Scoring
     from mowmerge.training.settings import Options as Training
 
 Advance = Callable[[int], None]
@@ -206,19 +207,27 @@ def extract(
 
 def evaluate(
     folder: str | Path | Mapping[str, str | Path],
-    tasks: str | Path | Recipe,
+    tasks: str | Path | Recipe | None = None,
     *,
     against: Sequence[str] = ("base", "experts"),
+    options: Scoring | None = None,
+    begin: Callable[[int], Advance] = lambda total: lambda items: None,
 ) -> Evaluation:
-    """The scores of a merged folder on the tasks of a recipe, and of its base and its experts.
+    """The scores of a merged folder on the tasks of a recipe, its own or another, and of others.
 
-    Several folders, by the names that their scores shall bear, share one scoring of the rest.
+    `against` names base, experts and other checkpoints by path. Several folders, by the names that
+    their scores shall bear, share one scoring of the rest. `begin` is given the number of items and
+    returns what is called as they are done.
+
+    Raises:
+        RecipeError, CheckpointError, SourceError, ResourceError: see `mowmerge.evals.evaluator`.
     """
     from mowmerge.evals import evaluator
 
-    parsed = tasks if isinstance(tasks, Recipe) else check(tasks)
     folders = folder if isinstance(folder, Mapping) else {"merged": folder}
-    return evaluator.evaluate({name: Path(p) for name, p in folders.items()}, parsed, against)
+    parsed = _tasks(next(iter(folders.values()), Path()), tasks)
+    merged = {name: Path(path) for name, path in folders.items()}
+    return evaluator.evaluate(merged, parsed, against, options, begin)
 
 
 def plan_training(

@@ -138,7 +138,12 @@ def _of_task(source: DynamicCheckpoint, recipe: Recipe | None, task: str) -> Wan
             hint=did_you_mean(task, known) or "name a recipe with tasks: --recipe, or an --expert",
         )
     manifest = source.manifest
-    wanted = replace(_of_expert(source, recipe.tasks[task].expert), task=task)
+    expert = recipe.tasks[task].expert
+    if expert is None:
+        raise CheckpointError(
+            f"task '{task}' is held out: it has no expert", where=recipe.where("tasks", task)
+        )
+    wanted = replace(_of_expert(source, expert), task=task)
     scopes = {gate.scope for gate in manifest.gates.values()}
     if "block" in scopes:
         means, count = _mean_gates(source, recipe, task)

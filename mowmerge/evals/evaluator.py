@@ -1,79 +1,221 @@
-"""Scores models on classification tasks: one prediction an item, then the task's metric."""
+"""Scores checkpoints on tasks of any type: the same items for each, mixed and shuffled in batches.
+
+A dynamic checkpoint is run in up to three ways, each a row of its own. NAME: nothing is told; the
+router chooses weights and head, and an item under another task's head is wrong. "NAME, task given":
+the head is the true task's, the gates are the router's. "NAME, oracle": the gates, too, are the
+true task's expert alone.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
 from math import fsum
 from pathlib import Path
+from random import Random
 from typing import Any
 
-from mowmerge.checkpoint.source import config, find
-from mowmerge.errors import RecipeError, did_you_mean
-from mowmerge.evals import routed
-from mowmerge.evals.score import Evaluation, Score
+from mowmerge import __version__
+from mowmerge.errors import RecipeError
+from mowmerge.evals import facts, kinds, models
+from mowmerge.evals.cache import Cache, Journal
+from mowmerge.evals.costs import Costs
+from mowmerge.evals.job import Job, Place
+from mowmerge.evals.models import Entry, Loaded
+from mowmerge.evals.runner import Batches
+from mowmerge.evals.score import Evaluation, Gates, Score
+from mowmerge.evals.settings import Advance, Options
 from mowmerge.recipe.model import Recipe
-from mowmerge.tasks import heads, inputs
-from mowmerge.tasks.data import Items
-from mowmerge.tasks.metrics import METRICS
-from mowmerge.tasks.splits import load_apart
-from mowmerge.tensors import torch
+from mowmerge.recipe.task_types import TYPES
+from mowmerge.training import processes
+from mowmerge.training.processes import Processes
 
-BATCH = 64  # items a forward pass
+Journals = Mapping[tuple[str, str], Journal]  # by way and task
+Begin = Callable[[int], Advance]
 
 
-def evaluate(merged: Mapping[str, Path], recipe: Recipe, against: Sequence[str] = ()) -> Evaluation:
-    """The scores of merged folders, and of "base" and "experts" if asked, on each task.
+def evaluate(
+    merged: Mapping[str, Path],
+    recipe: Recipe,
+    against: Sequence[str] = (),
+    options: Options | None = None,
+    begin: Begin = lambda total: lambda items: None,
+) -> Evaluation:
+    """The scores of merged folders on each task, beside those of "base", "experts" and paths.
 
-    The base is scored with each expert's head. All splits that a task names are loaded, so that an
-    eval split which shares samples with another is refused.
+    The base is scored with each expert's head; an expert on its own tasks; tasks without an expert
+    by all others. Everything that can be checked without a model is, before one is loaded. `begin`
+    is given the number of items, over all checkpoints, and returns what is called as they are done.
 
     Raises:
-        RecipeError: no tasks, a type or metric that cannot be scored, splits that share samples.
+        RecipeError: no tasks, one that cannot be scored, splits that share samples, an empty one,
+            a label that a head does not know.
         CheckpointError, SourceError: a model, head, processor or data set that cannot be loaded.
+        ResourceError: no such device, too little memory for one item, fewer processes than told.
     """
-    items = {name: _items(recipe, name) for name in recipe.tasks}
-    if not items:
+    asked = options or Options()
+    here = _processes(asked.device)
+    if not recipe.tasks:
         raise RecipeError("the recipe has no tasks", where=recipe.file, hint="see docs/recipe.md")
-    dynamic = {k: f for k, f in merged.items() if config(f).get("model_type") == "mowmerge"}
-    merged = {which: folder for which, folder in merged.items() if which not in dynamic}
-    scores = []
-    for name, samples in items.items():
-        expert = recipe.tasks[name].expert
-        own = Path(find(recipe.locate(_source(recipe, expert))).folder)
-        models = {
-            which: heads.load(folder, name if (folder / "heads").is_dir() else None, expert)
-            for which, folder in merged.items()
+    jobs = [_job(recipe, name) for name in recipe.tasks]
+    found = models.entries(merged, recipe, jobs, against)
+    truths = {entry: _truths(entry, jobs) for entry in found}
+    cache = Cache(asked.cache, here.rank)
+    data = {job.name: facts.data(job) for job in jobs}
+    costs, scores, batches = (
+        Costs(),
+        list[Score](),
+        Batches(asked.batch, begin(_total(found, jobs))),
+    )
+    gates: dict[str, dict[str, dict[str, Gates]]] = {}
+    for entry in found:
+        own = [job for job in jobs if job.name in entry.tasks]
+        journals = {
+            (way, job.name): cache.journal(
+                *_key(cache, entry, way, data[job.name], job, asked, here)
+            )
+            for job in own
+            for way in _ways(entry, job)
         }
-        if "base" in against:
-            if recipe.base is None:
-                raise RecipeError("--against base, and the recipe names no base", where=recipe.file)
-            bare = Path(find(recipe.locate(_source(recipe, None))).folder)
-            kept = next((f for f in merged.values() if (f / "heads").is_dir()), own)
-            models["base"] = heads.load(bare, name, expert, keeping=kept)
-        if "experts" in against:
-            models["expert"] = heads.load(own, None)
-        metric = recipe.tasks[name].metric or "accuracy"
-        processor = inputs.processor(own, recipe.tasks[name].type)
-        for which, model in models.items():
-            predicted = predict(model, processor, samples)
-            true = samples.labels(model.config.label2id)
-            value = METRICS[metric](predicted, true)
-            scores.append(Score(which, "", name, metric, value, predicted, true))
-    for which, folder in dynamic.items():
-        scores += routed.scores(which, folder, recipe, items, BATCH)
-    return Evaluation(scores)
+        _run(entry, own, recipe, asked, here, batches, journals, costs)
+        for (way, task), journal in journals.items():
+            job = next(job for job in own if job.name == task)
+            answers = [journal.found[i] for i in range(len(job.items))]
+            scored = job.kind.score(job, truths[entry][task], answers)
+            routed = [a["routed"] for a in answers if "routed" in a]
+            score = Score(entry.row, way, task, job.metric, **_fields(scored), routed=routed)
+            scores.append(score)
+            if routed:
+                gates.setdefault(score.row, {})[task] = facts.gates(entry.manifest, answers)
+    return Evaluation(
+        sorted(scores, key=partial(_order, [e.row for e in found], list(recipe.tasks))),
+        costs.table(found),
+        gates,
+        data,
+        facts.models(found, cache, asked.dtype),
+        _settings(asked, here, batches.size),
+        facts.flags(found, scores, recipe),
+    )
 
 
-def predict(model: Any, processor: Any, items: Items, batch: int = BATCH) -> list[int]:
-    """The class of each item: the largest logit, the first of equals."""
-    found: list[int] = []
-    with torch.inference_mode():
-        for start in range(0, len(items), batch):
-            some = [items.input(i) for i in range(start, min(start + batch, len(items)))]
-            given = inputs.encode(processor, some, model.config)
-            found += model(**given).logits.argmax(-1).tolist()
+def _job(recipe: Recipe, name: str) -> Job:
+    """A task made ready, after every check that needs no model."""
+    asked = recipe.tasks[name]
+    kind, known = kinds.of(asked.type), TYPES[asked.type].metrics
+    metric = asked.metric or (known[0] if known else "")
+    return Job(name, asked, kind, kind.load(recipe, name), metric)
+
+
+def _ways(entry: Entry, job: Job) -> list[str]:
+    """How a checkpoint can be run on a task; what is held out has no expert to be told of."""
+    ways = entry.ways(job.kind.FAMILY)
+    if entry.dynamic and entry.experts[job.name] not in entry.manifest.experts:
+        return [way for way in ways if way == ""]
+    return ways
+
+
+def _truths(entry: Entry, jobs: Sequence[Job]) -> dict[str, Sequence[Any]]:
+    """What is true of each task's items, in the numbers of the checkpoint's heads."""
+    found = {}
+    for job in jobs:
+        if job.name in entry.tasks:
+            classes = entry.label_map(job.name) if job.kind.FAMILY == "head" else {}
+            found[job.name] = job.kind.truths(job, classes)
     return found
+
+
+def _run(
+    entry: Entry, jobs: Sequence[Job], recipe: Recipe, asked: Options, here: Processes,
+    batches: Batches, journals: Journals, costs: Costs,
+) -> None:  # fmt: skip
+    """Answers what no journal has yet, and gathers the answers of all processes."""
+    held: dict[Any, list[Loaded]] = {}
+    device = "auto" if asked.device == "auto" else here.device
+    for group in _groups(jobs):
+        family, ways = group[0].kind.FAMILY, entry.ways(group[0].kind.FAMILY)
+        shared = family == "lm"  # one model answers, however it is asked
+        some = [job for job in jobs if family == job.kind.FAMILY] if shared else group
+        key = family if shared else id(group)
+        places = [Place(job, i) for job in group for i in range(len(job.items))]
+        Random(asked.seed).shuffle(places)
+        mine = [place for place in places[here.rank :: here.count] if _lacks(journals, ways, place)]
+        batches.skip(len(places[here.rank :: here.count]) - len(mine))
+        if mine and key not in held:
+            held[key] = models.load(entry, family, some, recipe, asked.dtype, device)
+            costs.size(entry, held[key][0].model)
+        for loaded in held.get(key, []):
+            own = [place for place in mine if place.job.name in loaded.truths]
+            if own:
+                costs.spent(entry, batches.run(loaded, own, ways, journals), group[0].kind.WHOLE)
+    for theirs in here.gathered({key: journal.found for key, journal in journals.items()}):
+        for key, answers in theirs.items():
+            journals[key].found.update(answers)
+
+
+def _groups(jobs: Sequence[Job]) -> Iterator[list[Job]]:
+    """The tasks whose items can share a batch: of one type, and for language models of one way of
+    asking."""
+    found: dict[Any, list[Job]] = {}
+    for job in jobs:
+        options = job.asked.options
+        how = options if job.kind.FAMILY == "lm" else options.clip
+        found.setdefault((job.asked.type, how), []).append(job)
+    yield from found.values()
+
+
+def _lacks(journals: Journals, ways: Sequence[str], place: Place) -> bool:
+    """Whether an answer to an item is still to be given."""
+    keys = ((way, place.job.name) for way in ways)
+    return any(key in journals and place.item not in journals[key].found for key in keys)
+
+
+def _key(
+    cache: Cache, entry: Entry, way: str, data: Any, job: Job, asked: Options, here: Processes
+) -> list[Any]:
+    """Everything that decides an answer."""
+    head = entry.keeping.get(job.name)
+    return [
+        cache.everything(entry.folder), cache.everything(head) if head else "", way,
+        entry.experts[job.name], data.sha256, job.asked.type, job.asked.options.model_dump(),
+        job.metric if job.kind.WHOLE else "", asked.dtype, str(here.device.type), _versions(),
+    ]  # fmt: skip
+
+
+def _processes(device: str | None) -> Processes:
+    """The processes that score together."""
+    return processes.begin(None if device == "auto" else device, "eval")
+
+
+def _total(entries: Sequence[Entry], jobs: Sequence[Job]) -> int:
+    return sum(len(job.items) for e in entries for job in jobs if job.name in e.tasks)
+
+
+def _fields(scored: Any) -> dict[str, Any]:
+    return {name: getattr(scored, name) for name in scored.__dataclass_fields__}
+
+
+def _order(rows: Sequence[str], tasks: Sequence[str], score: Score) -> tuple[int, int, int]:
+    """Row by row, ways in their order, tasks in the recipe's."""
+    ways = ("", "task given", "oracle")
+    return rows.index(score.model), ways.index(score.way), tasks.index(score.task)
+
+
+def _versions() -> dict[str, str]:
+    """Of what computes."""
+    named = ("torch", "transformers", "datasets", "lm-eval")
+    found = {name: version(name) for name in named if find_spec(name.replace("-", "_"))}
+    return {"mowmerge": __version__, **found}
+
+
+def _settings(asked: Options, here: Processes, size: int) -> dict[str, Any]:
+    """What the figures were taken with."""
+    return {
+        "batch": size, "seed": asked.seed, "device": str(here.device), "dtype": asked.dtype,
+        "processes": here.count, "rank": here.rank, "versions": _versions(),
+    }  # fmt: skip
 
 
 def table(scores: Sequence[Score]) -> list[dict[str, Any]]:
@@ -89,41 +231,11 @@ def table(scores: Sequence[Score]) -> list[dict[str, Any]]:
     for model, by_task in values.items():
         row = {"model": model, **by_task, "mean": fsum(by_task.values()) / len(by_task)}
         if expert:
-            shares = [v / expert[t] for t, v in by_task.items() if expert[t]]
+            shares = [v / expert[t] for t, v in by_task.items() if expert.get(t)]
             whole = len(shares) == len(by_task)
             row["normalised"] = fsum(shares) / len(shares) if whole else None
         rows.append(row)
     return rows
-
-
-def _items(recipe: Recipe, task: str) -> Items:
-    """The eval split's items, after every check that needs no model."""
-    asked = recipe.tasks[task]
-    if asked.type == "causal-lm":
-        raise RecipeError(
-            f"task '{task}' is a causal-lm task, which cannot be scored yet",
-            where=recipe.where("tasks", task, "type"),
-        )
-    if asked.metric is not None and asked.metric not in METRICS:
-        raise RecipeError(
-            f"there is no metric '{asked.metric}'",
-            where=recipe.where("tasks", task, "metric"),
-            hint=did_you_mean(asked.metric, list(METRICS)),
-        )
-    named = [use for use in ("router", "select") if getattr(asked.splits, use)]
-    return load_apart(recipe, task, [*named, "eval"])["eval"]
-
-
-def _source(recipe: Recipe, model: str | None) -> str:
-    """The folder or Hub id of a model, or of the base."""
-    source = recipe.models[model].source if model else recipe.base
-    if not isinstance(source, str):
-        raise RecipeError(
-            f"the {'model ' + model if model else 'base'} is itself a recipe",
-            where=recipe.file,
-            hint="merge it first: only checkpoints can be scored",
-        )
-    return source
 
 
 def as_json(found: Evaluation) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ from mowmerge.errors import Problem
 from mowmerge.methods import registry
 from mowmerge.recipe.model import (
     NAME,
+    Asking,
     Heads,
     Loc,
     Match,
@@ -34,6 +35,7 @@ from mowmerge.recipe.parameters import (
     shown,
     unknown_model,
 )
+from mowmerge.recipe.task_types import TYPES
 from mowmerge.recipe.text import dotted
 
 WANTED = {
@@ -56,6 +58,8 @@ def check(data: Mapping[str, Any], origin: Origin) -> tuple[Recipe | None, list[
     except ValidationError as error:
         faults = list(_structure(error, origin))
     faults += [*_names(data), *method_faults(data, partial(_match_faults, origin)), *_fit(data)]
+    for name, task in as_map(data.get("tasks")).items():
+        faults += _task(("tasks", name), as_map(task))
     return recipe, [Problem(f.message, origin.where(f.loc), f.hint) for f in faults]
 
 
@@ -95,6 +99,8 @@ def _model(loc: Loc) -> type[BaseModel]:
             return Task
         case ("tasks", _, "splits"):
             return Splits
+        case ("tasks", _, "options"):
+            return Asking
         case ("rest",):
             return Rest
         case ("heads",):
@@ -131,6 +137,24 @@ def _names(data: Mapping[str, Any]) -> Iterator[Fault]:
         yield Fault(("missing",), "missing: base needs a base, and the recipe names none")
 
 
+def _task(loc: Loc, task: Mapping[str, Any]) -> Iterator[Fault]:
+    """What a task says that its type knows nothing of, and what it lacks."""
+    kind, metric = task.get("type"), task.get("metric")
+    if kind not in TYPES:
+        return  # which pydantic reports
+    about = TYPES[str(kind)]
+    if about.columns and "data" not in task:
+        yield Fault((*loc, "data"), f"'{dotted((*loc, 'data'))}' is missing")
+    if about.metrics and isinstance(metric, str) and metric not in about.metrics:
+        hint = hint_for(metric, about.metrics)
+        yield Fault((*loc, "metric"), f"{kind} has no metric '{metric}'", hint)
+    for section, known in (("columns", about.columns), ("options", about.options)):
+        for key in as_map(task.get(section)):
+            if key not in known and (section == "columns" or key in Asking.model_fields):
+                message = f"a task of type {kind} takes no '{key}' in {section}"
+                yield Fault((*loc, section, key), message, hint_for(key, sorted(known)))
+
+
 def _fit(data: Mapping[str, Any]) -> Iterator[Fault]:
     """What a fit pass lacks: tasks, and of each a router split and a type that it can use."""
     used: dict[Loc, Any] = {("method",): data.get("method")}
@@ -145,7 +169,7 @@ def _fit(data: Mapping[str, Any]) -> Iterator[Fault]:
     if not fitted:
         return
     loc, method = next(iter(fitted.items()))
-    tasks = as_map(data.get("tasks"))
+    tasks = {n: t for n, t in as_map(data.get("tasks")).items() if _trains(as_map(t))}
     if not tasks:
         hint = "name tasks, or replay an earlier fit: `coefficients: OUT/coefficients.json`"
         yield Fault(loc, f"'{method}' is fitted on data, and the recipe has no tasks", hint)
@@ -156,6 +180,12 @@ def _fit(data: Mapping[str, Any]) -> Iterator[Fault]:
         if as_map(task).get("type") == "causal-lm":
             message = f"task '{name}' is a causal-lm task, which '{method}' cannot be fitted on yet"
             yield Fault(("tasks", name, "type"), message)
+
+
+def _trains(task: Mapping[str, Any]) -> bool:
+    """Whether a fit uses the task: not one that is held out, nor one that is only scored."""
+    kind = task.get("type")
+    return task.get("expert") is not None and (kind not in TYPES or TYPES[str(kind)].trains)
 
 
 def _match_faults(origin: Origin, match: Any, loc: Loc) -> Iterator[Fault]:

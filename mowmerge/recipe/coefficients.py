@@ -157,6 +157,6 @@ def fit(
         )
     held = vectors <= (HELD if room is None else room - bare)
     return Fit(
-        tuple(job.output.name for job in fitted), tuple(recipe.tasks), granularity, steps, rate,
+        tuple(job.output.name for job in fitted), tuple(recipe.trained), granularity, steps, rate,
         batch, balance, seed, held, bare + (vectors if held else 0),
     )  # fmt: skip

@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mowmerge.errors import RecipeError, SourceError, did_you_mean
 from mowmerge.recipe.model import Recipe
-
-INPUT = {"image-classification": "image", "text-classification": "text", "causal-lm": "text"}
+from mowmerge.recipe.task_types import TYPES
 
 
 @dataclass(frozen=True)
 class Items:
-    """The samples of one split of a task, and the columns that hold input and label."""
+    """The samples of one split of a task, and the columns that hold input, label and the rest."""
 
     task: str
     split: str
     where: str
     data: Any
-    column: str
-    label: str | None
+    columns: Mapping[str, str]
 
     def __len__(self) -> int:
         return len(self.data)
 
     def input(self, i: int) -> Any:
-        """Sample i's text, or its decoded picture; SourceError where that cannot be had."""
+        """Sample i's text, pair of texts or decoded picture; SourceError where it has none."""
         try:
-            value = self.data[i][self.column]
+            row = self.data[i]
+            value = row[self.columns["input"]]
             if not isinstance(value, str):
                 value.load()
         except Exception as error:  # the decoders' own types are many
@@ -41,23 +42,45 @@ class Items:
                 where=self.where,
                 hint="mend or remove the file",
             ) from error
-        return value
+        return (value, row[self.columns["pair"]]) if "pair" in self.columns else value
 
-    def labels(self, classes: Mapping[str, int]) -> list[int]:
+    def column(self, what: str) -> list[Any]:
+        """What every sample has in a column: label, choices, ...; RecipeError without one."""
+        if what not in self.columns:
+            raise RecipeError(f"task '{self.task}' has no {what}s", where=self.where)
+        values: list[Any] = self.data[self.columns[what]][:]
+        return values
+
+    @property
+    def names(self) -> Sequence[str] | None:
+        """What a ClassLabel column calls its classes."""
+        found: Sequence[str] | None = getattr(
+            self.data.features[self.columns["label"]], "names", None
+        )
+        return found
+
+    @cached_property
+    def digests(self) -> Sequence[str]:
+        """The digest of each item's input, in order."""
+        return [digest(self.input(i)) for i in range(len(self))]
+
+    def labels(self, classes: Mapping[str, int]) -> list[float]:
         """The class number of each sample in a head's label map (`label2id`).
 
         Names are looked up in the map, those of a ClassLabel column too. Plain numbers, and a map
-        that names none (LABEL_0, LABEL_1, ...), are taken as class numbers.
+        that names none (LABEL_0, LABEL_1, ...), are taken as class numbers. With one class only
+        it is a regression: the labels are numbers, and stay.
 
         Raises:
             RecipeError: a label outside the map, or a task that has no labels.
         """
-        if self.label is None:
-            raise RecipeError(f"task '{self.task}' has no labels", where=self.where)
-        names = getattr(self.data.features[self.label], "names", None)
+        values = self.column("label")
+        if len(classes) == 1 and all(isinstance(value, int | float) for value in values):
+            return [float(value) for value in values]
+        names = self.names
         unnamed = all(name == f"LABEL_{i}" for name, i in classes.items())
         found = []
-        for value in self.data[self.label][:]:
+        for value in values:
             name = value
             if names and not unnamed and value in range(len(names)):
                 name = names[value]
@@ -70,6 +93,18 @@ class Items:
                 )
             found.append(number)
         return found
+
+
+def digest(value: Any) -> str:
+    """The sha256 of a text, or of an image's size and colours: how it is stored does not matter."""
+    if isinstance(value, tuple):
+        value = "\0".join(value)
+    if isinstance(value, str):
+        return sha256(value.encode()).hexdigest()
+    if value.mode not in ("I", "F", "I;16"):  # these hold more than a byte a channel
+        value = value.convert("RGBA")
+    shape = f"{value.mode} {value.width} {value.height} ".encode()
+    return sha256(shape + value.tobytes()).hexdigest()
 
 
 def load(recipe: Recipe, task: str, use: str, *, labelled: bool = True) -> Items:
@@ -98,10 +133,9 @@ def load(recipe: Recipe, task: str, use: str, *, labelled: bool = True) -> Items
             hint=did_you_mean(split, list(splits)),
         )
     data = splits[split]
-    column = asked.columns.get("input", INPUT[asked.type])
-    bare = asked.type == "causal-lm" or not labelled
-    label = None if bare else asked.columns.get("label", "label")
-    for name in filter(None, (column, label)):
+    columns = {**TYPES[asked.type].columns, **asked.columns}
+    columns = {k: v for k, v in columns.items() if v and (labelled or k in ("input", "pair"))}
+    for name in columns.values():
         if name not in data.column_names:
             raise RecipeError(
                 f"the data of task '{task}' has no column '{name}'",
@@ -111,7 +145,7 @@ def load(recipe: Recipe, task: str, use: str, *, labelled: bool = True) -> Items
     data = data.shuffle(seed=asked.seed, keep_in_memory=True)
     if asked.limit is not None:
         data = data.select(range(min(asked.limit, len(data))))
-    return Items(task, split, where, data, column, label)
+    return Items(task, split, where, data, columns)
 
 
 def _load(recipe: Recipe, task: str) -> Mapping[str, Any]:

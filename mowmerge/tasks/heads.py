@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,12 +16,19 @@ from mowmerge.tensors import DTYPES, torch
 
 
 def load(
-    folder: Path, task: str | None, expert: str | None = None, *, keeping: Path | None = None
+    folder: Path,
+    task: str | None,
+    expert: str | None = None,
+    *,
+    keeping: Path | None = None,
+    dtype: str | None = None,
+    device_map: str | None = None,
 ) -> Any:
     """The model in `folder` in eval mode: the class its config names, or that of the task's head.
 
     `expert` says whose head the task's is where that is known; `keeping` is the folder with the
-    heads where it is another one, or a checkpoint that has the head in it.
+    heads where it is another one, or a checkpoint that has the head in it. `dtype` is that of the
+    files unless one is given; `device_map` spreads the model as accelerate does.
 
     Raises:
         CheckpointError: no head for the task, a head that does not fit, a key too many or too few.
@@ -38,7 +45,7 @@ def load(
     if not settings:
         raise CheckpointError("there is no config.json", where=str(folder))
     if settings.get("model_type") == "mowmerge":
-        return dynamic(folder)
+        return dynamic(folder, dtype or "auto", device_map)
     whole = keeping is not None and not (keeping / "heads").is_dir()
     head = keeping if whole else _head_file(keeping or folder, task, expert) if task else None
     find(str(folder))  # a shard that is absent or cut short is named before transformers meets it
@@ -55,12 +62,12 @@ def load(
     kind = getattr(transformers, name, None)
     if kind is None:
         raise CheckpointError(f"transformers knows no class '{name}'", where=str(head or folder))
-    dtype = settings.get("dtype") or settings.get("torch_dtype")
+    dtype = dtype or settings.get("dtype") or settings.get("torch_dtype")
     with quiet():
         try:
             model, info = kind.from_pretrained(
                 folder, config=described, dtype=dtype, output_loading_info=True,
-                local_files_only=True,
+                local_files_only=True, device_map=device_map,
             )  # fmt: skip
         except (RuntimeError, OSError, ValueError) as error:
             raise CheckpointError(str(error).strip(), where=str(folder)) from error
@@ -73,7 +80,44 @@ def load(
     return model.eval()
 
 
-def dynamic(folder: Path, dtype: Any = "auto") -> Any:
+def joined(models: Iterable[Any]) -> tuple[Any, Any] | None:
+    """The first of the models with the heads of all in the place of its own, and the context that
+    is told `heads` [B]: from which model's head each sample's logits come, padded with -inf.
+
+    The models are taken one at a time. None where they differ in more than in their one head.
+    """
+    from mowmerge.dynamic.context import Context
+    from mowmerge.dynamic.heads import Heads
+
+    first, name, heads = None, "", []
+    for model in models:
+        own = _head_modules(model)
+        if first is None:
+            first, name = model, own[0] if len(own) == 1 else ""
+        if own != [name] or type(model) is not type(first):
+            return None
+        ours, theirs = _trunk(first, name), _trunk(model, name)
+        if ours.keys() != theirs.keys() or not all(torch.equal(ours[k], theirs[k]) for k in ours):
+            return None
+        heads.append(getattr(model, name))
+    context = Context({}, {})
+    setattr(first, name, Heads(torch.nn.ModuleList(heads), context))
+    return first, context
+
+
+def _trunk(model: Any, head: str) -> dict[str, Any]:
+    return {k: v for k, v in model.state_dict().items() if not k.startswith(f"{head}.")}
+
+
+def _head_modules(model: Any) -> list[str]:
+    """The children of a model outside its backbone that have parameters."""
+    inside = model.base_model_prefix
+    return [
+        n for n, m in model.named_children() if n != inside and any(True for _ in m.parameters())
+    ]
+
+
+def dynamic(folder: Path, dtype: Any = "auto", device_map: str | None = None) -> Any:
     """The dynamic model in a folder, with all its heads: `task_ids` chooses, or its router.
 
     Raises:
@@ -92,7 +136,9 @@ def dynamic(folder: Path, dtype: Any = "auto") -> Any:
         named = manifest.head_class or described.base_config["architectures"][0]
         made = modeling.dynamic_class(getattr(transformers, named))
         with quiet():
-            return modeling.load(made, folder, described, local_files_only=True, dtype=dtype)[0]
+            return modeling.load(
+                made, folder, described, local_files_only=True, dtype=dtype, device_map=device_map
+            )[0]
     except (FormatError, ValueError, RuntimeError, OSError) as error:
         raise CheckpointError(str(error).strip(), where=str(folder)) from error
 

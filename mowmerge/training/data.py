@@ -36,7 +36,7 @@ def samples(recipe: Recipe, manifest: Manifest, objective: str) -> list[Samples]
     if problems := _faults(recipe, manifest, objective):
         raise RecipeError(problems)
     found = []
-    for name, task in recipe.tasks.items():
+    for name, (named, task) in recipe.trained.items():
         uses = ["router", *(use for use in ("select", "eval") if getattr(task.splits, use))]
         loaded = load_apart(recipe, name, uses, labelled=False)
         for use in ("router", "select"):
@@ -44,7 +44,7 @@ def samples(recipe: Recipe, manifest: Manifest, objective: str) -> list[Samples]
                 raise RecipeError(
                     f"the {use} split of task '{name}' is empty", where=loaded[use].where
                 )
-        expert = manifest.experts.index(task.expert)
+        expert = manifest.experts.index(named)
         found.append(Samples(name, task.type, expert, loaded["router"], loaded.get("select")))
     return found
 
@@ -52,18 +52,18 @@ def samples(recipe: Recipe, manifest: Manifest, objective: str) -> list[Samples]
 def _faults(recipe: Recipe, manifest: Manifest, objective: str) -> list[Problem]:
     """What can be said against the tasks before any data is loaded."""
     experts = list(manifest.experts)
-    if not recipe.tasks:
+    if not recipe.trained:
         hint = "name data for each expert under `tasks`, or pass --recipe"
         return [Problem("the recipe has no tasks to train routers on", recipe.file, hint)]
     problems = []
-    for name, task in recipe.tasks.items():
-        if task.expert not in experts:
+    for name, (expert, task) in recipe.trained.items():
+        if expert not in experts:
             problems.append(
                 Problem(
-                    f"the checkpoint has no expert '{task.expert}': it was built from"
+                    f"the checkpoint has no expert '{expert}': it was built from"
                     f" {', '.join(experts)}",
                     recipe.where("tasks", name, "expert"),
-                    did_you_mean(task.expert, experts),
+                    did_you_mean(expert, experts),
                 )
             )
         if task.splits.router is None:
@@ -75,7 +75,7 @@ def _faults(recipe: Recipe, manifest: Manifest, objective: str) -> list[Problem]
             hint = "--objective distill" if text else "--objective task, entropy or distill"
             message = f"task '{name}' is of type {task.type}, which '{objective}' cannot learn from"
             problems.append(Problem(message, recipe.where("tasks", name, "type"), hint))
-    named = {task.expert for task in recipe.tasks.values()}
+    named = {expert for expert, _ in recipe.trained.values()}
     if objective == "task":
         problems += [
             Problem(

@@ -26,7 +26,8 @@ from mowmerge.recipe import coefficients
 from mowmerge.recipe.coefficients import Coefficients, Samples
 from mowmerge.recipe.model import Recipe
 from mowmerge.tasks import heads, inputs
-from mowmerge.tasks.splits import digest, load_apart
+from mowmerge.tasks.data import digest
+from mowmerge.tasks.splits import load_apart
 from mowmerge.tensors import DTYPES, Tensor, torch
 from mowmerge.training.objectives import entropy
 
@@ -202,16 +203,16 @@ class Task:
     """One task of a fit: its expert's model on the shared leaves, and its unlabelled samples."""
 
     def __init__(self, recipe: Recipe, plan: Plan, name: str, leaves: Mapping[str, Tensor]) -> None:
-        wanted, asked = plan.fit, recipe.tasks[name]
+        wanted, (expert, asked) = plan.fit, recipe.trained[name]
         assert wanted is not None
-        origin = plan.sources[asked.expert]
+        origin = plan.sources[expert]
         if isinstance(origin, Plan):
             raise RecipeError(
-                f"model '{asked.expert}' is itself a recipe, which has no head for task '{name}'",
-                where=recipe.where("models", asked.expert),
+                f"model '{expert}' is itself a recipe, which has no head for task '{name}'",
+                where=recipe.where("models", expert),
                 hint="merge it first: only checkpoints have heads",
             )
-        self.name, self.expert, self._device = name, asked.expert, plan.device
+        self.name, self.expert, self._device = name, expert, plan.device
         uses = [use for use in ("select", "eval") if getattr(asked.splits, use)]
         self.items = load_apart(recipe, name, ["router", *uses])["router"]
         self._batch = min(wanted.batch, len(self.items))
@@ -229,7 +230,7 @@ class Task:
                 hint="only classification can be fitted: leave the task out",
             )
         self._most = log(settings.num_labels) if wanted.balance else 1.0
-        head = plan.heads.get(asked.expert)
+        head = plan.heads.get(expert)
         install(self.model, leaves, (*(head.offsets if head else ()), *plan.dropped))
         self._seen: dict[int, str] = {}
         self.entropies: list[float] = []

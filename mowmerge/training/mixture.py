@@ -200,7 +200,7 @@ def check_heads(held: Manifest, base_class: str, asked: Settings, recipe: Recipe
     """RecipeError where an objective needs the classes of a head that is absent or has only one."""
     if asked.objective not in ("entropy", "distill"):
         return
-    for name, task in recipe.tasks.items():
+    for name, (expert, task) in recipe.trained.items():
         where = recipe.where("tasks", name)
         if task.type == "causal-lm":
             continue
@@ -209,7 +209,7 @@ def check_heads(held: Manifest, base_class: str, asked: Settings, recipe: Recipe
                 f"task '{name}' is for classification, and the checkpoint has no heads",
                 where=where, hint="merge with `heads: {match: ...}`, or --objective task",
             )  # fmt: skip
-        head = held.heads[held.experts.index(task.expert)].config if held.heads else {}
+        head = held.heads[held.experts.index(expert)].config if held.heads else {}
         if head.get("problem_type") == "regression" or len(head.get("id2label") or (0, 1)) == 1:
             raise RecipeError(
                 f"the head of task '{name}' has one output, of which no entropy can be taken",

@@ -28,6 +28,15 @@ class Processes:
         found: Tensor = reduce(tensor.to(self.device), "sum")
         return found.to(tensor.device)
 
+    def gathered(self, value: Any) -> list[Any]:
+        """What each process holds, in the order of their ranks."""
+        if self.count == 1:
+            return [value]
+        from accelerate.utils import gather_object
+
+        found: list[Any] = gather_object([value])
+        return found
+
     def wait(self) -> None:
         """Returns when all processes are here."""
         if self.count > 1:
@@ -36,7 +45,7 @@ class Processes:
             PartialState().wait_for_everyone()
 
 
-def begin(device: str | None = None) -> Processes:
+def begin(device: str | None = None, verb: str = "train-router") -> Processes:
     """Joins the processes that torchrun or accelerate started; gloo on CPUs.
 
     `device` is cpu, cuda or cuda:1; None is a GPU where there is one.
@@ -44,24 +53,26 @@ def begin(device: str | None = None) -> Processes:
     Raises:
         ResourceError: no such device, or fewer processes in sight than WORLD_SIZE says: each of
             them would believe that it is the only one.
-        SourceError: accelerate is not installed.
+        SourceError: several processes, and accelerate is not installed.
     """
-    if not find_spec("accelerate"):
-        raise SourceError(
-            "training needs accelerate, which is not installed",
-            hint='pip install "mowmerge[train]"',
-        )
-    from accelerate import PartialState
-
     gpu = torch.cuda.is_available()
     if device and device != "cpu" and not gpu:
         raise ResourceError(f"there is no device '{device}' here", hint="--device cpu")
     told = int(os.environ.get("WORLD_SIZE", "1"))
+    if not find_spec("accelerate"):
+        if told == 1:
+            return Processes(0, 1, torch.device(device or ("cuda" if gpu else "cpu")))
+        raise SourceError(
+            "several processes need accelerate, which is not installed",
+            hint='pip install "mowmerge[train]"',
+        )
+    from accelerate import PartialState
+
     state = PartialState(cpu=device == "cpu" or not gpu)
     if told != state.num_processes:
         raise ResourceError(
             f"WORLD_SIZE says {told} processes, and accelerate sees {state.num_processes}",
-            hint=f"start them with `torchrun --nproc_per_node {told} -m mowmerge train-router ...`",
+            hint=f"start them with `torchrun --nproc_per_node {told} -m mowmerge {verb} ...`",
         )
     alone = state.num_processes == 1
     chosen = torch.device(device or ("cuda" if gpu else "cpu")) if alone else state.device

@@ -180,7 +180,7 @@ def _notes(done: Progress, asked: Settings, given: Sequence[Samples]) -> list[st
 
 def _fingerprint(folder: Path, held: Manifest, asked: Settings, given: Sequence[Samples]) -> str:
     """What a training must share with the one that it goes on from."""
-    from mowmerge.tasks.splits import digest
+    from mowmerge.tasks.data import digest
 
     ends = [
         [s.task, s.expert, len(items), digest(items.input(0)), digest(items.input(len(items) - 1))]

@@ -16,6 +16,7 @@ import mowmerge
 from mowmerge import api
 from mowmerge.errors import CheckpointError, RecipeError, SourceError
 from mowmerge.evals import evaluator
+from mowmerge.evals.settings import Options
 from tests.zoo import Zoo
 
 SIZES: dict[str, Any] = {
@@ -100,12 +101,12 @@ def test_the_figures_are_those_of_a_plain_loop(tmp_path: Path, recipe: Path) -> 
 
 
 def test_the_batch_decides_nothing(tmp_path: Path, recipe: Path) -> None:
-    parsed = api.check(recipe)
-    items = evaluator.load_apart(parsed, "pets", ["eval"])["eval"]
-    model = mowmerge.load(tmp_path / "out", task="pets")
-    processor = ViTImageProcessorPil.from_pretrained(tmp_path / "pets")
-    one, many = (evaluator.predict(model, processor, items, batch) for batch in (1, 64))
-    assert one == many
+    one, many = (
+        api.evaluate(tmp_path / "out", recipe, against=(), options=Options(batch=batch)).scores
+        for batch in (1, 64)
+    )
+    assert [s.predicted for s in one] == [s.predicted for s in many]
+    assert [s.nll for s in one] == [pytest.approx(s.nll, abs=1e-6) for s in many]
 
 
 def test_the_table_by_hand() -> None:
@@ -145,7 +146,8 @@ def test_what_is_refused(tmp_path: Path, recipe: Path) -> None:
     out, before = tmp_path / "out", recipe.read_text()
     for task, error, message in (
         ({"metric": "acuracy"}, RecipeError, "(?s)no metric 'acuracy'.*did you mean 'accuracy'"),
-        ({"type": "causal-lm"}, RecipeError, "cannot be scored yet"),
+        ({"type": "causal-lm"}, RecipeError, "no column 'text'"),
+        ({"options": {"stop": "x"}}, RecipeError, "takes no 'stop' in options"),
         ({"splits": {"router": "test", "eval": "test"}}, RecipeError, r"share 70 sample\(s\)"),
         ({"data": {"path": "imagefolder", "data_dir": "./data-sky"}}, RecipeError, "does not know"),
     ):

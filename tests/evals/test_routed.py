@@ -57,5 +57,5 @@ def test_the_oracle_is_the_expert_and_the_router_decides_the_head(recipe: Path) 
 def test_only_classifiers_choose_heads(recipe: Path, method: str, ways: list[str]) -> None:
     out = upcycled(recipe, method, {})
     scores = api.evaluate(out, recipe, against=["base"]).scores
-    assert list(dict.fromkeys(s.row for s in scores)) == ["base", *ways]
+    assert list(dict.fromkeys(s.row for s in scores)) == [*ways, "base"]
     assert all(len(s.predicted) == COUNT for s in scores)

@@ -15,9 +15,9 @@ from PIL import Image
 from mowmerge.errors import MowmergeError, RecipeError, SourceError
 from mowmerge.recipe import parse
 from mowmerge.recipe.model import Recipe
-from mowmerge.tasks.data import load
+from mowmerge.tasks.data import digest, load
 from mowmerge.tasks.metrics import accuracy, macro_f1
-from mowmerge.tasks.splits import digest, digests, load_apart
+from mowmerge.tasks.splits import load_apart
 
 SPLITS = {"router": "train", "select": "validation", "eval": "test"}
 
@@ -83,8 +83,8 @@ def test_labels_go_by_name_where_the_head_has_names(tmp_path: Path) -> None:
     items = load(made, "t", "eval")
     assert items.input(0).size == (4, 4)
     assert sorted(items.labels({"dog": 0, "cat": 1})) == [0, 1]
-    by_name = dict(zip(digests(items), items.labels({"dog": 0, "cat": 1}), strict=True))
-    turned = dict(zip(digests(items), items.labels({"cat": 0, "dog": 1}), strict=True))
+    by_name = dict(zip(items.digests, items.labels({"dog": 0, "cat": 1}), strict=True))
+    turned = dict(zip(items.digests, items.labels({"cat": 0, "dog": 1}), strict=True))
     assert all(turned[d] == 1 - label for d, label in by_name.items())
     with pytest.raises(RecipeError, match="the label 'cat', which the head does not know"):
         items.labels({"cow": 0, "dog": 1})
@@ -150,7 +150,7 @@ def test_a_picture_that_does_not_decode_is_named(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:40])
     items = load(recipe(tmp_path, data, type="image-classification"), "t", "eval")
     with pytest.raises(SourceError, match=r"item \d of 'test' in task 't' does not decode"):
-        digests(items)
+        _ = items.digests
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,88 @@
+"""What an evaluation was of: data, models, gates, and what each row needed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from typing import Any
+
+from mowmerge.evals.cache import Cache
+from mowmerge.evals.job import Answer, Job
+from mowmerge.evals.models import Entry
+from mowmerge.evals.score import Data, Gates, Model, Score
+from mowmerge.recipe.model import Recipe
+from mowmerge.tensors import torch
+
+
+def data(job: Job) -> Data:
+    """A task's items by content: their inputs and all that else is read of them."""
+    items, asked = job.items, job.asked
+    rest = [items.column(what) for what in items.columns if what not in ("input", "pair")]
+    text = json.dumps([items.digests, rest])
+    templates = json.dumps(asked.options.model_dump(exclude_defaults=True), sort_keys=True)
+    source = json.dumps(dict(asked.data), sort_keys=True, default=str)
+    return Data(
+        asked.type, source, items.split, len(items), sha256(text.encode()).hexdigest(),
+        sha256(templates.encode()).hexdigest() if templates != "{}" else "",
+    )  # fmt: skip
+
+
+def gates(manifest: Any, answers: Sequence[Answer]) -> dict[str, Gates]:
+    """Each routed gate's statistics over a task's items."""
+    rows = torch.tensor([a["gates"] for a in answers], dtype=torch.float64)
+    found = {}
+    parts = torch.split(rows, [manifest.slots(name) for name in manifest.routed], 1)
+    for name, c in zip(manifest.routed, parts, strict=True):
+        shares = c.abs() / c.abs().sum(1, keepdim=True).clamp_min(1e-12)
+        entropy = float(torch.special.entr(shares).sum(1).mean())
+        std = c.std(0, correction=0)
+        found[name] = Gates(c.mean(0).tolist(), std.tolist(), entropy)
+    return found
+
+
+def models(entries: Sequence[Entry], cache: Cache, dtype: str | None) -> dict[str, Model]:
+    """What the rows' models are; an expert's name is that of its tasks' expert."""
+    found = {}
+    for entry in entries:
+        settings = entry.config.get("base_config") or entry.config
+        own = str(settings.get("dtype") or settings.get("torch_dtype") or "float32")
+        name = f"expert {entry.expert}" if entry.row == "expert" else entry.row
+        weights = cache.weights(entry.folder)
+        found[name] = Model(entry.source, entry.revision, weights, dtype or own)
+    return found
+
+
+def flags(
+    entries: Sequence[Entry], scores: Sequence[Score], recipe: Recipe
+) -> dict[str, Mapping[str, Any]]:
+    """What each row was given beyond weights.
+
+    needs_task_id: someone says which task an item is of, for its head or its weights. needs_data,
+    tuned_on: of a merge whose coefficients were fitted or whose routers were trained, the splits.
+    uses_test_inputs: one of those is the eval split.
+    """
+    found: dict[str, Mapping[str, Any]] = {}
+    for entry in entries:
+        learned = _learned(entry)
+        own = [task for name, task in recipe.tasks.items() if name in entry.tasks]
+        splits = {task.splits.router for task in own if task.splits.router} if learned else set()
+        headed = any(entry.head(task) for task in entry.tasks) and len(entry.tasks) > 1
+        for score in (s for s in scores if s.model == entry.row):
+            told = headed and not entry.dynamic and entry.row != "expert"
+            found[score.row] = {
+                "needs_task_id": told or score.way != "",
+                "needs_data": learned,
+                "tuned_on": sorted(splits),
+                "uses_test_inputs": any(t.splits.eval in splits for t in own if learned),
+            }
+    return found
+
+
+def _learned(entry: Entry) -> bool:
+    """Whether a merge was fitted, or its routers trained, as its report says."""
+    try:
+        told = json.loads((entry.folder / "report.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(told.get("fit") or told.get("router", {}).get("trained"))

@@ -1,0 +1,55 @@
+"""A task as the evaluator holds it, and the places of its items."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from mowmerge.recipe.model import Task
+from mowmerge.tasks.data import Items
+
+Answer = dict[str, Any]  # what a model said of one item, as JSON has it
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A task, the module that knows its type, and its items."""
+
+    name: str
+    asked: Task
+    kind: ModuleType
+    items: Items
+    metric: str
+
+
+class Place(NamedTuple):
+    """One item of a task."""
+
+    job: Job
+    item: int
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What turns items into tensors: an image processor or tokenizer, and the model's config."""
+
+    processor: Any
+    config: Any
+    lock: Lock = field(default_factory=Lock)  # a tokenizer serves one thread at a time
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A type's part of a Score; see there."""
+
+    value: float
+    predicted: Sequence[int | float | str] = ()
+    true: Sequence[int | float | str] = ()
+    items: Sequence[float] = ()
+    weights: Sequence[float] = ()
+    confidence: Sequence[float] = ()
+    nll: Sequence[float] = ()
+    extras: Mapping[str, float] = field(default_factory=dict)
