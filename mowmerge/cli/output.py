@@ -243,6 +243,35 @@ class Progress:
             self._bar.close()
 
 
+class Items:
+    """Progress in items; nothing where there is no terminal or it was not wanted."""
+
+    def __init__(self, hidden: bool) -> None:
+        self._hidden, self._bar = hidden, None
+
+    def __enter__(self) -> Items:
+        return self
+
+    def begin(self, total: int) -> Advance:
+        """Starts the bar; returns what moves it."""
+        if self._hidden:
+            return lambda items: None
+        from tqdm import tqdm
+
+        bar: Any = tqdm(total=total, unit="item", disable=None, file=sys.stderr)
+        self._bar = bar
+        return lambda items: bar.update(items) and None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
 class Steps:
     """Progress in steps with the loss: a bar on a terminal, else a line at each tenth."""
 

@@ -17,7 +17,8 @@ NOWHERE = -1  # the class of an item that was given to another task's head
 
 def truths(job: Job, classes: Mapping[str, int]) -> Sequence[float]:
     """Each item's class number in the head's map."""
-    return job.items.labels(classes)
+    found: Sequence[float] = job.items.labels(classes)
+    return found
 
 
 def encode(tools: Tools, places: Sequence[Place]) -> dict[str, Tensor]:

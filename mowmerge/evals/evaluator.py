@@ -86,7 +86,8 @@ def evaluate(
             answers = [journal.found[i] for i in range(len(job.items))]
             scored = job.kind.score(job, truths[entry][task], answers)
             routed = [a["routed"] for a in answers if "routed" in a]
-            score = Score(entry.row, way, task, job.metric, **_fields(scored), routed=routed)
+            parts = {**vars(scored), "metric": scored.metric or job.metric}
+            score = Score(entry.row, way, task, **parts, routed=routed)
             scores.append(score)
             if routed:
                 gates.setdefault(score.row, {})[task] = facts.gates(entry.manifest, answers)
@@ -156,13 +157,13 @@ def _run(
 
 
 def _groups(jobs: Sequence[Job]) -> Iterator[list[Job]]:
-    """The tasks whose items can share a batch: of one type, and for language models of one way of
-    asking."""
+    """The tasks whose items can share a batch: of one type, with the same columns, and for language
+    models of one way of asking."""
     found: dict[Any, list[Job]] = {}
     for job in jobs:
         options = job.asked.options
         how = options if job.kind.FAMILY == "lm" else options.clip
-        found.setdefault((job.asked.type, how), []).append(job)
+        found.setdefault((job.asked.type, frozenset(job.items.columns), how), []).append(job)
     yield from found.values()
 
 
@@ -179,7 +180,8 @@ def _key(
     head = entry.keeping.get(job.name)
     return [
         cache.everything(entry.folder), cache.everything(head) if head else "", way,
-        entry.experts[job.name], data.sha256, job.asked.type, job.asked.options.model_dump(),
+        entry.experts[job.name], data.sha256, data.template,
+        job.asked.type, job.asked.options.model_dump(),
         job.metric if job.kind.WHOLE else "", asked.dtype, str(here.device.type), _versions(),
     ]  # fmt: skip
 
@@ -191,10 +193,6 @@ def _processes(device: str | None) -> Processes:
 
 def _total(entries: Sequence[Entry], jobs: Sequence[Job]) -> int:
     return sum(len(job.items) for e in entries for job in jobs if job.name in e.tasks)
-
-
-def _fields(scored: Any) -> dict[str, Any]:
-    return {name: getattr(scored, name) for name in scored.__dataclass_fields__}
 
 
 def _order(rows: Sequence[str], tasks: Sequence[str], score: Score) -> tuple[int, int, int]:

@@ -20,11 +20,13 @@ def data(job: Job) -> Data:
     items, asked = job.items, job.asked
     rest = [items.column(what) for what in items.columns if what not in ("input", "pair")]
     text = json.dumps([items.digests, rest])
-    templates = json.dumps(asked.options.model_dump(exclude_defaults=True), sort_keys=True)
+    options = asked.options.model_dump(exclude_defaults=True)
+    own = getattr(items, "template", "")
+    templates = json.dumps([options, own], sort_keys=True) if options or own else ""
     source = json.dumps(dict(asked.data), sort_keys=True, default=str)
     return Data(
-        asked.type, source, items.split, len(items), sha256(text.encode()).hexdigest(),
-        sha256(templates.encode()).hexdigest() if templates != "{}" else "",
+        asked.type, source, items.split, len(items.digests), sha256(text.encode()).hexdigest(),
+        sha256(templates.encode()).hexdigest() if templates else "",
     )  # fmt: skip
 
 

@@ -9,19 +9,18 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from mowmerge.recipe.model import Task
-from mowmerge.tasks.data import Items
 
 Answer = dict[str, Any]  # what a model said of one item, as JSON has it
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """A task, the module that knows its type, and its items."""
+    """A task, the module that knows its type, and its items: `Items`, or what passes for them."""
 
     name: str
     asked: Task
     kind: ModuleType
-    items: Items
+    items: Any
     metric: str
 
 
@@ -43,7 +42,7 @@ class Tools:
 
 @dataclass(frozen=True)
 class Scored:
-    """A type's part of a Score; see there."""
+    """A type's part of a Score; see there. metric: where only the answers tell."""
 
     value: float
     predicted: Sequence[int | float | str] = ()
@@ -53,3 +52,4 @@ class Scored:
     confidence: Sequence[float] = ()
     nll: Sequence[float] = ()
     extras: Mapping[str, float] = field(default_factory=dict)
+    metric: str = ""

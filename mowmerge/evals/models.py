@@ -222,8 +222,9 @@ class Loaded:
         """The tokens of greedy answers [B,T]."""
         told = self._told(way, places)
         given = {name: value.to(self.device) for name, value in given.items()}
+        first = 1 if self.model.config.is_encoder_decoder else given["input_ids"].shape[1]
         if stops:
-            told |= {"stop_strings": list(stops), "tokenizer": self.tools.processor}
+            told["stopping_criteria"] = [self._stopping(stops, first)]
         ends = sorted(self.ends) or None
         made = self.model.generate(
             **given, **told, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens,
@@ -233,9 +234,20 @@ class Loaded:
             routed = self.entry.manifest.routed
             gates = self.model._context.every(routed) if routed else None
             self._note(way, range(len(places)), gates, None)
-        first = 1 if self.model.config.is_encoder_decoder else given["input_ids"].shape[1]
         found: Tensor = made[:, first:].cpu()
         return found
+
+    def _stopping(self, stops: Sequence[str], first: int) -> Any:
+        """Says of each answer whether one of the texts is at its end."""
+        tail = max(map(len, stops)) + 8  # tokens, of at least a letter each
+
+        def stopped(ids: Tensor, scores: Any, **_: Any) -> Tensor:
+            with self.tools.lock:
+                texts = self.tools.processor.batch_decode(ids[:, first:][:, -tail:].tolist())
+            found = [any(stop in text for stop in stops) for text in texts]
+            return torch.tensor(found, device=ids.device)
+
+        return stopped
 
     def _told(self, way: str, rows: Sequence[Place]) -> dict[str, Any]:
         """What the model is told of the rows' tasks."""

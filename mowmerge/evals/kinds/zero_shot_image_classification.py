@@ -27,8 +27,9 @@ def classes(job: Job) -> Sequence[str]:
     labels = job.items.column("label")
     if job.asked.options.classes:
         return job.asked.options.classes
-    if job.items.names:
-        return job.items.names
+    names: Sequence[str] | None = job.items.names
+    if names:
+        return names
     if not all(isinstance(label, str) for label in labels):
         raise RecipeError(
             f"task '{job.name}' has numbers for labels, and nothing says what they are called",
