@@ -168,6 +168,9 @@ def _part(table: Table, score: Score, experts: Sequence[str], own: str | None) -
         value=score.value,
         interval=None if draws is None else statistics.interval(draws),
         normalised=None if isinstance(share, str) else share[0],
+        normalised_interval=(
+            None if isinstance(share, str) or share[1] is None else statistics.interval(share[1])
+        ),
         recovery=None if isinstance(recovery, str) else recovery,
         ece=statistics.calibration(score.confidence, score.items)[1] if judged(score) else None,
         nll=fsum(score.nll) / len(score.nll) if score.nll else None,

@@ -64,6 +64,7 @@ class ScorePart(Part):
     normalised: float | None = Field(
         description="value / expert's value (its inverse where lower is better)."
     )
+    normalised_interval: Pair | None = Field(description="Its interval, both scores resampled.")
     recovery: float | None = Field(description="(value - base) / (expert - base).")
     ece: float | None = Field(description="Expected calibration error.")
     nll: float | None = Field(description="Mean -log of the true class's probability, in nats.")
@@ -205,8 +206,8 @@ class Merge(Part):
     experts: Sequence[str] = Field(description="What was merged.")
     layers: Sequence[LayerPart] = Field(description="By stack, layer and role.")
     codecs: Mapping[str, int] = Field(description="Codec -> tensors that it stores.")
-    similarity: Mapping[str, float] = Field(
-        description="Block -> similarity that the method's survey measured, where there was one."
+    similarity: Mapping[str, Mapping[str, float]] = Field(
+        description="Component -> block -> similarity of the experts, where a survey measured it."
     )
     seconds: float = Field(description="What the merge took.")
     peak_bytes: int = Field(description="Memory that was planned for it.")
