@@ -57,6 +57,12 @@ class ResourceError(MowmergeError):
     exit_code = 6
 
 
+class ThresholdError(MowmergeError):
+    """An evaluation is below what `--fail-under` asked for; its report is written all the same."""
+
+    exit_code = 7
+
+
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """The hint that names the nearest known word, or lists what is known."""
     near = get_close_matches(word, known, n=1, cutoff=0.6)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import fsum
 from zlib import crc32
@@ -68,8 +68,8 @@ class Table:
         return value / expert, ratio
 
 
-def tabled(scores: Sequence[Score]) -> Table:
-    """The table: every task's rows resampled together."""
+def tabled(scores: Sequence[Score], held_out: Collection[str] = ()) -> Table:
+    """The table: every task's rows resampled together. held_out: tasks that have no expert."""
     by_task: dict[str, list[Score]] = defaultdict(list)
     for score in scores:
         by_task[score.task].append(score)
@@ -85,10 +85,9 @@ def tabled(scores: Sequence[Score]) -> Table:
         for same in sized.values():
             draws |= _resampled(same, failures)
     rows = list(dict.fromkeys(score.row for score in scores))
-    with_expert = {s.task for s in scores if s.model == EXPERT}
-    held_out = [task for task in by_task if with_expert and task not in with_expert]
     found = {(s.row, s.task): s for s in scores}
-    return Table(found, draws, rows, list(by_task), held_out, failures)
+    without = [task for task in by_task if task in held_out]
+    return Table(found, draws, rows, list(by_task), without, failures)
 
 
 def _resampled(scores: Sequence[Score], failures: list[str]) -> dict[tuple[str, str], Array]:

@@ -30,8 +30,8 @@ def build(
 ) -> tuple[Report, str]:
     """The report, and the text of the file of items that goes beside it.
 
-    folders: every merge's model name -> its folder; the first one is the subject. command: what
-    repeats the evaluation.
+    folders: every merge's row -> its folder; the first one is the subject. command: what repeats
+    the evaluation.
 
     Raises:
         SourceError: nothing was scored but base and experts.
@@ -39,11 +39,12 @@ def build(
     subject = figures.headline(found.scores, next(iter(folders), None))
     if subject is None:
         raise SourceError("there is no merge to report on", hint="name a merged folder")
-    places = [BASE, EXPERT, *folders]
-    scores = sorted(found.scores, key=lambda score: places.index(score.model))
-    table = figures.tabled(scores)
+    first = (BASE, EXPERT)  # then merges, in the order they were scored in
+    scores = sorted(found.scores, key=lambda s: first.index(s.model) if s.model in first else 2)
+    held_out = [name for name, task in recipe.tasks.items() if task.expert is None]
+    table = figures.tabled(scores, held_out)
     experts = {name: _experts(folder) for name, folder in folders.items()}
-    owner = {name: task.expert for name, task in recipe.tasks.items()}
+    owner = {name: task.expert for name, task in recipe.tasks.items() if task.expert}
     parts = figures.scored(table, experts, owner)
     folder = folders.get(table.scores[subject, table.tasks[0]].model)
     merge = _merge(folder) if folder else None
@@ -139,7 +140,7 @@ def _gates(found: Evaluation, experts: Mapping[str, Sequence[str]]) -> list[Gate
 def items_text(scores: Sequence[Score]) -> str:
     """Every item's prediction and its part in the metric, by task and row, as JSON.
 
-    What is the same for all rows of a task, the true answers and the weights, stands once.
+    The weights of a task's items, and the true answers where a row has the same, stand once.
     """
     tasks: dict[str, dict[str, Any]] = {}
     for score in scores:
@@ -148,7 +149,10 @@ def items_text(scores: Sequence[Score]) -> str:
                          "weights": list(score.weights), "rows": {}}
         )  # fmt: skip
         row = {"predicted": score.predicted, "items": score.items, "confidence": score.confidence}
-        task["rows"][score.row] = {name: list(held) for name, held in row.items() if held}
+        held = {name: list(each) for name, each in row.items() if each}
+        if list(score.true) != task["true"]:  # another checkpoint numbers its classes otherwise
+            held["true"] = list(score.true)
+        task["rows"][score.row] = {"value": score.value, **held}
     return json.dumps({"version": 1, "tasks": tasks}, separators=(",", ":")) + "\n"
 
 

@@ -25,9 +25,9 @@ SCORES = [
 
 
 def parts(
-    scores: list[Score],
+    scores: list[Score], held_out: list[str] | None = None
 ) -> tuple[figures.Table, dict[tuple[str, str], ScorePart], dict[str, Summary]]:
-    table = figures.tabled(scores)
+    table = figures.tabled(scores, held_out or ())
     found = figures.scored(table, {}, {})
     rows = {s.row: s for s in aggregates.summaries(table, found)}
     return table, {(p.row, p.task): p for p in found}, rows
@@ -128,7 +128,7 @@ def test_tests_are_paired_and_adjusted_together() -> None:
 
 def test_forgetting_is_signed_and_relative() -> None:
     held = [score("base", "old", "1110"), score("merged", "old", "1000")]
-    table, _, rows = parts([*SCORES, *held])
+    table, _, rows = parts([*SCORES, *held], ["old"])
     assert table.held_out == ["old"]
     assert rows["merged"].tasks == 2
     found = {(f.row, f.on): f for f in aggregates.forgetting(table)}
