@@ -176,7 +176,9 @@ def _mean(first: Report, second: Report, paired: figures.Table) -> Change | None
         return None
     interval, kind, p = None, "none", None
     if all((row, task) in paired.draws for row in ("before", "after") for task in tasks[0]):
-        differences = [paired.draws["after", t] - paired.draws["before", t] for t in tasks[0]]
+        differences = [
+            paired.draws["after", t] - paired.draws["before", t] for t in sorted(tasks[0])
+        ]
         draws = np.mean(differences, 0)
         interval, kind, p = statistics.interval(draws), "bootstrap", statistics.bootstrap_p(draws)
     elif before.mean_interval and after.mean_interval:

@@ -55,7 +55,7 @@ class Table:
         """A score as a multiple of the expert's, and resampled; or why there is none."""
         value, expert = self.value(row, task), self.value(EXPERT, task)
         if value is None or expert is None:
-            return "the task has no expert" if expert is None else "not scored on it"
+            return "no expert was scored on it" if expert is None else "not scored on it"
         above, below = self.draws.get((row, task)), self.draws.get((EXPERT, task))
         error = 0.0 if below is None else float(below.std())
         if expert <= 2 * error:

@@ -12,10 +12,15 @@ from mowmerge.evals.words import NONE
 
 def render(report: Report) -> str:
     """The whole report: what it says, the scores, what is sure, costs, flags, how to repeat it."""
-    lines = [f"# {_plain(report.subject)}: evaluation", "", f"**{words.headline(report)}**", ""]
-    lines += [f"- {line}" for line in words.verdicts(report)]
+    lines = [
+        f"# {_plain(report.subject)}: evaluation",
+        "",
+        f"**{_plain(words.headline(report))}**",
+        "",
+    ]
+    lines += [f"- {_plain(line)}" for line in words.verdicts(report)]
     if report.failures:
-        lines += ["", "What went wrong:", "", *(f"- {line}" for line in report.failures)]
+        lines += ["", "What went wrong:", "", *(f"- {_plain(line)}" for line in report.failures)]
     lines += ["", *scores(report), "", *_summary(report)]
     for title, found in (
         ("Against the base", _forgetting(report)),
@@ -27,8 +32,9 @@ def render(report: Report) -> str:
     lines += ["- " + line.replace("*", "\\*") for line in words.reading(report)]
     if report.run.command:
         lines += ["", "## To repeat it", "", "```sh", report.run.command, "```"]
-    settings = ", ".join(f"{name} {value}" for name, value in report.run.settings.items())
-    lines += ["", f"mowmerge {report.run.mowmerge}" + (f"; {settings}" if settings else "") + "."]
+    held = {"mowmerge": report.run.mowmerge, **report.run.settings}
+    settings = ", ".join(f"{name} {words.flag(value)}" for name, value in held.items())
+    lines += ["", f"With {settings}."]
     return "\n".join([*lines, ""])
 
 
@@ -72,7 +78,8 @@ def _summary(report: Report) -> list[str]:
             recovery, words.percent(s.routing_accuracy), words.figure(s.ece),
         ])  # fmt: skip
         absent += [f"{s.row}: no {name}: {why}" for name, why in s.absent.items()]
-    return table(rows, numbers_from=1) + (["", *(f"- {line}" for line in absent)] if absent else [])
+    said = ["", *(f"- {_plain(line)}" for line in absent)] if absent else []
+    return [*table(rows, numbers_from=1), *said]
 
 
 def _forgetting(report: Report) -> list[str]:
