@@ -18,6 +18,7 @@ from mowmerge.checkpoint.dynamic import held
 from mowmerge.checkpoint.source import config
 from mowmerge.checkpoint.writer import Staging
 from mowmerge.dynamic import remote
+from mowmerge.hub import lineage
 from mowmerge.hub.card import card
 from mowmerge.methods import registry
 from mowmerge.plan import Plan, Stored
@@ -30,6 +31,9 @@ from mowmerge.tensors import DTYPES, TensorReader, torch
 if TYPE_CHECKING:
     from mowmerge.engine import Sink
     from mowmerge.evals.score import Score
+    from mowmerge.hub.card import Results
+    from mowmerge.hub.package import Package
+    from mowmerge.hub.push import Pushed
     from mowmerge.training.settings import Options as Training
 
 Advance = Callable[[int], None]
@@ -121,6 +125,7 @@ def merge(
             content = report(planned, tensors, time.perf_counter() - began, extra)
             _write(staging.path / "report.json", json.dumps(content, indent=1) + "\n")
             _finish(planned, staging.path, hashes)
+            _write(staging.path / "README.md", card(staging.path).text)
         except OSError as error:
             raise writer.denied(error, staging.path) from error
         staging.commit()
@@ -256,6 +261,48 @@ def _tasks(folder: str | Path, recipe: str | Path | Recipe | None) -> Recipe:
     return check(recipe if recipe is not None else Path(folder) / "recipe.yaml")
 
 
+def plan_push(
+    folder: str | Path,
+    repo: str,
+    *,
+    results: Results | None = None,
+    begin: Callable[[int], Advance] = lambda total: lambda nbytes: None,
+) -> Package:
+    """The card and the files that a push of a merged folder would upload; needs no network.
+
+    Raises:
+        SourceError: no such folder, or `repo` is not org/name.
+        CheckpointError: the folder is not whole.
+    """
+    from mowmerge.hub.package import package
+
+    return package(Path(folder), repo, results, begin)
+
+
+def push(
+    folder: str | Path | Package,
+    repo: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    pr: bool = False,
+    force: bool = False,
+    results: Results | None = None,
+    tell: Tell = lambda line: None,
+) -> Pushed:
+    """Puts a merged folder on the Hub in one commit, and says where it is.
+
+    Raises:
+        SourceError, CheckpointError: as `plan_push`; no token, permission or network; the name
+            holds something else. Nothing was committed.
+    """
+    from mowmerge.hub import push as hub
+    from mowmerge.hub.package import Package
+
+    made = folder if isinstance(folder, Package) else plan_push(folder, repo, results=results)
+    return hub.push(made, hub.Target(repo, revision or "", pr, private, force), tell)
+
+
 def demo(folder: str | Path, tell: Callable[[str], None] = lambda line: None) -> list[Score]:
     """Builds a small real zoo in `folder`, merges it three ways, and scores every model.
 
@@ -330,13 +377,12 @@ def _write_sidecars(planned: Plan, recipe: Recipe, folder: Path) -> dict[str, An
     if listing:
         _write(folder / "model.safetensors.index.json", listing)
     _write(folder / "recipe.yaml", recipe.text)
-    auto = "AutoModel"
     if planned.manifest:
         remote.bundle(folder)
-        front = sidecars.front(_donor(planned), planned.manifest)
-        auto = remote.auto_name(front.removeprefix("Mowmerge"))
-    _write(folder / "README.md", card(planned, recipe, auto))
-    return {"mowmerge": __version__, "recipe": recipe.name, "files_left_behind": left}
+    return {
+        "mowmerge": __version__, "recipe": recipe.name, "inputs": lineage.inputs(planned),
+        "files_left_behind": left,
+    }  # fmt: skip
 
 
 def _finish(planned: Plan, folder: Path, hashes: bool) -> None:

@@ -79,18 +79,23 @@ def _listed(folder: Path) -> tuple[dict[str, str], list[Problem]]:
     if not file.is_file():
         hint = f"was it merged with --no-hash? `(cd {folder} && sha256sum * > {SUMS})` writes it"
         return {}, [Problem(f"there is no {SUMS}, so nothing can be compared", str(folder), hint)]
+    sums, odd = parsed(file.read_text(encoding="utf-8", errors="replace"))
+    wrong = "not a digest and a file of this folder"
+    return sums, [Problem(wrong, f"{file}:{number}") for number in odd]
+
+
+def parsed(text: str) -> tuple[dict[str, str], list[int]]:
+    """SHA256SUMS as digests by file name, and the numbers of lines that are not such."""
     sums: dict[str, str] = {}
-    problems = []
-    text = file.read_text(encoding="utf-8", errors="replace")
+    odd: list[int] = []
     for number, line in enumerate(text.splitlines(), 1):
         found = _LINE.fullmatch(line)
         path = PurePosixPath(found[2]) if found else None
         if found is None or path is None or path.is_absolute() or ".." in path.parts:
-            problem = Problem("not a digest and a file of this folder", f"{file}:{number}")
-            problems.append(problem)
+            odd.append(number)
         else:
             sums[path.as_posix()] = found[1]
-    return sums, problems
+    return sums, odd
 
 
 def _differing(
