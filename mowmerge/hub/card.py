@@ -84,8 +84,8 @@ def private(text: str) -> tuple[str, list[str]]:
     except yaml.YAMLError:
         return text, []
     for value in sorted(set(found), key=len, reverse=True):
-        whole = rf"(?<![\w.:/~\\-]){re.escape(value)}"
-        text = re.sub(whole, _last(value).replace("\\", "/"), text)
+        for form in (value, json.dumps(value)[1:-1]):  # as it is, and as JSON escapes it
+            text = re.sub(rf"(?<![\w.:/~\\-]){re.escape(form)}", _last(value), text)
     return text, sorted(set(found))
 
 

@@ -198,17 +198,17 @@ def _refuse_other(there: _There, target: Target) -> None:
 
 
 def _stale(api: HfApi, there: _There, package: Package, repo: str, same: bool) -> list[str]:
-    """What the commit removes: of an earlier push of this merge the files that it listed and this
-    one has not; of anything else every file but hidden ones."""
+    """What the commit removes, hidden files never: of an earlier push of this merge what that one
+    listed and this one has not; of anything else all that would stay beside it."""
     ours = {file.name for file in package.files}
-    extra = sorted(name for name in there.files if name not in ours)
+    extra = sorted(n for n in there.files if n not in ours and not n.startswith("."))
     if same and extra:
         listed: Mapping[str, str] = {}
         if SUMS in there.files:
             file = api.hf_hub_download(repo, SUMS, revision=there.head)
             listed, _ = parsed(Path(file).read_text(encoding="utf-8", errors="replace"))
         return [name for name in extra if name in listed]
-    return [name for name in extra if not name.startswith(".")]
+    return extra
 
 
 def _addition(file: File) -> Any:

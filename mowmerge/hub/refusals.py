@@ -54,8 +54,10 @@ def refusal(error: BaseException, repo: str, endpoint: str) -> MowmergeError:
         return SourceError(
             f"the Hub failed ({status}){said}", hint="run this again later: no file is sent twice"
         )
-    what = f"the Hub refuses ({status})" if status else type(error).__name__
-    return SourceError(f"{what}{said or f': {error}'}", hint="nothing was committed")
+    if status:
+        return SourceError(f"the Hub refuses ({status}){said}", hint="nothing was committed")
+    reason = "; ".join(f"{type(each).__name__}: {each}" for each in _chain(error))
+    return SourceError(f"the upload failed: {reason}", hint="nothing was committed")
 
 
 def _status(error: BaseException) -> int | None:
