@@ -264,42 +264,24 @@ def _tasks(folder: str | Path, recipe: str | Path | Recipe | None) -> Recipe:
 def plan_push(
     folder: str | Path,
     repo: str,
-    *,
     results: Results | None = None,
     begin: Callable[[int], Advance] = lambda total: lambda nbytes: None,
 ) -> Package:
-    """The card and the files that a push of a merged folder would upload; needs no network.
-
-    Raises:
-        SourceError: no such folder, or `repo` is not org/name.
-        CheckpointError: the folder is not whole.
-    """
+    """The card and the files that `push` would upload; CheckpointError if the folder is not whole."""
     from mowmerge.hub.package import package
 
     return package(Path(folder), repo, results, begin)
 
 
 def push(
-    folder: str | Path | Package,
-    repo: str,
-    *,
-    private: bool = False,
-    revision: str | None = None,
-    pr: bool = False,
-    force: bool = False,
-    results: Results | None = None,
+    folder: str | Path | Package, repo: str, *, private: bool = False, revision: str | None = None,
+    pr: bool = False, force: bool = False, results: Results | None = None,
     tell: Tell = lambda line: None,
-) -> Pushed:
-    """Puts a merged folder on the Hub in one commit, and says where it is.
-
-    Raises:
-        SourceError, CheckpointError: as `plan_push`; no token, permission or network; the name
-            holds something else. Nothing was committed.
-    """
+) -> Pushed:  # fmt: skip
+    """Puts a merged folder on the Hub in one commit; raises as `plan_push` and SourceError."""
     from mowmerge.hub import push as hub
-    from mowmerge.hub.package import Package
 
-    made = folder if isinstance(folder, Package) else plan_push(folder, repo, results=results)
+    made = plan_push(folder, repo, results) if isinstance(folder, str | Path) else folder
     return hub.push(made, hub.Target(repo, revision or "", pr, private, force), tell)
 
 
