@@ -267,7 +267,7 @@ def plan_push(
     results: Results | None = None,
     begin: Callable[[int], Advance] = lambda total: lambda nbytes: None,
 ) -> Package:
-    """The card and the files that `push` would upload; CheckpointError if the folder is not whole."""
+    """The card and the files of a push; CheckpointError if the folder is not whole."""
     from mowmerge.hub.package import package
 
     return package(Path(folder), repo, results, begin)
