@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mowmerge import __version__
+from mowmerge import __version__, scoring
 from mowmerge.checkpoint import heads, sidecars, writer
 from mowmerge.checkpoint.contents import contents
 from mowmerge.checkpoint.contents import planned as specs_of
@@ -18,6 +18,7 @@ from mowmerge.checkpoint.dynamic import held
 from mowmerge.checkpoint.source import config
 from mowmerge.checkpoint.writer import Staging
 from mowmerge.dynamic import remote
+from mowmerge.hub import lineage
 from mowmerge.hub.card import card
 from mowmerge.methods import registry
 from mowmerge.plan import Plan, Stored
@@ -25,14 +26,21 @@ from mowmerge.planner import Options, build
 from mowmerge.recipe import parse
 from mowmerge.recipe.model import Recipe
 from mowmerge.report import report
+from mowmerge.scoring import compare, evaluate, report_on, tell_card
 from mowmerge.tensors import DTYPES, TensorReader, torch
 
 if TYPE_CHECKING:
     from mowmerge.engine import Sink
     from mowmerge.evals.score import Evaluation
-    from mowmerge.evals.settings import Options as Scoring
+    from mowmerge.hub.card import Results
+    from mowmerge.hub.package import Package
+    from mowmerge.hub.push import Pushed
     from mowmerge.training.settings import Options as Training
 
+__all__ = [
+    "check", "compare", "demo", "evaluate", "extract", "inspect", "load", "merge", "plan",
+    "plan_push", "plan_training", "push", "report_on", "survey", "tell_card", "train_router",
+]  # fmt: skip
 Advance = Callable[[int], None]
 Tell = Callable[[str], None]
 
@@ -122,6 +130,7 @@ def merge(
             content = report(planned, tensors, time.perf_counter() - began, extra)
             _write(staging.path / "report.json", json.dumps(content, indent=1) + "\n")
             _finish(planned, staging.path, hashes)
+            _write(staging.path / "README.md", card(staging.path).text)
         except OSError as error:
             raise writer.denied(error, staging.path) from error
         staging.commit()
@@ -205,38 +214,13 @@ def extract(
     return Result(found, content)
 
 
-def evaluate(
-    folder: str | Path | Mapping[str, str | Path],
-    tasks: str | Path | Recipe | None = None,
-    *,
-    against: Sequence[str] = ("base", "experts"),
-    options: Scoring | None = None,
-    begin: Callable[[int], Advance] = lambda total: lambda items: None,
-) -> Evaluation:
-    """The scores of a merged folder on the tasks of a recipe, its own or another, and of others.
-
-    `against` names base, experts and other checkpoints by path. Several folders, by the names that
-    their scores shall bear, share one scoring of the rest. `begin` is given the number of items and
-    returns what is called as they are done.
-
-    Raises:
-        RecipeError, CheckpointError, SourceError, ResourceError: see `mowmerge.evals.evaluator`.
-    """
-    from mowmerge.evals import evaluator
-
-    folders = folder if isinstance(folder, Mapping) else {"merged": folder}
-    parsed = _tasks(next(iter(folders.values()), Path()), tasks)
-    merged = {name: Path(path) for name, path in folders.items()}
-    return evaluator.evaluate(merged, parsed, against, options, begin)
-
-
 def plan_training(
     folder: str | Path, recipe: str | Path | Recipe | None = None, options: Training | None = None
 ) -> dict[str, Any]:
     """What `train_router` would train, on which samples, for how many steps."""
     from mowmerge.training import settings, train
 
-    return train.plan(Path(folder), _tasks(folder, recipe), options or settings.Options())
+    return train.plan(Path(folder), scoring.tasks_of(folder, recipe), options or settings.Options())
 
 
 def train_router(
@@ -254,15 +238,32 @@ def train_router(
     from mowmerge.training import settings, train
 
     asked = options or settings.Options()
-    section, speaks = train.train(Path(folder), _tasks(folder, recipe), asked, begin)
+    section, speaks = train.train(Path(folder), scoring.tasks_of(folder, recipe), asked, begin)
     return Trained(Path(folder), section, speaks)
 
 
-def _tasks(folder: str | Path, recipe: str | Path | Recipe | None) -> Recipe:
-    """The recipe that names the tasks."""
-    if isinstance(recipe, Recipe):
-        return recipe
-    return check(recipe if recipe is not None else Path(folder) / "recipe.yaml")
+def plan_push(
+    folder: str | Path,
+    repo: str,
+    results: Results | None = None,
+    begin: Callable[[int], Advance] = lambda total: lambda nbytes: None,
+) -> Package:
+    """The card and the files of a push; CheckpointError if the folder is not whole."""
+    from mowmerge.hub.package import package
+
+    return package(Path(folder), repo, results or scoring.results(Path(folder)), begin)
+
+
+def push(
+    folder: str | Path | Package, repo: str, *, private: bool = False, revision: str | None = None,
+    pr: bool = False, force: bool = False, results: Results | None = None,
+    tell: Tell = lambda line: None,
+) -> Pushed:  # fmt: skip
+    """Puts a merged folder on the Hub in one commit; raises as `plan_push` and SourceError."""
+    from mowmerge.hub import push as hub
+
+    made = plan_push(folder, repo, results) if isinstance(folder, str | Path) else folder
+    return hub.push(made, hub.Target(repo, revision or "", pr, private, force), tell)
 
 
 def demo(folder: str | Path, tell: Callable[[str], None] = lambda line: None) -> Evaluation:
@@ -339,13 +340,12 @@ def _write_sidecars(planned: Plan, recipe: Recipe, folder: Path) -> dict[str, An
     if listing:
         _write(folder / "model.safetensors.index.json", listing)
     _write(folder / "recipe.yaml", recipe.text)
-    auto = "AutoModel"
     if planned.manifest:
         remote.bundle(folder)
-        front = sidecars.front(_donor(planned), planned.manifest)
-        auto = remote.auto_name(front.removeprefix("Mowmerge"))
-    _write(folder / "README.md", card(planned, recipe, auto))
-    return {"mowmerge": __version__, "recipe": recipe.name, "files_left_behind": left}
+    return {
+        "mowmerge": __version__, "recipe": recipe.name, "inputs": lineage.inputs(planned),
+        "files_left_behind": left,
+    }  # fmt: skip
 
 
 def _finish(planned: Plan, folder: Path, hashes: bool) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from mowmerge import __version__
-from mowmerge.checkpoint.source import config
+from mowmerge.checkpoint.source import config, find
 from mowmerge.errors import ResourceError, SourceError
 from mowmerge.evals import aggregates, figures, statistics
 from mowmerge.evals.anatomy import anatomy
+from mowmerge.evals.cache import Cache
 from mowmerge.evals.figures import BASE, EXPERT, LOWER_IS_BETTER, Table
 from mowmerge.evals.schema import DataPart, Gate, Merge, ModelPart, Report, Run
 from mowmerge.evals.score import Evaluation, Score
@@ -25,24 +26,32 @@ REPORT, ITEMS = "report.json", "items.json"
 Items = Mapping[str, Any]
 
 
-def build(
-    found: Evaluation, recipe: Recipe, folders: Mapping[str, Path], command: str = ""
-) -> tuple[Report, str]:
+def beside(folder: Path) -> Path:
+    """Where the report on a merged folder goes unless told: FOLDER-eval."""
+    whole = folder.resolve()
+    return whole.with_name(f"{whole.name}-eval")
+
+
+def build(found: Evaluation, recipe: Recipe, command: str = "") -> tuple[Report, str]:
     """The report, and the text of the file of items that goes beside it.
 
-    folders: every merge's row -> its folder; the first one is the subject. command: what repeats
-    the evaluation.
+    The subject is the first merge that was scored. command: what repeats the evaluation.
 
     Raises:
         SourceError: nothing was scored but base and experts.
     """
-    subject = figures.headline(found.scores, next(iter(folders), None))
+    subject = figures.headline(found.scores)
     if subject is None:
         raise SourceError("there is no merge to report on", hint="name a merged folder")
     first = (BASE, EXPERT)  # then merges, in the order they were scored in
     scores = sorted(found.scores, key=lambda s: first.index(s.model) if s.model in first else 2)
     held_out = [name for name, task in recipe.tasks.items() if task.expert is None]
     table = figures.tabled(scores, held_out)
+    folders = {
+        score.model: Path(find(found.models[score.model].source).folder)
+        for score in scores
+        if score.model in found.models and score.model not in first
+    }
     experts = {name: _experts(folder) for name, folder in folders.items()}
     owner = {name: task.expert for name, task in recipe.tasks.items() if task.expert}
     parts = figures.scored(table, experts, owner)
@@ -176,6 +185,16 @@ def read(file: Path) -> Report:
         raise SourceError(
             f"this is no evaluation report of version 1: {place}: {first['msg']}", where=str(file)
         ) from error
+
+
+def of(folder: Path) -> Report | None:
+    """The report beside a merged folder, if it is one on the very weights that are there."""
+    try:
+        report = read(beside(folder))
+    except SourceError:
+        return None
+    model = report.models.get(report.subject.partition(", ")[0])
+    return report if model and model.sha256 == Cache(None).weights(folder) else None
 
 
 def read_items(file: Path, report: Report) -> Items | None:

@@ -44,7 +44,7 @@ def score(row: str, task: str, skill: float, seed: str) -> Score:
                  confidence, [0.5] * N, routed)  # fmt: skip
 
 
-def evaluation(**skill: float) -> Evaluation:
+def evaluation(folder: Path | str = "./merged", **skill: float) -> Evaluation:
     """Base, expert, a dynamic merge run in three ways, and another whose name is markup."""
     rows = {**SKILL, **skill}
     rows |= {"merged, task given": rows["merged"], "merged, oracle": rows["expert"]}
@@ -57,7 +57,8 @@ def evaluation(**skill: float) -> Evaluation:
     costs = [Cost(row, 1000, 4000, 9000, 2.0, N, 0.001, 60.0) for row in rows]
     gate = Gates([0.7, 0.3], [0.1, 0.1], 0.61)
     data = {task: Data("text-classification", "json", "test", N, f"{task:0<64}") for task in TASKS}
-    models = {row: Model(f"./{row}", "", "0" * 64, "float32") for row in (*SKILL, "expert a")}
+    models = {row: Model(f"./{row}", "", "0" * 64, "float32") for row in ("base", "expert a")}
+    models["merged"] = Model(str(folder), "", "0" * 64, "float32")
     settings = {"batch": 64, "seed": 0, "device": "cpu", "versions": {"torch": "2.13.0"}}
     flags = {row: {"needs_task_id": ", " in row, "tuned_on": ["train"]} for row in rows}
     gates = {"merged": {t: {"0": gate, "encoder.1": gate} for t, e in TASKS.items() if e}}
@@ -78,6 +79,7 @@ def merged(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_type": "mowmerge", "mowmerge": {"experts": ["a", "b"]}}
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     tensors = [
         tensor(f"encoder.layer.{i}.{role}", 0.1 * i, action)
         for i in range(3)
@@ -99,5 +101,5 @@ def made(folder: Path, found: Evaluation | None = None) -> tuple[Report, str]:
     file = folder / "recipe.yaml"
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(recipe_text())
-    folders = {"merged": merged(folder / "merged")}
-    return report.build(found or evaluation(), parse.load(file), folders, "mowmerge eval merged")
+    out = merged(folder / "merged")
+    return report.build(found or evaluation(out), parse.load(file), "mowmerge eval merged")

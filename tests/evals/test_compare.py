@@ -19,7 +19,7 @@ def reports(
 ) -> tuple[Report, Report, tuple[Items | None, Items | None]]:
     found, items = [], []
     for name, skill in (("one", 0.9), ("two", second)):
-        made_, text = made(folder / name, evaluation(merged=skill))
+        made_, text = made(folder, evaluation(folder / "merged", merged=skill))
         write(made_, text, folder / f"{name}-eval")
         found.append(made_)
         items.append(read_items(folder / f"{name}-eval", made_))
