@@ -1,14 +1,18 @@
-"""Writes the pages that are read off the code: methods.md, cli.md, recipe.schema.json."""
+"""Writes the pages that are read off the code: methods, command line, report, both schemas."""
 
 from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from mowmerge.cli import COMMANDS
+from mowmerge.evals import schema as report_schema
+from mowmerge.evals import thresholds
+from mowmerge.evals.compare import Change, Comparison
 from mowmerge.methods import registry
 from mowmerge.recipe.schema import json_schema
 
@@ -21,7 +25,9 @@ def pages() -> dict[str, str]:
     return {
         "methods.md": NOTE + methods(),
         "cli.md": NOTE + cli(),
+        "report-fields.md": NOTE + report_fields(),
         "recipe.schema.json": json.dumps(json_schema(), indent=1) + "\n",
+        "report.schema.json": json.dumps(report_schema.json_schema(), indent=1) + "\n",
     }
 
 
@@ -70,7 +76,52 @@ def cli() -> str:
         lines += ["| argument or option | default | meaning |", "|---|---|---|"]
         lines += [_option(*row) for row in _parameters(command)]
     lines += ["", "Exit codes: 0 done, 1 a bug, 2 usage, 3 recipe, 4 checkpoint, 5 source or Hub,"]
-    return "\n".join([*lines, "6 disk, memory or permission, 130 interrupted.", ""])
+    return "\n".join(
+        [*lines, "6 disk, memory or permission, 7 below --fail-under, 130 interrupted.", ""]
+    )
+
+
+def report_fields() -> str:
+    """Every field of report.json, part by part, and every figure that can be asked for."""
+    lines = [
+        "# The fields of report.json",
+        "",
+        "What a figure cannot be is null, and `absent` says why. [The schema](report.schema.json)"
+        " says the same to machines; [the report](report.md) explains it.",
+    ]
+    for part, title in _parts().items():
+        doc = " ".join((inspect.getdoc(part) or "").split())
+        lines += ["", f"## {title}", "", doc, "", "| field | type | meaning |", "|---|---|---|"]
+        lines += [
+            f"| {name} | {_type(field.annotation)} | {field.description} |"
+            for name, field in part.model_fields.items()
+        ]
+    lines += ["", "## Figures for --fail-under", "", "| figure | meaning |", "|---|---|"]
+    lines += [f"| `{name}` | {meaning} |" for name, meaning in thresholds.FIGURES.items()]
+    lines += ["| `TASK` | the subject's score on a task, where higher is better |"]
+    lines += ["| `TASK.normalized` | the score / the expert's score |"]
+    return "\n".join(lines) + "\n"
+
+
+def _parts() -> dict[type[report_schema.Part], str]:
+    """Every part of the report and of a comparison, with its heading."""
+    found: dict[type[report_schema.Part], str] = {}
+    for root, named in ((report_schema.Report, "report.json"), (Comparison, "--compare --json")):
+        found[root] = named
+        for name, field in root.model_fields.items():
+            for part in re.findall(r"[\w.]+", str(field.annotation)):
+                held = getattr(report_schema, part.rpartition(".")[2], None)
+                held = Change if part.endswith(".Change") else held
+                if isinstance(held, type) and issubclass(held, report_schema.Part):
+                    found.setdefault(held, name)
+    return found
+
+
+def _type(annotation: Any) -> str:
+    """A type in JSON's words."""
+    text = re.sub(r"(?:\w+\.)+", "", str(annotation)).replace("NoneType", "null")
+    text = re.sub(r"<class '(\w+)'>", r"\1", text)
+    return text.replace("tuple[float, float]", "[low, high]").replace("|", "or")
 
 
 def _parameters(command: Callable[..., Any]) -> list[tuple[str, Any, Any]]:

@@ -26,7 +26,14 @@ from mowmerge.planner import Options, build
 from mowmerge.recipe import parse
 from mowmerge.recipe.model import Recipe
 from mowmerge.report import report
-from mowmerge.scoring import compare, evaluate, report_on, tell_card
+from mowmerge.scoring import (
+    compare,
+    evaluate,
+    report_folder,
+    report_on,
+    tasks_of,
+    tell_card,
+)
 from mowmerge.tensors import DTYPES, TensorReader, torch
 
 if TYPE_CHECKING:
@@ -39,7 +46,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check", "compare", "demo", "evaluate", "extract", "inspect", "load", "merge", "plan",
-    "plan_push", "plan_training", "push", "report_on", "survey", "tell_card", "train_router",
+    "plan_push", "plan_training", "push", "report_folder", "report_on",
+    "survey", "tasks_of", "tell_card", "train_router",
 ]  # fmt: skip
 Advance = Callable[[int], None]
 Tell = Callable[[str], None]
@@ -220,7 +228,7 @@ def plan_training(
     """What `train_router` would train, on which samples, for how many steps."""
     from mowmerge.training import settings, train
 
-    return train.plan(Path(folder), scoring.tasks_of(folder, recipe), options or settings.Options())
+    return train.plan(Path(folder), tasks_of(folder, recipe), options or settings.Options())
 
 
 def train_router(
@@ -238,7 +246,7 @@ def train_router(
     from mowmerge.training import settings, train
 
     asked = options or settings.Options()
-    section, speaks = train.train(Path(folder), scoring.tasks_of(folder, recipe), asked, begin)
+    section, speaks = train.train(Path(folder), tasks_of(folder, recipe), asked, begin)
     return Trained(Path(folder), section, speaks)
 
 

@@ -56,8 +56,15 @@ def report_on(
     from mowmerge.evals import report as reports
 
     made, items = reports.build(found, tasks_of(folder, tasks), command)
-    reports.write(made, items, Path(out) if out else reports.beside(Path(folder)))
+    reports.write(made, items, Path(out) if out else report_folder(folder))
     return made
+
+
+def report_folder(folder: str | Path) -> Path:
+    """Where the report on a merged folder goes unless told: FOLDER-eval."""
+    from mowmerge.evals import report as reports
+
+    return reports.beside(Path(folder))
 
 
 def compare(first: str | Path, second: str | Path) -> Comparison:

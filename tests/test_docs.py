@@ -21,7 +21,9 @@ def _generator() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("page", ["methods.md", "cli.md", "recipe.schema.json"])
+@pytest.mark.parametrize(
+    "page", ["methods.md", "cli.md", "report-fields.md", "recipe.schema.json", "report.schema.json"]
+)
 def test_generated_page_is_fresh(page: str) -> None:
     current = (ROOT / "docs" / page).read_text(encoding="utf-8")
     assert current == _generator().pages()[page], "run `python docs/generate.py`"

@@ -28,7 +28,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Turns many fine-tuned checkpoints of a model into one.",
     epilog="Exit codes: 0 done, 1 a bug, 2 usage, 3 recipe, 4 checkpoint, 5 source or Hub,"
-    " 6 disk, memory or permission, 130 interrupted.",
+    " 6 disk, memory or permission, 7 below --fail-under, 130 interrupted.",
 )
 COMMANDS = (merge, train_router, inspect, extract, eval, push, check, methods, schema, demo)
 for command in COMMANDS:

@@ -1,21 +1,22 @@
-"""`mowmerge eval`: score a merged checkpoint beside its base, its experts and other merges."""
+"""`mowmerge eval`: score a merged checkpoint beside others, report on it, compare reports."""
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mowmerge.cli import output
+from mowmerge.cli import output, reports
 
 DTYPES = ("float32", "float16", "bfloat16")
 CACHE = ".mowmerge-cache"  # beside the merged folder
 
 
 def eval(
-    out: Annotated[Path, typer.Argument(help="The merged folder.")],
+    out: Annotated[Path | None, typer.Argument(help="The merged folder.")] = None,
     tasks: Annotated[
         str | None,
         typer.Option(help="The recipe that names tasks and models; OUT/recipe.yaml if absent."),
@@ -37,12 +38,24 @@ def eval(
         Path | None, typer.Option(help=f"Keeps what is scored; {CACHE} beside OUT if absent.")
     ] = None,
     no_cache: Annotated[bool, typer.Option(help="Keep nothing, and score all anew.")] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="Where the report goes; OUT-eval if absent.")
+    ] = None,
+    fail_under: Annotated[
+        list[str] | None,
+        typer.Option(help="Exit with 7 where a figure is less: avg_normalized=0.95."),
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="Score nothing: two reports, and what changed between them."),
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """Score a merged checkpoint on a recipe's tasks, beside its base, its experts and other merges.
 
     What is scored is kept by content: an interrupted evaluation goes on, experts are scored once.
+    The report (JSON, Markdown, one HTML page) says what is sure, and at what cost.
 
     Examples:
 
@@ -50,19 +63,33 @@ def eval(
 
       mowmerge eval merged/mow --against base,experts,merged/ties --json
 
+      mowmerge eval merged/demo --fail-under avg_normalized=0.95 --fail-under worst_normalized=0.9
+
+      mowmerge eval --compare merged/ties-eval merged/mow-eval
+
       torchrun --nproc_per_node 2 -m mowmerge eval merged/llm --dtype bfloat16
     """
     from mowmerge import api
+    from mowmerge.evals import thresholds
     from mowmerge.evals.settings import Options
 
+    if (out is None) == (compare is None):
+        raise typer.BadParameter("name a merged folder, or two reports with --compare")
+    if compare is not None:
+        reports.show_comparison(api.compare(*compare), as_json=json_)
+        return
+    assert out is not None
     if dtype is not None and dtype not in DTYPES:
         raise typer.BadParameter(f"'{dtype}' is none of {', '.join(DTYPES)}", param_hint="--dtype")
     asked = [word.strip() for word in against.split(",") if word.strip()]
+    least = dict(_threshold(word) for word in fail_under or ())
+    recipe = api.tasks_of(out, tasks)
+    thresholds.check(least, list(recipe.tasks))
     kept = None if no_cache else cache or out.resolve().parent / CACHE
     try:
         with output.Items(quiet or json_) as progress:
             found = api.evaluate(
-                out, tasks, against=asked, options=Options(batch, device, dtype, kept),
+                out, recipe, against=asked, options=Options(batch, device, dtype, kept),
                 begin=progress.begin,
             )  # fmt: skip
     except KeyboardInterrupt:
@@ -70,4 +97,19 @@ def eval(
             print(f"what is scored is kept in {kept}: run it again to go on", file=sys.stderr)
         raise
     if found.settings["rank"] == 0:
-        output.show_scores(found, as_json=json_)
+        command = shlex.join(["mowmerge", "eval", str(out), "--tasks", str(recipe.file),
+                              "--against", against, "--batch", str(batch)])  # fmt: skip
+        made = api.report_on(found, out, recipe, out=report, command=command)
+        reports.show(made, report or api.report_folder(out), as_json=json_)
+        thresholds.require(made, least)
+
+
+def _threshold(word: str) -> tuple[str, float]:
+    name, _, value = word.rpartition("=")
+    try:
+        return name.strip(), float(value)
+    except ValueError:
+        raise typer.BadParameter(
+            f"'{word}' is not FIGURE=NUMBER, such as avg_normalized=0.95",
+            param_hint="--fail-under",
+        ) from None

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mowmerge.cli import output
+from mowmerge.cli import output, reports
+from mowmerge.errors import RecipeError
 
 if TYPE_CHECKING:
+    from mowmerge.api import Result
+    from mowmerge.evals.schema import Report
     from mowmerge.planner import Options
+    from mowmerge.recipe.model import Recipe
 
 
 def merge(
@@ -34,6 +39,9 @@ def merge(
     allow_pickle: Annotated[
         bool, typer.Option(help="Also read .bin and .pt files (weights_only).")
     ] = False,
+    eval_: Annotated[
+        bool, typer.Option("--eval", help="Then score it on the recipe's tasks; see eval.")
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
@@ -44,6 +52,8 @@ def merge(
       mowmerge merge recipe.yaml merged/demo
 
       mowmerge merge recipe.yaml --dry-run --json
+
+      mowmerge merge recipe.yaml merged/demo --eval
 
       mowmerge merge recipe.yaml merged/demo --set parameters.density=0.3 --force
     """
@@ -57,12 +67,34 @@ def merge(
         plan = planned(recipe, overrides=set_ or [], options=options)
         output.show_plan(plan, as_json=json_)
         return
+    parsed = api.check(recipe, set_ or [])
+    if eval_ and not parsed.tasks:
+        raise RecipeError("--eval needs tasks, and the recipe has none", where=parsed.file)
     with output.Progress(quiet or json_) as progress:
         result = api.merge(
-            recipe, out, overrides=set_ or [], options=options, hashes=hash_, force=force,
-            begin=progress.begin, tell=progress.tell,
+            parsed, out, options=options, hashes=hash_, force=force, begin=progress.begin,
+            tell=progress.tell,
         )  # fmt: skip
-    output.show_result(result, as_json=json_, quiet=quiet)
+    if not eval_:
+        output.show_result(result, as_json=json_, quiet=quiet)
+        return
+    report = _scored(result, parsed, quiet or json_)
+    output.show_result(result, as_json=json_, quiet=quiet, evaluation=report)
+    if not json_ and not quiet:
+        reports.show(report, api.report_folder(result.path), as_json=False)
+
+
+def _scored(result: Result, recipe: Recipe, hidden: bool) -> Report:
+    """Scores a merge beside what it was made of, and has its card tell of it."""
+    from mowmerge import api
+
+    against = ["base", "experts"] if recipe.base is not None else ["experts"]
+    with output.Items(hidden) as progress:
+        found = api.evaluate(result.path, recipe, against=against, begin=progress.begin)
+    command = shlex.join(["mowmerge", "merge", str(recipe.file), str(result.path), "--eval"])
+    report = api.report_on(found, result.path, recipe, command=command)
+    api.tell_card(result.path)
+    return report
 
 
 def _options(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mowmerge.api import Advance, Result, Trained
+    from mowmerge.evals.schema import Report
     from mowmerge.evals.score import Evaluation
     from mowmerge.plan import Plan, TensorJob
 
@@ -349,11 +350,14 @@ def show_trained(result: Trained, *, as_json: bool, quiet: bool) -> None:
     )
 
 
-def show_result(result: Result, *, as_json: bool, quiet: bool) -> None:
-    """Where the checkpoint is and what it took."""
+def show_result(
+    result: Result, *, as_json: bool, quiet: bool, evaluation: Report | None = None
+) -> None:
+    """Where the checkpoint is and what it took; in JSON with its evaluation."""
     summary = {k: v for k, v in result.report.items() if k != "tensors"}
     if as_json:
-        print(json.dumps({"path": str(result.path), **summary}))
+        scored = {"evaluation": evaluation.model_dump(mode="json")} if evaluation else {}
+        print(json.dumps({"path": str(result.path), **summary, **scored}))
         return
     if quiet:
         return
