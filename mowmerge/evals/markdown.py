@@ -13,7 +13,7 @@ from mowmerge.evals.words import NONE
 def render(report: Report) -> str:
     """The whole report: what it says, the scores, what is sure, costs, flags, how to repeat it."""
     lines = [
-        f"# {_plain(report.subject)}: evaluation",
+        f"# {_plain(words.title(report))}: evaluation",
         "",
         f"**{_plain(words.headline(report))}**",
         "",
@@ -125,7 +125,13 @@ def _flags(report: Report) -> list[str]:
 def _data(report: Report) -> list[str]:
     rows = [["task", "data", "split", "n", "sha256"]]
     rows += [
-        [task, data.source, data.split, str(data.n), f"`{data.sha256[:16]}`" if data.sha256 else ""]
+        [
+            task,
+            words.source(data.source),
+            data.split,
+            str(data.n),
+            f"`{data.sha256[:16]}`" if data.sha256 else "",
+        ]
         for task, data in report.data.items()
     ]
     return table(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -86,6 +87,16 @@ def flag(value: Any) -> str:
     return NONE if value in (None, "") else str(value)
 
 
+def source(text: str) -> str:
+    """A data set's arguments: its path first, then the others' values."""
+    try:
+        held = json.loads(text)
+    except ValueError:
+        return text
+    rest = [str(value) for name, value in held.items() if name != "path"]
+    return " ".join([str(held.get("path", "")), *rest]).strip()
+
+
 def summary_of(report: Report, row: str) -> Summary:
     """A row's summary."""
     return next(each for each in report.summary if each.row == row)
@@ -104,6 +115,12 @@ def test_of(report: Report, rival: str, task: str) -> Test | None:
 def better(report: Report, test: Test) -> float:
     """A test's difference, above 0 where the subject is better."""
     return test.difference if report.data[test.task].higher_is_better else -test.difference
+
+
+def title(report: Report) -> str:
+    """The subject's name for a heading: its recipe's, where it is just what was merged."""
+    model, told, way = report.subject.partition(", ")
+    return (report.run.recipe if model == "merged" else model) + told + way
 
 
 def headline(report: Report) -> str:

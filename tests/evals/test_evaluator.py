@@ -17,7 +17,6 @@ from mowmerge import api
 from mowmerge.errors import CheckpointError, RecipeError, SourceError
 from mowmerge.evals import evaluator
 from mowmerge.evals.settings import Options
-from tests.zoo import Zoo
 
 SIZES: dict[str, Any] = {
     "image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2,
@@ -120,19 +119,6 @@ def test_the_table_by_hand() -> None:
     assert rows[0] == {"model": "merged", "a": 0.6, "b": 0.2, "mean": pytest.approx(0.4),
                        "normalised": pytest.approx((0.75 + 0.5) / 2)}  # fmt: skip
     assert rows[1]["normalised"] == 1
-
-
-def test_the_command_prints_a_table_or_one_object(tmp_path: Path, recipe: Path) -> None:
-    zoo = Zoo(tmp_path)
-    ran = zoo.here("eval", "out", "--tasks", "recipe.yaml")
-    assert ran.rc == 0, ran.err
-    lines = [line.split() for line in ran.out.splitlines()]
-    assert lines[0] == ["model", "pets", "sky", "mean", "normalised"]
-    assert [line[0] for line in lines[2:]] == ["merged", "base", "expert"]
-    ran = zoo.here("eval", "out", "--tasks", "recipe.yaml", "--against", "", "--json")
-    found = json.loads(ran.out)
-    assert [len(score["predicted"]) for score in found["scores"]] == [COUNT, COUNT]
-    assert zoo.here("eval", "out", "--tasks", "recipe.yaml", "--against", "x").rc == 2
 
 
 def change(recipe: Path, **task: Any) -> Path:

@@ -26,12 +26,10 @@ def render(report: Report) -> str:
     found = [each for each in made if each is not None]
     links = [node("a", NAMED[each.attrib["id"]], href=f"#{each.attrib['id']}") for each in found]
     run = report.run
-    kicker = f"mowmerge evaluation · recipe {run.recipe}" + (
-        f" · by {run.method}" if run.method else ""
-    )
+    kicker = "mowmerge evaluation" + (f" · merged by {run.method}" if run.method else "")
     head: list[Node] = [
         node("p", kicker, class_="kicker"),
-        node("h1", report.subject),
+        node("h1", words.title(report)),
         node("p", words.headline(report), class_="lead"),
         node("ul", *(node("li", line) for line in words.verdicts(report)), class_="verdicts"),
     ]
@@ -49,7 +47,7 @@ def render(report: Report) -> str:
                   f" prediction in {report.items}.")),
     )  # fmt: skip
     style = files(__package__).joinpath("style.css").read_text("utf-8")
-    title = f"{report.subject}: mowmerge evaluation"
+    title = f"{words.title(report)}: mowmerge evaluation"
     meta = [
         node("meta", charset="utf-8"),
         node("meta", name="viewport", content="width=device-width, initial-scale=1"),

@@ -128,7 +128,7 @@ def cells(
     own: Mapping[str, str] | None = None,
     unit: str = "",
 ) -> Element:
-    """A heat map in a panel: names at the left, columns numbered or named below, values in the
+    """A heat map in a panel: names at the left, columns numbered or named below, hundredths in the
     cells where they fit, a frame around a row's own column."""
     names = 84.0
     wide = min(30.0, (WIDTH - names) / max(1, len(columns)))
@@ -144,8 +144,8 @@ def cells(
                        height=tall - 1.5, rx=1.5, class_=f"cell {kind}")  # fmt: skip
             drawn.append(box)
             if value is not None and wide >= 24:
-                drawn.append(label(x + wide / 2, y + tall / 2 + 3.5, _short(value, high), "middle",
-                                   f"in {kind}"))  # fmt: skip
+                shown = f"{round(100 * value)}".replace("-", "\N{MINUS SIGN}")
+                drawn.append(label(x + wide / 2, y + tall / 2 + 3.5, shown, "middle", f"in {kind}"))
             if own and own.get(name) == columns[j]:
                 drawn.append(node("rect", x=x + 0.5, y=y + 0.5, width=wide - 1, height=tall - 1,
                                   rx=2, class_="own"))  # fmt: skip
@@ -158,10 +158,6 @@ def cells(
         for name, row in list(values.items())[:24]
     )
     return svg(bottom + below, title, desc, *drawn)
-
-
-def _short(value: float, high: float) -> str:
-    return f"{100 * value:.0f}" if high <= 1 else f"{value:.2g}"
 
 
 def _fits(columns: Sequence[str], wide: float) -> bool:

@@ -174,7 +174,7 @@ def forgetting(report: Report) -> Element | None:
         "", "on", "tasks", "points", "interval", "of the base's score", "worse than the base on",
     ]  # fmt: skip
     made = table(heads, rows, "Mean difference from the base; below 0 is forgotten",
-                 strong=lambda row: row[0] == report.subject)  # fmt: skip
+                 least=700, strong=lambda row: row[0] == report.subject)  # fmt: skip
     return section("forgetting", "Against the base", "", made)
 
 
@@ -189,7 +189,14 @@ def rests(report: Report) -> Element:
         for name, m in report.models.items()
     ]
     data: list[list[Node]] = [
-        [name, d.source, d.split, f"{d.n:,}", d.metric, node("span", d.sha256, class_="hash")]
+        [
+            name,
+            words.source(d.source),
+            d.split,
+            f"{d.n:,}",
+            d.metric,
+            node("span", d.sha256, class_="hash"),
+        ]
         for name, d in report.data.items()
     ]
     heads: list[Node] = ["", *(name.replace("_", " ") for name in names)]
@@ -199,8 +206,8 @@ def rests(report: Report) -> Element:
     return section(
         "provenance", "What the figures rest on", "",
         table(heads, flags, "Flags by row") if flags else None,
-        table(data_heads, data, "Data"),
-        table(model_heads, models, "Models") if models else None,
+        table(data_heads, data, "Data", least=980),
+        table(model_heads, models, "Models", least=900) if models else None,
         table(["setting", "value"], settings, "Settings") if settings else None,
         node("h3", "To repeat it"), node("pre", report.run.command) if report.run.command else None,
     )  # fmt: skip
