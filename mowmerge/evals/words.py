@@ -131,12 +131,12 @@ def headline(report: Report) -> str:
         sure = shares(found.normalised_interval)
         between = f" ({100 * report.run.level:.0f} % interval {sure})" if sure else ""
         return (
-            f"{report.subject} keeps {percent(found.normalised)} of its experts' scores{between},"
+            f"{title(report)} keeps {percent(found.normalised)} of its experts' scores{between},"
             f" averaged over {tasks}."
         )
     if found.mean is not None:
-        return f"{report.subject} scores {figure(found.mean)} on average over {tasks}."
-    return f"{report.subject} was scored on {tasks}."
+        return f"{title(report)} scores {figure(found.mean)} on average over {tasks}."
+    return f"{title(report)} was scored on {tasks}."
 
 
 def verdicts(report: Report) -> list[str]:

@@ -143,7 +143,7 @@ def test_a_card_is_told_of_the_subject(tmp_path: Path) -> None:
     values = [s.value for s in found.scores if s.row == "merged"]
     assert [r["metrics"][0]["value"] for r in model["results"]] == values
     lines = published.lines(found)
-    assert lines[0].startswith("merged keeps ")
+    assert lines[0].startswith("recipe keeps ")
     assert sum(line.startswith("| ") for line in lines) == 2 + len(TASKS)
 
 

@@ -164,7 +164,7 @@ def test_a_report_of_scores_alone_is_whole_too(tmp_path: Path) -> None:
     bare, _ = made(tmp_path, Evaluation([score("merged", "sky", 0.9, "x")]))
     assert bare.merge is None
     assert Page(page.render(bare)).open == []
-    assert "merged scores" in markdown.render(bare)
+    assert "recipe scores" in markdown.render(bare)
     assert bare.summary[0].absent["normalised"] == "sky: no expert was scored on it"
 
 
