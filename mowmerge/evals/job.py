@@ -8,7 +8,7 @@ from threading import Lock
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from mowmerge.recipe.model import Task
+from mowmerge.recipe.task import Task
 
 Answer = dict[str, Any]  # what a model said of one item, as JSON has it
 

@@ -13,7 +13,6 @@ from mowmerge.errors import Problem
 from mowmerge.methods import registry
 from mowmerge.recipe.model import (
     NAME,
-    Asking,
     Heads,
     Loc,
     Match,
@@ -22,8 +21,6 @@ from mowmerge.recipe.model import (
     Recipe,
     Rest,
     Rule,
-    Splits,
-    Task,
 )
 from mowmerge.recipe.parameters import (
     Fault,
@@ -35,6 +32,7 @@ from mowmerge.recipe.parameters import (
     shown,
     unknown_model,
 )
+from mowmerge.recipe.task import Asking, Splits, Task
 from mowmerge.recipe.task_types import TYPES
 from mowmerge.recipe.text import dotted
 
@@ -140,9 +138,9 @@ def _names(data: Mapping[str, Any]) -> Iterator[Fault]:
 def _task(loc: Loc, task: Mapping[str, Any]) -> Iterator[Fault]:
     """What a task says that its type knows nothing of, and what it lacks."""
     kind, metric = task.get("type"), task.get("metric")
-    if kind not in TYPES:
+    if not isinstance(kind, str) or kind not in TYPES:
         return  # which pydantic reports
-    about = TYPES[str(kind)]
+    about = TYPES[kind]
     if about.columns and "data" not in task:
         yield Fault((*loc, "data"), f"'{dotted((*loc, 'data'))}' is missing")
     if about.metrics and isinstance(metric, str) and metric not in about.metrics:
@@ -184,8 +182,8 @@ def _fit(data: Mapping[str, Any]) -> Iterator[Fault]:
 
 def _trains(task: Mapping[str, Any]) -> bool:
     """Whether a fit uses the task: not one that is held out, nor one that is only scored."""
-    kind = task.get("type")
-    return task.get("expert") is not None and (kind not in TYPES or TYPES[str(kind)].trains)
+    kind = str(task.get("type"))
+    return task.get("expert") is not None and (kind not in TYPES or TYPES[kind].trains)
 
 
 def _match_faults(origin: Origin, match: Any, loc: Loc) -> Iterator[Fault]:

@@ -12,7 +12,8 @@ from pydantic import Field, ValidationError
 from mowmerge.errors import RecipeError, ResourceError
 from mowmerge.methods import registry
 from mowmerge.plan import Fit, TensorJob
-from mowmerge.recipe.model import Recipe, Strict
+from mowmerge.recipe.fields import Strict
+from mowmerge.recipe.model import Recipe
 
 HELD = 4 << 30  # bytes of task vectors that a fit keeps in memory where no limit says otherwise
 LISTED = 5  # names in a message

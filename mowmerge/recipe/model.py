@@ -13,17 +13,16 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PrivateAttr,
     StrictBool,
-    StrictInt,
     WithJsonSchema,
     model_validator,
 )
 
+from mowmerge.recipe.fields import Globs, Names, Strict, listed, one_or_more
+from mowmerge.recipe.task import Task
 from mowmerge.recipe.task_types import TYPES
 
 Loc = tuple[str | int, ...]
@@ -31,13 +30,6 @@ Role = Literal["embedding", "attention", "mlp", "norm", "head", "router", "other
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 SPAN = r"[0-9]+\.\.[0-9]+"
 SIZE = r"([0-9]+(?:\.[0-9]+)?) ?([KMGTkmgt]?)([Ii]?)[Bb]"
-
-
-def _listed(value: Any) -> Any:
-    """One item is a list of one."""
-    if value == []:
-        raise ValueError("is an empty list")
-    return value if isinstance(value, list | tuple) else [value]
 
 
 def _span(value: Any) -> tuple[int, int]:
@@ -81,34 +73,16 @@ def _some(value: Mapping[str, Any]) -> Mapping[str, Any]:
     return value
 
 
-def _distinct(value: tuple[str, ...]) -> tuple[str, ...]:
-    for name in value:
-        if value.count(name) > 1:
-            raise ValueError(f"names '{name}' twice")
-    return value
-
-
-def _one_or_more(item: Mapping[str, Any]) -> WithJsonSchema:
-    return WithJsonSchema({"anyOf": [item, {"type": "array", "items": item, "minItems": 1}]})
-
-
 Source = Annotated["str | Recipe", BeforeValidator(_source)]
-Globs = Annotated[tuple[str, ...], BeforeValidator(_listed), _one_or_more({"type": "string"})]
-Names = Annotated[
-    tuple[str, ...],
-    BeforeValidator(_listed),
-    AfterValidator(_distinct),
-    _one_or_more({"type": "string"}),
-]
 Roles = Annotated[
     tuple[Role, ...],
-    BeforeValidator(_listed),
-    _one_or_more({"enum": list(get_args(Role))}),
+    BeforeValidator(listed),
+    one_or_more({"enum": list(get_args(Role))}),
 ]
 Layers = Annotated[
     tuple[Annotated[tuple[int, int], BeforeValidator(_span)], ...],
-    BeforeValidator(_listed),
-    _one_or_more(
+    BeforeValidator(listed),
+    one_or_more(
         {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": f"^{SPAN}$"}]}
     ),
 ]
@@ -144,12 +118,6 @@ class Origin:
         """`file.yaml:12`, or `--set key=value` where an override put it there."""
         line = self.line(loc)
         return f"{self.file}:{line}" if isinstance(line, int) else line
-
-
-class Strict(BaseModel):
-    """Frozen, and closed to unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Match(Strict):
@@ -245,81 +213,6 @@ class Rest(Strict):
     def __hash__(self) -> int:
         """Identity, as a recipe's."""
         return id(self)
-
-
-class Splits(Strict):
-    """Which split of the data serves what."""
-
-    router: str | None = Field(default=None, description="Split that routers are trained on.")
-    select: str | None = Field(default=None, description="Split that choices are made on.")
-    eval: str | None = Field(default=None, description="Split that scores are taken on.")
-
-
-Count = Annotated[StrictInt, Field(ge=1)]
-
-
-class Asking(Strict):
-    """How a task is put to a model; each type of task takes some of these."""
-
-    classes: Names | None = Field(
-        default=None,
-        description="zero-shot: what prompts call the classes, in the order of the labels; the"
-        " names in the data if absent.",
-    )
-    templates: Names = Field(
-        default=("a photo of a {}.",), description="zero-shot: prompts, with {} for the class."
-    )
-    clip: str | None = Field(
-        default=None,
-        description="zero-shot: the CLIP model whose text tower and projections serve, where only"
-        " vision towers are merged.",
-    )
-    window: Count | None = Field(
-        default=None, description="causal-lm, multiple-choice: tokens at once; all it takes."
-    )
-    stride: Count | None = Field(
-        default=None, description="causal-lm: tokens by which windows advance; half a window."
-    )
-    max_new_tokens: Count = Field(
-        default=64, description="generation: an answer that goes on longer is cut, and counted."
-    )
-    stop: Names | None = Field(default=None, description="generation: texts that end an answer.")
-    chat: StrictBool = Field(
-        default=False, description="generation: the input is a user's turn of the chat template."
-    )
-    name: str | None = Field(default=None, description="lm-eval: its task; the task's own name.")
-    include: str | None = Field(default=None, description="lm-eval: a folder of task YAMLs.")
-    few_shot: Annotated[StrictInt, Field(ge=0)] | None = Field(
-        default=None, description="lm-eval: examples in the prompt; what the task says if absent."
-    )
-
-
-class Task(Strict):
-    """What a model is trained or measured on."""
-
-    expert: str | None = Field(
-        default=None,
-        description="The model that was fine-tuned for this task; none: it is held out.",
-    )
-    type: Literal[
-        "image-classification", "text-classification", "zero-shot-image-classification",
-        "causal-lm", "multiple-choice", "generation", "lm-eval",
-    ] = Field(description="What kind of task it is.")  # fmt: skip
-    data: Mapping[str, Any] = Field(
-        default_factory=dict, description="Arguments of datasets.load_dataset."
-    )
-    columns: Mapping[str, str] = Field(
-        default_factory=dict, description="Which column is what the task's type reads."
-    )
-    splits: Splits = Field(default=Splits(), description="Which split serves what.")
-    options: Asking = Field(default=Asking(), description="How it is put to a model.")
-    metric: str | None = Field(
-        default=None, description="What is measured; the task type's own if absent."
-    )
-    limit: Count | None = Field(default=None, description="At most this many items of each split.")
-    seed: Annotated[StrictInt, Field(ge=0)] = Field(
-        default=0, description="Seed of the order of items."
-    )
 
 
 class Output(Strict):

@@ -175,8 +175,10 @@ def _load(recipe: Recipe, task: str) -> Mapping[str, Any]:
         with without_bars():
             loaded = datasets.load_dataset(**given)
     except Exception as error:  # missing files, no network, damaged files: each with its own type
+        empty = "corresponds to no data" in str(error)
+        what = "has an empty split" if empty else "cannot be loaded"
         raise SourceError(
-            f"the data of task '{task}' cannot be loaded: {str(error).strip() or repr(error)}",
+            f"the data of task '{task}' {what}: {str(error).strip() or repr(error)}",
             where=where,
             hint="`data` takes the arguments of datasets.load_dataset; paths start at the recipe",
         ) from error

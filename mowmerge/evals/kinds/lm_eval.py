@@ -22,7 +22,8 @@ from typing import Any
 from mowmerge.errors import RecipeError, SourceError, did_you_mean
 from mowmerge.evals.job import Answer, Job, Place, Scored, Tools
 from mowmerge.evals.models import Loaded
-from mowmerge.recipe.model import Asking, Recipe
+from mowmerge.recipe.model import Recipe
+from mowmerge.recipe.task import Asking
 from mowmerge.tensors import torch
 
 FAMILY = "lm"

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from mowmerge import api
-from mowmerge.errors import RecipeError
+from mowmerge.errors import RecipeError, SourceError
 from mowmerge.evals import models
 from mowmerge.evals.score import Score
 from mowmerge.evals.settings import Options
@@ -195,5 +195,5 @@ def test_labels_and_empty_splits_are_refused_before_a_model_is_loaded(
     none.to_parquet(tmp_path / "none.parquet")
     data = {"path": "parquet", "data_files": {"test": "./none.parquet"}}
     file = recipe(tmp_path, "base", ["one"], {"t": {"type": "causal-lm", "data": data}})
-    with pytest.raises(RecipeError, match="split of task 't' is empty"):
+    with pytest.raises(SourceError, match="task 't' has an empty split"):
         api.evaluate({}, file, against=["experts"])
