@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import fsum
+from math import fsum, isfinite
 from zlib import crc32
 
 import numpy as np
@@ -71,10 +71,12 @@ class Table:
 def tabled(scores: Sequence[Score], held_out: Collection[str] = ()) -> Table:
     """The table: every task's rows resampled together. held_out: tasks that have no expert."""
     by_task: dict[str, list[Score]] = defaultdict(list)
-    for score in scores:
+    finite = [score for score in scores if isfinite(score.value)]
+    for score in finite:
         by_task[score.task].append(score)
     draws: dict[tuple[str, str], Array] = {}
-    failures: list[str] = []
+    failures = [f"{s.task}, {s.row}: the score is {s.value}: left out" for s in scores
+                if not isfinite(s.value)]  # fmt: skip
     for task, held in by_task.items():
         sized: dict[int, list[Score]] = defaultdict(list)
         for score in held:
@@ -84,8 +86,8 @@ def tabled(scores: Sequence[Score], held_out: Collection[str] = ()) -> Table:
             failures.append(f"{task}: rows were scored on different numbers of items ({counts})")
         for same in sized.values():
             draws |= _resampled(same, failures)
-    rows = list(dict.fromkeys(score.row for score in scores))
-    found = {(s.row, s.task): s for s in scores}
+    rows = list(dict.fromkeys(score.row for score in finite))
+    found = {(s.row, s.task): s for s in finite}
     without = [task for task in by_task if task in held_out]
     return Table(found, draws, rows, list(by_task), without, failures)
 
@@ -157,6 +159,9 @@ def _part(table: Table, score: Score, experts: Sequence[str], own: str | None) -
     absent = {"interval": "no items that its metric is known of"} if draws is None else {}
     absent |= {"normalised": share} if isinstance(share, str) else {}
     absent |= {"recovery": recovery} if isinstance(recovery, str) else {}
+    nll = fsum(score.nll) / len(score.nll) if score.nll else None
+    if nll is not None and not isfinite(nll):
+        absent["nll"] = "a true class was given no probability at all"
     routing = None
     if own in experts and score.routed:
         number = experts.index(own)
@@ -172,9 +177,9 @@ def _part(table: Table, score: Score, experts: Sequence[str], own: str | None) -
         ),
         recovery=None if isinstance(recovery, str) else recovery,
         ece=statistics.calibration(score.confidence, score.items)[1] if judged(score) else None,
-        nll=fsum(score.nll) / len(score.nll) if score.nll else None,
+        nll=nll if nll is not None and isfinite(nll) else None,
         routing_accuracy=routing,
-        extras=dict(score.extras),
+        extras={name: value for name, value in score.extras.items() if isfinite(value)},
         absent=absent,
     )
 

@@ -95,8 +95,9 @@ def _forgetting(report: Report) -> list[str]:
 
 
 def _costs(report: Report) -> list[str]:
+    missing = words.uncosted(report)
     if not report.costs:
-        return []
+        return [missing]
     rows = [["", "parameters", "on disk", "peak memory", "latency", "items a second"]]
     for cost in report.costs:
         told = {
@@ -106,7 +107,7 @@ def _costs(report: Report) -> list[str]:
         }  # fmt: skip
         cells = [f"{said} {_times(cost.ratios.get(name))}".rstrip() for name, said in told.items()]
         rows.append([cost.row, *cells])
-    return table(rows, numbers_from=1)
+    return table(rows, numbers_from=1) + (["", _plain(missing)] if missing else [])
 
 
 def _times(ratio: float | None) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def build(found: Evaluation, recipe: Recipe, command: str = "") -> tuple[Report,
     Raises:
         SourceError: nothing was scored but base and experts.
     """
-    subject = figures.headline(found.scores)
+    subject = figures.headline([s for s in found.scores if isfinite(s.value)])
     if subject is None:
         raise SourceError("there is no merge to report on", hint="name a merged folder")
     first = (BASE, EXPERT)  # then merges, in the order they were scored in

@@ -154,6 +154,18 @@ def verdicts(report: Report) -> list[str]:
     return lines
 
 
+def uncosted(report: Report) -> str:
+    """Which rows' costs are not known; empty where all are."""
+    measured = {cost.row for cost in report.costs}
+    missing = [row for row in report.rows if row not in measured]
+    if not missing:
+        return ""
+    return (
+        f"Not measured here, for what they answered was kept from an earlier run (--no-cache"
+        f" measures anew): {', '.join(missing)}."
+    )
+
+
 def reading(report: Report) -> list[str]:
     """How the figures are to be read."""
     run = report.run

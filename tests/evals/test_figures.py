@@ -171,3 +171,15 @@ def test_the_joint_row_speaks_before_the_task_given() -> None:
     assert figures.headline(scores) == "mow, task given"
     assert figures.headline([*scores, score("mow", "sky", "1")]) == "mow"
     assert figures.headline([score("base", "sky", "1")]) is None
+
+
+def test_a_score_that_is_no_number_is_left_out_and_named() -> None:
+    broken = Score("merged", "", "sky", "perplexity", float("nan"), (), (), [1.0] * 4)
+    table, found, rows = parts([score("base", "sky", "1100"), broken])
+    assert table.failures == ["sky, merged: the score is nan: left out"]
+    assert set(found) == {("base", "sky")}
+    assert set(rows) == {"base"}
+    endless = score("merged", "sky", "1111", nll=[float("inf")] * 100, extras={"x": float("nan")})
+    _, found, _ = parts([endless])
+    assert (found["merged", "sky"].nll, dict(found["merged", "sky"].extras)) == (None, {})
+    assert "probability" in found["merged", "sky"].absent["nll"]

@@ -194,3 +194,12 @@ def test_many_layers_tasks_and_models_stay_below_a_megabyte(tmp_path: Path) -> N
     ]
     text = page.render(found.model_copy(update={"merge": merge, "gates": gates}))
     assert len(text.encode()) < 1_000_000
+
+
+def test_a_row_whose_answers_were_kept_has_no_costs_and_it_says_so(tmp_path: Path) -> None:
+    found, _ = made(tmp_path)
+    some = found.model_copy(update={"costs": found.costs[:2]})
+    for text in (page.render(some), markdown.render(some)):
+        assert "--no-cache measures anew): merged, " in text
+    for text in (page.render(found), markdown.render(found)):
+        assert "--no-cache" not in text

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, log10
 from xml.etree.ElementTree import Element
@@ -66,15 +66,18 @@ def bars(title: str, rows: Sequence[Bar], top: float, reference: float | None) -
     right = WIDTH - 46
     scale = (right - NAMES) / top
     drawn: list[Node] = []
+
+    def at(value: float) -> float:
+        return NAMES + min(max(value, 0.0), top) * scale
+
     for i, row in enumerate(rows):
         y = i * ROW + 4
         kind = "strong" if row.strong else ""
         drawn.append(label(NAMES - 8, y + 12, row.name, "end", f"label {kind}"))
         if row.value is not None:
-            wide = max(0.0, row.value) * scale
-            drawn.append(node("rect", x=NAMES, y=y + 2, width=wide, height=12.0, rx=1.5,
-                              class_=f"bar {kind}"))  # fmt: skip
-        drawn += whisker(row.interval, lambda v: NAMES + v * scale, y + 8)
+            drawn.append(node("rect", x=NAMES, y=y + 2, width=at(row.value) - NAMES, height=12.0,
+                              rx=1.5, class_=f"bar {kind}"))  # fmt: skip
+        drawn += whisker(row.interval, at, y + 8)
         drawn.append(label(WIDTH, y + 12, row.says, "end", f"value {kind}"))
     height = len(rows) * ROW + 6
     if reference is not None:
@@ -83,11 +86,11 @@ def bars(title: str, rows: Sequence[Bar], top: float, reference: float | None) -
     return svg(height, title, described(rows), *drawn)
 
 
-def whisker(interval: Pair | None, at: object, y: float) -> list[Node]:
+def whisker(interval: Pair | None, at: Callable[[float], float], y: float) -> list[Node]:
     """An interval as a line with ends."""
     if interval is None:
         return []
-    low, high = (at(end) for end in interval)  # type: ignore[operator]
+    low, high = (at(end) for end in interval)
     return [
         line(low, y, high, y, "whisker"),
         line(low, y - 3, low, y + 3, "whisker"),

@@ -131,10 +131,15 @@ def _number(value: float | None) -> str:
     return words.NONE if value is None else words.minus(f"{value:.3f}")
 
 
-def costs(report: Report) -> Element | None:
+def costs(report: Report) -> Element:
     """What each row costs, and how many experts' worth that is."""
+    note = (
+        "A static merge costs what one expert does; a dynamic one holds more and mixes weights for"
+        " each input. Latency is of one item alone, throughput of full batches."
+    )
+    missing = words.uncosted(report)
     if not report.costs:
-        return None
+        return section("costs", "What it costs", missing)
     rows: list[list[Node]] = []
     for cost in report.costs:
         ratios = cost.ratios
@@ -149,11 +154,7 @@ def costs(report: Report) -> Element | None:
     heads: list[Node] = ["", "parameters", "on disk", "peak memory", "latency", "throughput"]
     made = table(heads, rows, "As measured, and as a multiple of one expert", kind="figures",
                  strong=lambda row: row[0] == report.subject)  # fmt: skip
-    note = (
-        "A static merge costs what one expert does; a dynamic one holds more and mixes weights for"
-        " each input. Latency is of one item alone, throughput of full batches."
-    )
-    return section("costs", "What it costs", note, made)
+    return section("costs", "What it costs", f"{note} {missing}".strip(), made)
 
 
 def _cost(said: str, ratio: float | None) -> Element:

@@ -72,7 +72,21 @@ def heat(report: Report) -> Element:
         f"Colour is the {what}. ▲ and ▼: {report.subject} is better or worse than this row by more"
         " than chance; no mark: not told apart, or not tested."
     )
-    return section("scores", "Scores by task and model", note, made, _key(low, relative))
+    return section(
+        "scores", "Scores by task and model", note, made, _key(low, relative), _extras(report)
+    )
+
+
+def _extras(report: Report) -> Element | None:
+    """What else was measured on the way."""
+    rows: list[list[Node]] = [
+        [s.row, s.task, name.replace("_", " "), f"{value:.4g}"]
+        for s in report.scores for name, value in s.extras.items()
+    ]  # fmt: skip
+    if not rows:
+        return None
+    told = table(["", "task", "figure", "value"], rows, "As the tasks report them")
+    return node("details", node("summary", "Other figures"), told)
 
 
 def _score(report: Report, row: str, task: str, low: float, relative: bool) -> Element:
@@ -82,6 +96,8 @@ def _score(report: Report, row: str, task: str, low: float, relative: bool) -> E
     metric = report.data[task].metric
     said = words.figure(part.value, metric)
     coloured = part.normalised if relative else part.value
+    if not relative and not report.data[task].higher_is_better:
+        coloured = None  # of nothing that has a top
     full = f"{row} on {task}: {metric} {part.value:.4g}" + (
         f", interval {words.span(part.interval, metric)}" if part.interval else ""
     )
