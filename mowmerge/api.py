@@ -275,14 +275,14 @@ def push(
 
 
 def demo(folder: str | Path, tell: Callable[[str], None] = lambda line: None) -> Evaluation:
-    """Builds a small real zoo in `folder`, merges it three ways, and scores every model.
+    """Builds a small real zoo in `folder`, merges it five ways, trains routers, scores them all.
 
-    `tell` is given a line now and then. Experts are trained in processes of their own: a script
+    The report lies in `folder`/report. `tell` is given a line now and then. Experts are trained in processes of their own: a script
     that calls this needs `if __name__ == "__main__"`.
     """
-    from mowmerge.demo import zoo
+    from mowmerge.demo import tour
 
-    return zoo.run(Path(folder), lambda recipe, out: merge(recipe, out, force=True), tell)
+    return tour.run(Path(folder), lambda recipe, out: merge(recipe, out, force=True), tell)
 
 
 def _write_dynamic(planned: Plan, readers: Mapping[str, TensorReader], sink: Sink) -> None:

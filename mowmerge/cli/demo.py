@@ -1,4 +1,4 @@
-"""`mowmerge demo`: build a small real zoo, merge it, score everything."""
+"""`mowmerge demo`: build a small real zoo, merge it, train routers, report on everything."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def demo(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Train a small vision transformer and eight experts, merge them three ways and score all.
+    """Train a small vision transformer and eight experts, merge them five ways, report on all.
 
     Examples:
 
@@ -33,3 +33,4 @@ def demo(
             print(line, file=sys.stderr, flush=True)
 
     output.show_scores(api.demo(folder, tell), as_json=json_)
+    tell(f"report: {folder / 'report' / 'report.html'}")

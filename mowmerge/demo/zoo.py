@@ -1,9 +1,8 @@
-"""The demonstration: a base and eight experts built here, merged three ways, scored on every task.
+"""The demonstration's models and data: a base and eight experts, built here.
 
     DIR/base          the bare backbone; heads/ has the head of each task, as a merged folder has
     DIR/<task>        an expert: the base fine-tuned on one task, its head untouched
     DIR/data/<task>   train, validation and test as parquet
-    DIR/<name>.yaml   recipes; DIR/merged/<name> what they make
 
 Same bytes on one build of torch, pyarrow and pillow and one type of processor, however many
 processes train: another processor may add in another order.
@@ -18,17 +17,13 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import Any
 
 from mowmerge.demo import images
 from mowmerge.demo.images import SPLITS, TASKS
-from mowmerge.errors import CheckpointError, MowmergeError, ResourceError
-from mowmerge.evals import evaluator
-from mowmerge.evals.score import Evaluation
-from mowmerge.recipe import parse
+from mowmerge.errors import MowmergeError, ResourceError
 from mowmerge.tasks import heads
 from mowmerge.tasks.data import without_bars
 
@@ -38,37 +33,9 @@ SEED = 0
 PROCESSES = min(4, os.cpu_count() or 1)  # that train experts, each in a thread
 SAY_EVERY = 50  # steps of the base
 
-METHODS = {
-    "linear": ("The plain average.", "{}"),
-    "task_arithmetic": (
-        "The scale is the best of 0.05 to 0.5 on the validation splits.",
-        "{scale: 0.05}",
-    ),
-    "ties": (
-        "The scale is the best of 0.05 to 0.7 on the validation splits.",
-        "{density: 0.2, scale: 0.2}",
-    ),
-}
-
-
-def run(folder: Path, merge: Callable[[Path, Path], object], tell: Tell) -> Evaluation:
-    """Builds the zoo in `folder`, has `merge(recipe, out)` do each recipe, scores all on test.
-
-    Raises:
-        SourceError: a package that the zoo needs is not installed.
-        CheckpointError: something in `folder` is damaged.
-        ResourceError: `folder` is a file, or a training ended early.
-    """
-    try:
-        build(folder, tell)
-        return _merge_and_score(folder, merge, tell)
-    except CheckpointError as error:
-        hint = f"remove what is damaged, or all of {folder}, and run the demo again"
-        raise CheckpointError([replace(each, hint=hint) for each in error.problems]) from error
-
 
 def build(folder: Path, tell: Tell = lambda line: None) -> None:
-    """The zoo in `folder`: data, base, experts, recipes; what is there already is kept."""
+    """The zoo in `folder`: data, base and experts; what is there already is kept."""
     images.installed()
     if folder.exists() and not folder.is_dir():
         raise ResourceError("is a file", where=str(folder), hint="name a folder for the demo")
@@ -82,39 +49,6 @@ def build(folder: Path, tell: Tell = lambda line: None) -> None:
     missing = [name for name in TASKS if not (folder / name).exists()]
     if missing:
         _train_experts(folder, missing, tell)
-    for name in METHODS:
-        if not (folder / f"{name}.yaml").exists():
-            (folder / f"{name}.yaml").write_text(recipe(name), "utf-8")
-
-
-def _merge_and_score(folder: Path, merge: Callable[[Path, Path], object], tell: Tell) -> Evaluation:
-    """Merges by each recipe, then scores: the base first, the experts, the merges."""
-    outs = {}
-    for name in METHODS:
-        outs[name] = folder / "merged" / name
-        tell(f"merging: {name}")
-        merge(folder / f"{name}.yaml", outs[name])
-    tell("scoring base, experts and merges on the test splits")
-    found = evaluator.evaluate(outs, parse.load(folder / "linear.yaml"), ("base", "experts"))
-    rows = ["base", "expert", *METHODS]
-    scores = sorted(found.scores, key=lambda score: rows.index(score.model))
-    return replace(found, scores=scores)
-
-
-def recipe(method: str) -> str:
-    """A recipe that merges all experts, and the tasks by which to score."""
-    comment, parameters = METHODS[method]
-    tasks = "".join(
-        f"  {name}:\n    expert: {name}\n    type: image-classification\n"
-        f"    data: {{path: parquet, data_dir: ./data/{name}}}\n"
-        "    splits: {router: train, select: validation, eval: test}\n"
-        for name in TASKS
-    )
-    models = "".join(f"  {name}: ./{name}\n" for name in TASKS)
-    return (
-        f"# {comment}\nversion: 1\nbase: ./base\nmodels:\n{models}method: {method}\n"
-        f"parameters: {parameters}\nheads: {{match: 'classifier.*'}}\ntasks:\n{tasks}"
-    )
 
 
 def _write_data(folder: Path, task: str) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import mowmerge
 from mowmerge import api
-from mowmerge.demo import images, vit, zoo
+from mowmerge.demo import images, tour, vit, zoo
 from mowmerge.demo.images import SPLITS, TASKS
 from mowmerge.errors import CheckpointError, ResourceError, SourceError
 from tests.zoo import ROOT, Zoo
@@ -107,7 +107,7 @@ def test_what_is_not_whole_is_built_again(hasty: Path, tmp_path: Path) -> None:
     assert said == ["experts: 1 to train, 1 at once", "expert: parity"]
     weights = "parity/model.safetensors"
     assert (again / weights).read_bytes() == (hasty / weights).read_bytes()
-    assert (again / "ties.yaml").read_text("utf-8") == zoo.recipe("ties")
+    assert (again / "ties.yaml").read_text("utf-8") == tour.recipe("ties")
     assert not (again / "parity/rest.txt").exists() and not list(again.glob(".*"))
 
 
@@ -125,9 +125,9 @@ def test_the_command_shows_models_by_tasks(hasty: Path) -> None:
     assert ran.rc == 0, ran.err
     lines = [line.split() for line in ran.out.splitlines()]
     assert lines[0] == ["model", *TASKS, "mean", "normalised"]
-    assert [line[0] for line in lines[2:]] == ["base", "expert", *zoo.METHODS]
+    assert [line[0] for line in lines[2:]] == ["base", "expert", *tour.MERGES]
     assert "merging: ties" in ran.err
-    for name in zoo.METHODS:
+    for name in tour.MERGES:
         assert mowmerge.load(hasty / "merged" / name, task="digits").config.num_labels == 10
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import mowmerge
 from mowmerge import api
-from mowmerge.demo import zoo
+from mowmerge.demo import tour, zoo
 from mowmerge.demo.images import TASKS
 from mowmerge.evals import evaluator
 from mowmerge.tasks import heads, inputs
@@ -59,7 +59,7 @@ def test_the_plain_average_loses_much(table: Mapping[str, By]) -> None:
 def test_json_is_one_object_and_says_nothing_else(real: Path) -> None:
     ran = Zoo(real.parent).here("demo", real, "--json")
     assert ran.rc == 0 and ran.err == ""
-    assert len(json.loads(ran.out)["scores"]) == len(TASKS) * (2 + len(zoo.METHODS))
+    assert len(json.loads(ran.out)["scores"]) == len(TASKS) * (2 + len(tour.MERGES))
 
 
 def test_the_best_task_arithmetic_is_above_chance_everywhere(real: Path, tmp_path: Path) -> None:
