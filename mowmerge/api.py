@@ -38,7 +38,7 @@ from mowmerge.tensors import DTYPES, TensorReader, torch
 
 if TYPE_CHECKING:
     from mowmerge.engine import Sink
-    from mowmerge.evals.score import Evaluation
+    from mowmerge.evals.schema import Report as EvalReport
     from mowmerge.hub.card import Results
     from mowmerge.hub.package import Package
     from mowmerge.hub.push import Pushed
@@ -274,11 +274,11 @@ def push(
     return hub.push(made, hub.Target(repo, revision or "", pr, private, force), tell)
 
 
-def demo(folder: str | Path, tell: Callable[[str], None] = lambda line: None) -> Evaluation:
+def demo(folder: str | Path, tell: Callable[[str], None] = lambda line: None) -> EvalReport:
     """Builds a small real zoo in `folder`, merges it five ways, trains routers, scores them all.
 
-    The report lies in `folder`/report. `tell` is given a line now and then. Experts are trained in processes of their own: a script
-    that calls this needs `if __name__ == "__main__"`.
+    The report lies in `folder`/report. `tell` is given a line now and then. Experts are trained in
+    processes of their own: a script that calls this needs `if __name__ == "__main__"`.
     """
     from mowmerge.demo import tour
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mowmerge.cli import output
+from mowmerge.cli import reports
 
 
 def demo(
@@ -27,10 +27,11 @@ def demo(
       mowmerge demo /tmp/zoo --json
     """
     from mowmerge import api
+    from mowmerge.demo import tour
 
     def tell(line: str) -> None:
         if not (quiet or json_):
             print(line, file=sys.stderr, flush=True)
 
-    output.show_scores(api.demo(folder, tell), as_json=json_)
-    tell(f"report: {folder / 'report' / 'report.html'}")
+    made = api.demo(folder, tell)
+    reports.show(made, folder / tour.REPORT, as_json=json_)

@@ -1,8 +1,8 @@
 """The whole way in one command: a zoo is built, merged five ways, routers trained, all reported.
 
-    DIR/<name>.yaml          recipes
-    DIR/merged/<name>        what they make
-    DIR/report/report.html   base, experts and merges on every task's test split
+DIR/<name>.yaml          recipes
+DIR/merged/<name>        what they make
+DIR/report/report.html   base, experts and merges on every task's test split
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mowmerge.demo import zoo
 from mowmerge.demo.images import TASKS
 from mowmerge.errors import CheckpointError
 from mowmerge.evals import evaluator, report
-from mowmerge.evals.score import Evaluation
+from mowmerge.evals.schema import Report
 from mowmerge.recipe import parse
 from mowmerge.training import train
 from mowmerge.training.settings import Options
@@ -51,9 +51,10 @@ MERGES = {
     "wemoe": Merge("The MLPs are dynamic; a router in each chooses weights.", "{}", SUM, 150),
 }
 SUBJECT = "mow"  # the merge that the report is about
+REPORT = "report"  # its folder
 
 
-def run(folder: Path, merge: Callable[[Path, Path], object], tell: zoo.Tell) -> Evaluation:
+def run(folder: Path, merge: Callable[[Path, Path], object], tell: zoo.Tell) -> Report:
     """Builds the zoo in `folder`, has `merge(recipe, out)` do each recipe, trains, scores, reports.
 
     Raises:
@@ -94,9 +95,7 @@ def recipe(method: str) -> str:
     )
 
 
-def _merge_and_score(
-    folder: Path, merge: Callable[[Path, Path], object], tell: zoo.Tell
-) -> Evaluation:
+def _merge_and_score(folder: Path, merge: Callable[[Path, Path], object], tell: zoo.Tell) -> Report:
     """Merges by each recipe and trains routers, then scores: base, experts, merges; reports."""
     outs = {}
     for name, how in MERGES.items():
@@ -111,12 +110,11 @@ def _merge_and_score(
             )
     tell("scoring base, experts and merges on the test splits")
     about = parse.load(folder / f"{SUBJECT}.yaml")
-    found = evaluator.evaluate(outs, about, ("base", "experts"))
-    rows = ["base", "expert", *MERGES]
-    found = replace(found, scores=sorted(found.scores, key=lambda score: rows.index(score.model)))
     outs = {SUBJECT: outs[SUBJECT], **outs}
-    report.write(*report.build(found, about, outs, f"mowmerge demo {folder}"), folder / "report")
-    return found
+    found = evaluator.evaluate(outs, about, ("base", "experts"))
+    made, items = report.build(found, about, f"mowmerge demo {folder}")
+    report.write(made, items, folder / REPORT)
+    return made
 
 
 def _unheard(step: int, loss: float) -> None:

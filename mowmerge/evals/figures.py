@@ -64,7 +64,9 @@ class Table:
             value, expert, above, below = expert, value, below, above
         if not expert:
             return "the score is 0, and lower is better"
-        ratio = None if above is None or below is None else above / below
+        if above is None or below is None or not below.all():  # none over a resample of zeros
+            return value / expert, None
+        ratio = above / below
         return value / expert, ratio
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -19,6 +20,10 @@ from mowmerge.demo.images import SPLITS, TASKS
 from mowmerge.errors import CheckpointError, ResourceError, SourceError
 from tests.zoo import ROOT, Zoo
 
+ROWS = [
+    "base", "expert", "mow", "mow, task given", "mow, oracle", "linear", "task_arithmetic", "ties",
+    "wemoe, task given", "wemoe, oracle",
+]  # fmt: skip
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
@@ -33,7 +38,10 @@ def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(vit, "BASE_STEPS", 2)
         patch.setattr(vit, "STEPS", 1)
         patch.setattr(zoo, "PROCESSES", 1)
+        short = {name: replace(m, steps=m.steps and 2) for name, m in tour.MERGES.items()}
+        patch.setattr(tour, "MERGES", short)
         zoo.build(folder / "mowmerge-demo")
+        tour.write_recipes(folder / "mowmerge-demo")
         for file in (folder / "mowmerge-demo").glob("*.yaml"):
             text = file.read_text("utf-8")
             file.write_text(text.replace("    type:", "    limit: 40\n    type:"), "utf-8")
@@ -94,6 +102,7 @@ def test_a_second_run_builds_nothing(hasty: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in hasty.rglob("*")}
     said: list[str] = []
     zoo.build(hasty, said.append)
+    tour.write_recipes(hasty)
     assert said == [] and {p: p.stat().st_mtime_ns for p in hasty.rglob("*")} == before
 
 
@@ -104,6 +113,7 @@ def test_what_is_not_whole_is_built_again(hasty: Path, tmp_path: Path) -> None:
     (again / "ties.yaml").unlink()
     said: list[str] = []
     zoo.build(again, said.append)
+    tour.write_recipes(again)
     assert said == ["experts: 1 to train, 1 at once", "expert: parity"]
     weights = "parity/model.safetensors"
     assert (again / weights).read_bytes() == (hasty / weights).read_bytes()
@@ -123,12 +133,17 @@ def test_a_damaged_base_is_named_before_training(hasty: Path, tmp_path: Path) ->
 def test_the_command_shows_models_by_tasks(hasty: Path) -> None:
     ran = Zoo(hasty.parent).here("demo")
     assert ran.rc == 0, ran.err
-    lines = [line.split() for line in ran.out.splitlines()]
-    assert lines[0] == ["model", *TASKS, "mean", "normalised"]
-    assert [line[0] for line in lines[2:]] == ["base", "expert", *tour.MERGES]
-    assert "merging: ties" in ran.err
-    for name in tour.MERGES:
+    table, _, told = ran.out.partition("\n\n")
+    head, _, *rows = table.splitlines()
+    assert head.split() == ["model", *TASKS, "mean", "normalised"]
+    assert [row.split("  ")[0] for row in rows] == ROWS
+    assert told.splitlines()[0].startswith("mow ")
+    assert "merging: ties" in ran.err and "training the routers: mow, 2 steps" in ran.err
+    for name in ("linear", "task_arithmetic", "ties"):
         assert mowmerge.load(hasty / "merged" / name, task="digits").config.num_labels == 10
+    for name in ("mow", "wemoe"):
+        assert len(mowmerge.load(hasty / "merged" / name).mow_heads) == len(TASKS)
+    assert all(name in (hasty / "report/report.html").read_text("utf-8") for name in TASKS)
 
 
 def test_a_file_in_the_way_and_missing_packages_are_named(

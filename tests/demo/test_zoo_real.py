@@ -13,7 +13,7 @@ from torch import Tensor
 
 import mowmerge
 from mowmerge import api
-from mowmerge.demo import tour, zoo
+from mowmerge.demo import zoo
 from mowmerge.demo.images import TASKS
 from mowmerge.evals import evaluator
 from mowmerge.tasks import heads, inputs
@@ -40,8 +40,8 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def table(real: Path) -> Mapping[str, By]:
     """Model -> task -> score, of what the demo shows."""
     rows: dict[str, dict[str, float]] = {}
-    for score in api.demo(real):
-        rows.setdefault(score.model, {})[score.task] = score.value
+    for score in api.demo(real).scores:
+        rows.setdefault(score.row, {})[score.task] = score.value
     return rows
 
 
@@ -59,7 +59,17 @@ def test_the_plain_average_loses_much(table: Mapping[str, By]) -> None:
 def test_json_is_one_object_and_says_nothing_else(real: Path) -> None:
     ran = Zoo(real.parent).here("demo", real, "--json")
     assert ran.rc == 0 and ran.err == ""
-    assert len(json.loads(ran.out)["scores"]) == len(TASKS) * (2 + len(tour.MERGES))
+    assert len(json.loads(ran.out)["scores"]) == len(TASKS) * (2 + 3 + 3 + 2)
+
+
+def test_routers_keep_what_static_merges_lose(table: Mapping[str, By]) -> None:
+    expert = table["expert"]
+
+    def normalised(row: str) -> float:
+        return fmean(value / expert[task] for task, value in table[row].items())
+
+    assert normalised("mow") >= 0.95 > 0.88 > normalised("ties")
+    assert normalised("wemoe, task given") >= 0.93
 
 
 def test_the_best_task_arithmetic_is_above_chance_everywhere(real: Path, tmp_path: Path) -> None:
