@@ -103,7 +103,7 @@ def entries(
     experts = {job.name: job.asked.expert for job in jobs}
     found = []
     paths = [word for word in against if word not in ("base", "experts")]
-    others = {Path(path).name: Path(path) for path in paths}
+    others = {Path(path).resolve().name: Path(path) for path in paths}
     if twice := [name for name in others if name in {*merged, "base", "expert"}] or (
         ["two of them"] if len(others) != len(paths) else []
     ):
