@@ -17,13 +17,14 @@ if TYPE_CHECKING:
         inspect,
         load,
         merge,
+        push,
         train_router,
     )
     from mowmerge.methods.registry import merge_method
 
 __all__ = [
     "Result", "Trained", "__version__", "check", "evaluate", "extract", "inspect", "load", "merge",
-    "merge_method", "train_router",
+    "merge_method", "push", "train_router",
 ]  # fmt: skip
 
 _HOMES = {"merge_method": "mowmerge.methods.registry"}

@@ -18,6 +18,7 @@ from mowmerge.checkpoint.dynamic import held
 from mowmerge.checkpoint.source import config
 from mowmerge.checkpoint.writer import Staging
 from mowmerge.dynamic import remote
+from mowmerge.hub import lineage
 from mowmerge.hub.card import card
 from mowmerge.methods import registry
 from mowmerge.plan import Plan, Stored
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from mowmerge.engine import Sink
     from mowmerge.evals.score import Evaluation
     from mowmerge.evals.settings import Options as Scoring
+    from mowmerge.hub.card import Results
+    from mowmerge.hub.package import Package
+    from mowmerge.hub.push import Pushed
     from mowmerge.training.settings import Options as Training
 
 Advance = Callable[[int], None]
@@ -122,6 +126,7 @@ def merge(
             content = report(planned, tensors, time.perf_counter() - began, extra)
             _write(staging.path / "report.json", json.dumps(content, indent=1) + "\n")
             _finish(planned, staging.path, hashes)
+            _write(staging.path / "README.md", card(staging.path).text)
         except OSError as error:
             raise writer.denied(error, staging.path) from error
         staging.commit()
@@ -213,15 +218,9 @@ def evaluate(
     options: Scoring | None = None,
     begin: Callable[[int], Advance] = lambda total: lambda items: None,
 ) -> Evaluation:
-    """The scores of a merged folder on the tasks of a recipe, its own or another, and of others.
-
-    `against` names base, experts and other checkpoints by path. Several folders, by the names that
-    their scores shall bear, share one scoring of the rest. `begin` is given the number of items and
-    returns what is called as they are done.
-
-    Raises:
-        RecipeError, CheckpointError, SourceError, ResourceError: see `mowmerge.evals.evaluator`.
-    """
+    """The scores of a merged folder on the tasks of a recipe, its own or another, and of others;
+    several folders, by the names of their rows, share one scoring of the rest. See
+    `mowmerge.evals.evaluator`."""
     from mowmerge.evals import evaluator
 
     folders = folder if isinstance(folder, Mapping) else {"merged": folder}
@@ -263,6 +262,30 @@ def _tasks(folder: str | Path, recipe: str | Path | Recipe | None) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
     return check(recipe if recipe is not None else Path(folder) / "recipe.yaml")
+
+
+def plan_push(
+    folder: str | Path,
+    repo: str,
+    results: Results | None = None,
+    begin: Callable[[int], Advance] = lambda total: lambda nbytes: None,
+) -> Package:
+    """The card and the files of a push; CheckpointError if the folder is not whole."""
+    from mowmerge.hub.package import package
+
+    return package(Path(folder), repo, results, begin)
+
+
+def push(
+    folder: str | Path | Package, repo: str, *, private: bool = False, revision: str | None = None,
+    pr: bool = False, force: bool = False, results: Results | None = None,
+    tell: Tell = lambda line: None,
+) -> Pushed:  # fmt: skip
+    """Puts a merged folder on the Hub in one commit; raises as `plan_push` and SourceError."""
+    from mowmerge.hub import push as hub
+
+    made = plan_push(folder, repo, results) if isinstance(folder, str | Path) else folder
+    return hub.push(made, hub.Target(repo, revision or "", pr, private, force), tell)
 
 
 def demo(folder: str | Path, tell: Callable[[str], None] = lambda line: None) -> Evaluation:
@@ -339,13 +362,12 @@ def _write_sidecars(planned: Plan, recipe: Recipe, folder: Path) -> dict[str, An
     if listing:
         _write(folder / "model.safetensors.index.json", listing)
     _write(folder / "recipe.yaml", recipe.text)
-    auto = "AutoModel"
     if planned.manifest:
         remote.bundle(folder)
-        front = sidecars.front(_donor(planned), planned.manifest)
-        auto = remote.auto_name(front.removeprefix("Mowmerge"))
-    _write(folder / "README.md", card(planned, recipe, auto))
-    return {"mowmerge": __version__, "recipe": recipe.name, "files_left_behind": left}
+    return {
+        "mowmerge": __version__, "recipe": recipe.name, "inputs": lineage.inputs(planned),
+        "files_left_behind": left,
+    }  # fmt: skip
 
 
 def _finish(planned: Plan, folder: Path, hashes: bool) -> None:

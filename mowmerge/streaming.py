@@ -76,6 +76,7 @@ class OpenJob:
         self.dtype = torch.float64 if wide else torch.float32
         self._shaped = job.scope == "row" or (job.scope == "tensor" and self.spec.reduce is None)
         self._deltas = job.base is not None and self.spec.values == "deltas"
+        self._propagates = job.method and self.spec.holds("propagates", job.parameters)
         watched = plan.stats and job.base is not None and job.output.kind == "float"
         self.stats = DeltaStats(len(job.models)) if watched else None
         self._pools: dict[str, Tensor] = {}
@@ -171,7 +172,7 @@ class OpenJob:
 
     def merged(self, start: int, stop: int) -> memoryview:
         """The bytes of a block of the merged tensor, in the output's dtype."""
-        base, values = self._working(start, stop, check="propagates" not in self.spec.laws)
+        base, values = self._working(start, stop, check=not self._propagates)
         result = self._applied(base, values, start)
         if self.stats and base is not None:
             if self._deltas:

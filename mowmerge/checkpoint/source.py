@@ -18,6 +18,7 @@ SIDECARS = (
     "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*",
     "USE_POLICY*", "additional_chat_templates/*", "1_Pooling/*",
 )  # fmt: skip
+CARD = "README.md"  # read for licence, languages and data; the output has one of its own
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?|[\w.-]+@[\w./-]+")
 _QUANTISED = re.compile(
     r"\.(?:qweight|qzeros|g_idx|weight_packed|weight_scale(?:_inv)?|absmax|quant_map|SCB"
@@ -60,7 +61,8 @@ def _from_hub(
 ) -> Stored:
     from huggingface_hub import snapshot_download
 
-    folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(SIDECARS)))
+    beside = [*SIDECARS, CARD]
+    folder = Path(snapshot_download(repo, revision=revision, allow_patterns=beside))
     _refuse_quantised(origin, folder)
     wanted = _wanted(origin, repo, folder, allow_pickle)
     missing = [name for name in wanted if not (folder / name).exists()]

@@ -7,6 +7,7 @@ the temporary is ours: comparisons that make boolean tensors cost several times 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -38,12 +39,20 @@ def weighted_sum(values: Sequence[Tensor] | Tensor, weight: Sequence[float]) -> 
     return total
 
 
+def added(values: Sequence[Tensor]) -> Tensor:
+    """sum_i values[i], in index order, as a new tensor."""
+    total = values[0] + values[1] if len(values) > 1 else values[0].clone()
+    for value in values[2:]:
+        total += value
+    return total
+
+
 def keep_above(value: Tensor, threshold: float) -> Tensor:
     """value where |value| >= threshold, else 0, as a new tensor."""
     if threshold <= 0.0:
         return value.clone()
     if math.isinf(threshold):
-        return torch.zeros_like(value)
+        return value - value  # what is not finite stays so
     import numpy as np
 
     kind = np.dtype(f"f{value.element_size()}").type
@@ -71,9 +80,7 @@ def elect_sign(
             share = (share == share.amax(0)).double()
         vote = (torch.stack(wide).sign_() * share).sum(0).sign_().to(values[0].dtype)
     else:
-        vote = values[0].clone()
-        for value in values[1:]:
-            vote += value
+        vote = added(values)
     vote = vote.sign_()
     return vote if zero == 0.0 else vote.add_(zero / 2).sign_()
 
@@ -89,16 +96,16 @@ def agree(
     sum: their sum. mean: their sum over the sum of their weights (over 1 where that is 0). max: the
     largest magnitude, with the elected sign. Overwrites the values.
     """
-    total, share = torch.zeros_like(sign), torch.zeros_like(sign)
-    for value, w in zip(values, weight, strict=True):
-        mass = value.mul_(sign).relu_()
-        if aggregate == "max":
-            torch.maximum(total, mass, out=total)
-            continue
-        total += mass
-        if aggregate == "mean":
-            share.add_(mass.sign_(), alpha=w)
+    masses = [value.mul_(sign).relu_() for value in values]
+    if aggregate == "max":
+        return functools.reduce(torch.maximum, masses).mul(sign)
+    total = added(masses)
     if aggregate == "mean":
+        share = masses[0].sign_()
+        if weight[0] != 1:
+            share.mul_(weight[0])
+        for mass, w in zip(masses[1:], weight[1:], strict=True):
+            share.add_(mass.sign_(), alpha=w)
         if min(weight) > 0:  # a share is 0, where total is 0 too, or at least the smallest weight
             share.clamp_min_(min(weight))
         else:

@@ -69,7 +69,8 @@ def test_models_are_taken_from_the_cache_without_network(zoo: Zoo, shards: int) 
     assert raw(load(zoo.folder / "out")) == raw(wanted)
     card = (zoo.folder / "out" / "README.md").read_text()
     assert "base_model:\n- org/base\n- org/a\nbase_model_relation: merge\n" in card
-    assert f"| a | org/a@v1 | {SHA[:12]} |" in card
+    link = f"[org/a](https://huggingface.co/org/a/tree/{SHA})"
+    assert f"| a | {link} | {SHA[:12]} |" in card
 
 
 def test_a_commit_names_a_snapshot(zoo: Zoo) -> None:
@@ -215,7 +216,7 @@ def test_only_what_is_needed_is_downloaded(served: tuple[Zoo, list[str], dict[st
     assert hub(zoo, "out", "-q", **env) == Ran(0, "", "")
     assert raw(load(zoo.folder / "out")) == raw(wanted)
     asked = {line.split(SHA)[1].split()[0].strip("/") for line in log if "/resolve/" in line}
-    assert {name for name in asked if not name.endswith((".json", ".jinja", "LICENSE"))} == {
+    assert {name for name in asked if not name.endswith((".json", ".jinja", "LICENSE", ".md"))} == {
         "model.safetensors", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
     }  # fmt: skip
     plan = json.loads(dry.out)

@@ -68,7 +68,7 @@ def _statistics(extents: Sequence[Extent]) -> Reduction:
 @merge_method(
     paper="arXiv:2306.01708",
     scope=lambda p: "model" if p["trim"] == "global" else "tensor",
-    laws=("permutation", "scale"),
+    laws={"permutation": {}, "scale": {}, "propagates": {"elect": "mass"}},
     reduce=_statistics,
 )
 def ties(
