@@ -218,9 +218,8 @@ def evaluate(
     options: Scoring | None = None,
     begin: Callable[[int], Advance] = lambda total: lambda items: None,
 ) -> Evaluation:
-    """The scores of a merged folder on the tasks of a recipe, its own or another, and of others;
-    several folders, by the names of their rows, share one scoring of the rest. See
-    `mowmerge.evals.evaluator`."""
+    """The scores of a merged folder on a recipe's tasks, and of others; several folders, by the
+    names of their rows, share one scoring of the rest. See `mowmerge.evals.evaluator`."""
     from mowmerge.evals import evaluator
 
     folders = folder if isinstance(folder, Mapping) else {"merged": folder}
