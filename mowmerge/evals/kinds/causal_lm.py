@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from math import exp, fsum, log
 from typing import Any
 
+from mowmerge.errors import RecipeError
 from mowmerge.evals.job import Answer, Job, Place, Scored, Tools
 from mowmerge.evals.loading import load
 from mowmerge.evals.models import Loaded
@@ -68,8 +69,12 @@ def score(job: Job, true: Sequence[Any], answers: Sequence[Answer]) -> Scored:
     unit, scale = ("bytes", log(2)) if job.metric == "bits_per_byte" else ("tokens", 1.0)
     weights = [a[unit] for a in answers]
     items = [a["nll"] / (scale * w) if w else 0.0 for a, w in zip(answers, weights, strict=True)]
+    if not any(a["tokens"] for a in answers):
+        raise RecipeError(
+            f"no text of task '{job.name}' has a second token to be scored", where=job.items.where
+        )
     total, nats = fsum(weights), fsum(a["nll"] for a in answers)
-    mean = nats / (scale * total) if total else float("nan")
+    mean = nats / (scale * total)
     value = exp(min(mean, 700.0)) if job.metric == "perplexity" else mean
     extras = {
         "tokens": fsum(a["tokens"] for a in answers),
