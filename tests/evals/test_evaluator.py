@@ -150,7 +150,8 @@ def test_the_command_prints_a_table_or_one_object(tmp_path: Path, recipe: Path) 
     ran = zoo.here("eval", "out", "--tasks", "recipe.yaml", "--against", "", "--json")
     found = json.loads(ran.out)
     assert [len(score["predicted"]) for score in found["scores"]] == [COUNT, COUNT]
-    assert zoo.here("eval", "out", "--tasks", "recipe.yaml", "--against", "x").rc == 2
+    ran = zoo.here("eval", "out", "--tasks", "recipe.yaml", "--against", "x")
+    assert ran.rc == 5 and "no folder or file 'x'" in ran.err
 
 
 def change(recipe: Path, **task: Any) -> Path:
