@@ -51,10 +51,10 @@ def answer(loaded: Loaded, way: str, places: Sequence[Place], given: Any) -> lis
     for some in parts(given, len(places)):
         ids, mask = padded([ids for _, ids, _ in some], loaded.pad)
         out = loaded(way, places, [row for row, _, _ in some], input_ids=ids, attention_mask=mask)
-        logp = torch.log_softmax(out.logits[:, :-1].float(), -1)
-        each = -logp.gather(-1, ids[:, 1:, None].to(logp.device))[..., 0].double().cpu()
-        for (row, tokens, first), nll in zip(some, each, strict=True):
-            sums[row] += float(nll[first - 1 : len(tokens) - 1].sum())
+        for (row, tokens, first), logits in zip(some, out.logits, strict=True):
+            logp = torch.log_softmax(logits[first - 1 : len(tokens) - 1].float(), -1)  # no more
+            at = torch.tensor(tokens[first:], device=logp.device)[:, None]
+            sums[row] -= float(logp.gather(-1, at).double().sum())
             counts[row] += len(tokens) - first
     texts = (place.job.items.input(place.item) for place in places)
     return [
