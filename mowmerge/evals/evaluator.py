@@ -23,7 +23,7 @@ from mowmerge.errors import RecipeError
 from mowmerge.evals import facts, kinds, models
 from mowmerge.evals.cache import Cache, Journal
 from mowmerge.evals.costs import Costs
-from mowmerge.evals.job import Job, Place
+from mowmerge.evals.job import Answer, Job, Place
 from mowmerge.evals.models import Entry, Loaded
 from mowmerge.evals.runner import Batches
 from mowmerge.evals.score import Evaluation, Gates, Score
@@ -65,31 +65,26 @@ def evaluate(
     truths = {entry: _truths(entry, jobs) for entry in found}
     cache = Cache(asked.cache, here.rank)
     data = {job.name: facts.data(job) for job in jobs}
-    costs, scores, batches = (
-        Costs(),
-        list[Score](),
-        Batches(asked.batch, begin(_total(found, jobs))),
-    )
+    costs, scores = Costs(), list[Score]()
+    batches = Batches(asked.batch, begin(_total(found, jobs)))
     gates: dict[str, dict[str, dict[str, Gates]]] = {}
     for entry in found:
         own = [job for job in jobs if job.name in entry.tasks]
         journals = {
             (way, job.name): cache.journal(
-                *_key(cache, entry, way, data[job.name], job, asked, here)
+                *_key(cache, entry, job, recipe), way, data[job.name].sha256,
+                data[job.name].template, asked.dtype, here.device.type, _versions(),
             )
             for job in own
             for way in _ways(entry, job)
-        }
+        }  # fmt: skip
         _run(entry, own, recipe, asked, here, batches, journals, costs)
         for (way, task), journal in journals.items():
             job = next(job for job in own if job.name == task)
             answers = [journal.found[i] for i in range(len(job.items))]
-            scored = job.kind.score(job, truths[entry][task], answers)
-            routed = [a["routed"] for a in answers if "routed" in a]
-            parts = {**vars(scored), "metric": scored.metric or job.metric}
-            score = Score(entry.row, way, task, **parts, routed=routed)
+            score = _scored(entry, way, job, truths[entry][task], answers)
             scores.append(score)
-            if routed:
+            if score.routed:
                 gates.setdefault(score.row, {})[task] = facts.gates(entry.manifest, answers)
     return Evaluation(
         sorted(scores, key=partial(_order, [e.row for e in found], list(recipe.tasks))),
@@ -100,6 +95,16 @@ def evaluate(
         _settings(asked, here, batches.size),
         facts.flags(found, scores, recipe),
     )
+
+
+def _scored(
+    entry: Entry, way: str, job: Job, true: Sequence[Any], answers: Sequence[Answer]
+) -> Score:
+    """The score of a checkpoint's answers, and where its router sent each item."""
+    scored = job.kind.score(job, true, answers)
+    routed = [answer["routed"] for answer in answers if "routed" in answer]
+    parts = {**vars(scored), "metric": scored.metric or job.metric}
+    return Score(entry.row, way, job.name, **parts, routed=routed)
 
 
 def _job(recipe: Recipe, name: str) -> Job:
@@ -173,17 +178,15 @@ def _lacks(journals: Journals, ways: Sequence[str], place: Place) -> bool:
     return any(key in journals and place.item not in journals[key].found for key in keys)
 
 
-def _key(
-    cache: Cache, entry: Entry, way: str, data: Any, job: Job, asked: Options, here: Processes
-) -> list[Any]:
-    """Everything that decides an answer."""
-    head = entry.keeping.get(job.name)
-    return [
-        cache.everything(entry.folder), cache.everything(head) if head else "", way,
-        entry.experts[job.name], data.sha256, data.template,
-        job.asked.type, job.asked.options.model_dump(),
-        job.metric if job.kind.WHOLE else "", asked.dtype, str(here.device.type), _versions(),
-    ]  # fmt: skip
+def _key(cache: Cache, entry: Entry, job: Job, recipe: Recipe) -> list[Any]:
+    """The files and the asking that decide an answer."""
+    kind, options = job.asked.type, job.asked.options
+    used = [entry.folder, models.processor_folder(entry, kind, recipe)]
+    used += [entry.keeping[job.name]] if job.name in entry.keeping else []
+    used += [models.clip_folder(options.clip, recipe)] if options.clip else []
+    metric = job.metric if job.kind.WHOLE else ""
+    files = [cache.everything(folder) for folder in used]
+    return [files, entry.experts[job.name], kind, options.model_dump(), metric]
 
 
 def _processes(device: str | None) -> Processes:

@@ -19,7 +19,8 @@ def data(job: Job) -> Data:
     """A task's items by content: their inputs and all that else is read of them."""
     items, asked = job.items, job.asked
     rest = [items.column(what) for what in items.columns if what not in ("input", "pair")]
-    text = json.dumps([items.digests, rest])
+    names = items.names if "label" in items.columns else None
+    text = json.dumps([items.digests, rest, names])
     options = asked.options.model_dump(exclude_defaults=True)
     own = getattr(items, "template", "")
     templates = json.dumps([options, own], sort_keys=True) if options or own else ""

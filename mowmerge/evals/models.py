@@ -10,11 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from mowmerge.checkpoint.source import config, find
-from mowmerge.errors import CheckpointError, MowmergeError, RecipeError, SourceError
+from mowmerge.errors import CheckpointError, MowmergeError, RecipeError
 from mowmerge.evals.job import Job, Place, Tools
 from mowmerge.recipe.model import Recipe
 from mowmerge.tasks import heads, inputs
 from mowmerge.tensors import Tensor, torch
+
+PICTURES = ("preprocessor_config.json", "processor_config.json")
+TEXTS = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "vocab.json",
+    "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +109,7 @@ def entries(
     experts = {job.name: job.asked.expert for job in jobs}
     found = []
     paths = [word for word in against if word not in ("base", "experts")]
-    others = {Path(path).name: Path(path) for path in paths}
+    others = {Path(path).resolve().name: Path(path) for path in paths}
     if twice := [name for name in others if name in {*merged, "base", "expert"}] or (
         ["two of them"] if len(others) != len(paths) else []
     ):
@@ -282,15 +288,13 @@ class Loaded:
         return int(torch.stack([c.view(n, -1).sum(1) for c in each]).sum(0).argmax())
 
 
-def processor(entry: Entry, kind: str, recipe: Recipe) -> Any:
-    """The checkpoint's own processor, or where it has none that of a task's expert."""
-    try:
-        return inputs.processor(entry.folder, kind)
-    except SourceError:
-        expert = next((e for e in entry.experts.values() if e), None)
-        if expert is None:
-            raise
-        return inputs.processor(Path(_found(recipe, expert, entry.tasks[0]).folder), kind)
+def processor_folder(entry: Entry, kind: str, recipe: Recipe) -> Path:
+    """Where the image processor or tokenizer is: the checkpoint, or else a task's expert."""
+    names = PICTURES if kind.endswith("image-classification") else TEXTS
+    expert = next((e for e in entry.experts.values() if e), None)
+    if expert is None or any((entry.folder / name).exists() for name in names):
+        return entry.folder
+    return Path(_found(recipe, expert, entry.tasks[0]).folder)
 
 
 def load(
@@ -316,7 +320,8 @@ def load(
                 f"{type(model).__name__} has no language head, which task '{some[0].name}' needs",
                 where=str(entry.folder),
             )
-        tools = Tools(processor(entry, some[0].asked.type, recipe), model.config)
+        kind = some[0].asked.type
+        tools = Tools(inputs.processor(processor_folder(entry, kind, recipe), kind), model.config)
         numbers = {job.name: i for i, job in enumerate(some)} if context else {}
         experts: dict[str, int | None] = {}
         if entry.dynamic:
@@ -349,6 +354,11 @@ def _headed(
     return [(one(job), None) for job in jobs]
 
 
+def clip_folder(named: str, recipe: Recipe) -> Path:
+    """Where the CLIP model is that an option names."""
+    return Path(find(recipe.locate(named)).folder)
+
+
 def _clip(loaded: Loaded, jobs: Sequence[Job], recipe: Recipe, more: Mapping[str, Any]) -> None:
     """The whole CLIP model whose text tower and projections serve, and its tokenizer."""
     import transformers
@@ -368,7 +378,7 @@ def _clip(loaded: Loaded, jobs: Sequence[Job], recipe: Recipe, more: Mapping[str
             )  # fmt: skip
         loaded.model, loaded.clip, folder = model.vision_model, model, loaded.folder
     else:
-        folder = Path(find(recipe.locate(str(named))).folder)
+        folder = clip_folder(str(named), recipe)
         loaded.clip = heads.load(folder, None, **more).to(loaded.device)
     loaded.text_tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     loaded.widths = {job.name: len(job.kind.classes(job)) for job in jobs}

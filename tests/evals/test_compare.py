@@ -65,6 +65,9 @@ def test_the_same_items_are_tested_in_pairs(tmp_path: Path) -> None:
     assert found.mean is not None
     assert found.mean.difference == pytest.approx(sum(own) / 2)
     assert found.mean.kind == "bootstrap"
+    assert found.mean.interval is not None
+    low, high = found.mean.interval
+    assert low < found.mean.difference < high < 0
 
 
 def test_other_items_are_not_paired_and_it_says_so(tmp_path: Path) -> None:

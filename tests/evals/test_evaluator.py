@@ -15,8 +15,10 @@ from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 import mowmerge
 from mowmerge import api
 from mowmerge.errors import CheckpointError, RecipeError, SourceError
-from mowmerge.evals import evaluator
+from mowmerge.evals import classes, evaluator
+from mowmerge.evals.kinds import image_classification
 from mowmerge.evals.settings import Options
+from mowmerge.tasks import heads
 
 SIZES: dict[str, Any] = {
     "image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2,
@@ -97,6 +99,22 @@ def test_the_figures_are_those_of_a_plain_loop(tmp_path: Path, recipe: Path) -> 
                 assert score.value == pytest.approx(right / COUNT, abs=1e-6)
     base, pets = scores["base", "pets"], scores["expert", "pets"]
     assert len(base.predicted) == COUNT and base.true == pets.true
+
+
+def test_one_trunk_answers_for_all_tasks_in_one_batch(
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, set[str]]] = []
+
+    def watched(loaded: Any, way: str, places: Any, given: Any) -> Any:
+        seen.append((loaded.entry.row, {place.job.name for place in places}))
+        return classes.answer(loaded, way, places, given)
+
+    monkeypatch.setattr(image_classification, "answer", watched)
+    api.evaluate(tmp_path / "out", recipe, options=Options(batch=32))
+    mixed = {row for row, tasks in seen if tasks == {"pets", "sky"}}
+    assert mixed == {"merged", "base"}
+    assert heads.joined(heads.load(tmp_path / name, None) for name in LABELS) is None
 
 
 def test_the_batch_decides_nothing(tmp_path: Path, recipe: Path) -> None:

@@ -183,3 +183,22 @@ def test_a_score_that_is_no_number_is_left_out_and_named() -> None:
     _, found, _ = parts([endless])
     assert (found["merged", "sky"].nll, dict(found["merged", "sky"].extras)) == (None, {})
     assert "probability" in found["merged", "sky"].absent["nll"]
+
+
+def test_a_small_gap_is_no_gap() -> None:
+    few = [
+        score("base", "sky", "1110"),
+        score("expert", "sky", "1110"),
+        score("merged", "sky", "1"),
+    ]
+    lucky = [1.0] * 2 + list(few[1].items[2:-2]) + [1.0] * 2
+    expert = Score("expert", "", "sky", "accuracy", sum(lucky) / 100, [1] * 100, [1] * 100, lucky)
+    assert expert.value - few[0].value == pytest.approx(0.01)  # SE 0.01: one item of a hundred
+    _, found, _ = parts([few[0], expert, few[2]])
+    assert found["merged", "sky"].recovery is None
+
+
+def test_a_mean_of_what_is_partly_missing_is_missing() -> None:
+    assert aggregates.mean([1.0, None]) is None
+    assert aggregates.mean([]) is None
+    assert aggregates.mean([1.0, 2.0]) == 1.5

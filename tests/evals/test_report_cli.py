@@ -42,6 +42,12 @@ def test_json_is_the_report_and_nothing_else(tmp_path: Path, recipe: Path) -> No
     assert json.loads(ran.out) == json.loads((tmp_path / "there" / "report.json").read_text())
 
 
+def test_a_rival_that_is_not_there_is_a_message(tmp_path: Path, recipe: Path) -> None:
+    ran = Zoo(tmp_path).here("eval", "out", "--against", "x")
+    assert ran.rc == 5
+    assert "no folder or file 'x'" in ran.err
+
+
 def test_a_threshold_sets_the_exit_code_after_the_report(tmp_path: Path, recipe: Path) -> None:
     def run(*asked: str) -> Ran:
         words = [word for each in asked for word in ("--fail-under", each)]

@@ -209,6 +209,15 @@ def test_the_command_keeps_by_default_and_says_so(tmp_path: Path, file: Path) ->
     assert zoo.here("eval", "out", "--dtype", "int8").rc == 2
 
 
+def test_a_model_that_is_spread_over_devices_scores_the_same(tmp_path: Path, file: Path) -> None:
+    near(
+        api.evaluate(tmp_path / "out", file, options=Options(device="auto")),
+        api.evaluate(tmp_path / "out", file, options=Options(device="cpu")),
+    )
+    with pytest.raises(ResourceError, match="there is no device 'cuda:7' here"):
+        api.evaluate(tmp_path / "out", file, options=Options(device="cuda:7"))
+
+
 def test_bf16_weights(tmp_path: Path, file: Path) -> None:
     found = figures(api.evaluate(tmp_path / "out", file))
     half = api.evaluate(tmp_path / "out", file, options=Options(dtype="bfloat16"))

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from math import exp, fsum, log
 from typing import Any
 
+from mowmerge.errors import RecipeError
 from mowmerge.evals.job import Answer, Job, Place, Scored, Tools
 from mowmerge.evals.loading import load
 from mowmerge.evals.models import Loaded
@@ -50,10 +51,10 @@ def answer(loaded: Loaded, way: str, places: Sequence[Place], given: Any) -> lis
     for some in parts(given, len(places)):
         ids, mask = padded([ids for _, ids, _ in some], loaded.pad)
         out = loaded(way, places, [row for row, _, _ in some], input_ids=ids, attention_mask=mask)
-        logp = torch.log_softmax(out.logits[:, :-1].float(), -1)
-        each = -logp.gather(-1, ids[:, 1:, None].to(logp.device))[..., 0].double().cpu()
-        for (row, tokens, first), nll in zip(some, each, strict=True):
-            sums[row] += float(nll[first - 1 : len(tokens) - 1].sum())
+        for (row, tokens, first), logits in zip(some, out.logits, strict=True):
+            logp = torch.log_softmax(logits[first - 1 : len(tokens) - 1].float(), -1)  # no more
+            at = torch.tensor(tokens[first:], device=logp.device)[:, None]
+            sums[row] -= float(logp.gather(-1, at).double().sum())
             counts[row] += len(tokens) - first
     texts = (place.job.items.input(place.item) for place in places)
     return [
@@ -68,8 +69,12 @@ def score(job: Job, true: Sequence[Any], answers: Sequence[Answer]) -> Scored:
     unit, scale = ("bytes", log(2)) if job.metric == "bits_per_byte" else ("tokens", 1.0)
     weights = [a[unit] for a in answers]
     items = [a["nll"] / (scale * w) if w else 0.0 for a, w in zip(answers, weights, strict=True)]
+    if not any(a["tokens"] for a in answers):
+        raise RecipeError(
+            f"no text of task '{job.name}' has a second token to be scored", where=job.items.where
+        )
     total, nats = fsum(weights), fsum(a["nll"] for a in answers)
-    mean = nats / (scale * total) if total else float("nan")
+    mean = nats / (scale * total)
     value = exp(min(mean, 700.0)) if job.metric == "perplexity" else mean
     extras = {
         "tokens": fsum(a["tokens"] for a in answers),
