@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mowmerge.api import Advance, Result, Trained
     from mowmerge.evals.schema import Report
-    from mowmerge.evals.score import Evaluation
     from mowmerge.plan import Plan, TensorJob
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -369,16 +368,3 @@ def show_result(
         f"{result.path}: {dynamic}{merged}, {did['copied']} copied,"
         f" {size(summary['written_bytes'])} in {summary['seconds']:.1f} s"
     )
-
-
-def show_scores(found: Evaluation, *, as_json: bool) -> None:
-    """Models by tasks, or everything with each item."""
-    from mowmerge.evals import evaluator
-
-    if as_json:
-        print(json.dumps(evaluator.as_json(found)))
-        return
-    rows = evaluator.table(found.scores)
-    heads = list(rows[0])
-    text = [[f"{r[h]:.3f}" if isinstance(r[h], float) else str(r[h]) for h in heads] for r in rows]
-    print(table([heads, *text]))

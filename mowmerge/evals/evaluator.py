@@ -9,7 +9,6 @@ true task's expert alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -237,8 +236,3 @@ def table(scores: Sequence[Score]) -> list[dict[str, Any]]:
             row["normalised"] = fsum(shares) / len(shares) if whole else None
         rows.append(row)
     return rows
-
-
-def as_json(found: Evaluation) -> Mapping[str, Any]:
-    """Everything as plain data, and the table."""
-    return {"version": 1, "table": table(found.scores), **asdict(found)}
