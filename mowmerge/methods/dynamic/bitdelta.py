@@ -23,7 +23,9 @@ def _routing(sites: Sequence[Site], codes: Sequence[Code], p: Mapping[str, Any])
 
 
 def _scales(extents: Sequence[Extent]) -> Reduction:
-    """The mean magnitude of each task vector."""
+    """The mean magnitude of each task vector that is quantised."""
+    if extents[0].codec == "full":
+        return None
     total = yield Sum(lambda block: l1_norms(block.values))
     return total.total / max(1, sum(e.numel for e in extents))
 

@@ -26,7 +26,10 @@ def _routing(sites: Sequence[Site], codes: Sequence[Code], p: Mapping[str, Any])
 
 
 def _scales(extents: Sequence[Extent]) -> Reduction:
-    """The mean magnitude of each task vector, over its non-zero entries where zeros are marked."""
+    """The mean magnitude of each task vector that is quantised, over its non-zero entries where
+    zeros are marked."""
+    if extents[0].codec == "full":
+        return None
     marked = extents[0].parameters["zeros"] == "marked"
 
     def masses(block: Block) -> Tensor:
