@@ -46,7 +46,7 @@ def bitdelta(
     Shapes: deltas [N,*S], base [*S] -> anchor [*S], sign [N,rows,bytes], scale [N]; or delta.
 
     Source: BitDelta, arXiv:2402.10193, eq. 2.
-    Differs: the scales are not distilled.
+    Differs: the scales are not distilled: a_k is the scale with the least squared error.
     """
     if code.codec == "full":
         return {"anchor": base, "delta": deltas}

@@ -74,7 +74,8 @@ def one_bit(
 
     Source: 1bit-Merging, arXiv:2502.10743; the quantiser is BitDelta's, arXiv:2402.10193, eq. 2.
     Differs: no code is published and the paper's choice of components could not be checked: all
-    matrices by default. The others are added by task arithmetic, not by TIES.
+    matrices by default. The others are added by task arithmetic, not by TIES, whose result is no
+    sum over them and would have to be stored whole for each k.
     """
     if code.codec == "full":
         return {"anchor": base, "delta": deltas}
