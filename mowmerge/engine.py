@@ -154,8 +154,8 @@ class Engine:
                     self._states[job.group] = self._settle_group(job.group, None)
             opened.state = self._states[job.group]
         elif job.scope == "tensor" and opened.spec.reduce is not None:
-            numel = job.output.numel
-            rounds = opened.spec.reduce([Extent(numel, job.parameters)])
+            numel, codec = job.output.numel, job.code.codec if job.code else ""
+            rounds = opened.spec.reduce([Extent(numel, job.parameters, codec)])
             opened.state = _drive(rounds, lambda fold: opened.observe(fold.fresh(), 0, numel))
 
     def _settle_group(self, group: int, pool: ThreadPoolExecutor | None) -> Any:

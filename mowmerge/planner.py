@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mowmerge import __version__, memory
-from mowmerge.checkpoint import naming, source
+from mowmerge.checkpoint import naming, source, tokenizers
 from mowmerge.checkpoint.writer import layout, shard_of
 from mowmerge.errors import CheckpointError, Problem, RecipeError, SourceError
 from mowmerge.methods import registry
@@ -64,6 +64,7 @@ class _Planner:
         donor = base or next(iter(self.recipe.models))
         specs, heads = self._bodies(donor, {name: s.specs for name, s in sources.items()})
         if registry.get(self.recipe.method).dynamic:
+            self._compare_tokenizers(donor, sources)
             self.upcycling = Upcycling(self.recipe, specs[donor], self.options.surveyed)
         jobs = self._jobs(donor, base, specs)
         self._raise_problems()
@@ -170,6 +171,13 @@ class _Planner:
                 hint="`mowmerge merge RECIPE --dry-run` without `heads` lists the names",
             )
         return bodies, heads
+
+    def _compare_tokenizers(self, donor: str, sources: Mapping[str, Stored | Plan]) -> None:
+        """Warns of experts that would read other tokens, or other prompts, than they learned on."""
+        folders = {m: Path(s.folder) for m, s in sources.items() if isinstance(s, Stored)}
+        for model, folder in folders.items() if donor in folders else ():
+            if told := "; ".join(tokenizers.differences(folders[donor], folder)):
+                self.warnings.append(f"'{model}' will read texts otherwise than it learned: {told}")
 
     def _in_head(self, *names: str) -> bool:
         """Whether a tensor, under its own name or the donor's, belongs to a head."""

@@ -169,7 +169,12 @@ def install(
         inner = model.get_submodule(path)
         kind = _kind(inner, codes, path)
         for leaf, code in codes.items():
-            _check(inner, leaf, code, kind, manifest.gates[code.gate].scope)
+            scope = manifest.gates[code.gate].scope
+            _check(inner, leaf, code, kind, scope)
+            if scope == "module" and not ("weight" in codes and codes["weight"].gate_rank):
+                raise ValueError(
+                    f"'{code.name}' has no gate of its matrix to choose for each token"
+                )
             if kind is None:
                 MixedParameter(inner, leaf, code, context)
         if kind is not None:

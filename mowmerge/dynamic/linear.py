@@ -40,7 +40,7 @@ class MixedLinear(Mixable):
         if not context.active or lead is None:
             return self._plain(x, self.bias)
         tokens = context.samples(x)
-        if context.gates[lead.gate].scope == "module":
+        if code is not None and context.gates[code.gate].scope == "module":
             return self._by_token(tokens, code).reshape(*x.shape[:-1], self.out_features)
         mix = context.mix(code.gate, tokens) if code else None
         bias = self.mixed("bias", tokens)
@@ -78,13 +78,13 @@ class MixedLinear(Mixable):
             return torch.addmm(flat, scaled, out).view_as(y)
         return flat.addmm_(scaled, out).view_as(y)
 
-    def _by_token(self, x: Tensor, code: Code | None) -> Tensor:
+    def _by_token(self, x: Tensor, code: Code) -> Tensor:
         """Each token mixed by its own projection on the slots' gates."""
         y = self._plain(x, self.bias)
         c = self._scores(x, code)
-        if code is not None and code.codec == "low_rank":
+        if code.codec == "low_rank":
             y = self._factored(y, x, code, c)
-        elif code is not None:
+        else:
             for s in range(code.slots):
                 chosen = c[..., s] != 0
                 delta = slot(code, self._owner[0].parts("weight"), s, self.weight)
@@ -96,15 +96,14 @@ class MixedLinear(Mixable):
             y = y + c @ torch.stack(deltas).to(c.dtype)
         return y
 
-    def _scores(self, x: Tensor, code: Code | None) -> Tensor:
+    def _scores(self, x: Tensor, code: Code) -> Tensor:
         """Each token's coefficients [B,T,S], in x's dtype: forced, or by projection, top-k."""
-        code = code or self.codes["bias"]
         if self.context.forced is not None:
             forced = self.context.forced.to(x).repeat_interleave(
                 code.slots // self.context.forced.shape[1], 1
             )
             return forced.unsqueeze(1).expand(-1, x.shape[1], -1)
-        parts = self._owner[0].parts("weight") if "weight" in self.codes else self.parts("bias")
+        parts = self._owner[0].parts("weight")
         router = self.context.routers[self.context.gates[code.gate].router]
         score = projections(x, parts["gate"], code.slots) / router.temperature
         return keep_top(score.softmax(-1), router.router.top_k or code.slots).to(x.dtype)

@@ -118,10 +118,12 @@ class Block:
 
 @dataclass(frozen=True)
 class Extent:
-    """A tensor that a reduction will run over: its number of elements and its parameters."""
+    """A tensor that a reduction will run over: its number of elements, its parameters, and how a
+    dynamic method codes it."""
 
     numel: int
     parameters: Mapping[str, Any]
+    codec: str = ""
 
 
 class Fold(Protocol):

@@ -53,7 +53,7 @@ def by_block(
         gates[code.gate] = Gate("block", id, offset, site.layer or 0)
         described = Router(
             DEPTHS[depth], _width(site), code.slots, hidden=hidden, code=layer_code,
-            activation="none", init=offset, seed=seed + int(id), objective="entropy",
+            activation="none", init=offset, seed=seed + int(id), objective="distill",
         )  # fmt: skip
         if routers.setdefault(id, described) != described:
             raise MethodError(

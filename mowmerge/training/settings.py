@@ -8,6 +8,8 @@ from mowmerge.dynamic.format import Manifest
 from mowmerge.errors import CheckpointError, RecipeError
 
 OBJECTIVES = ("task", "entropy", "distill", "lm")
+RATE = 0.768  # over a router's width, its learning rate: 1e-3 for a ViT-B, as in WEMoE's code
+FASTEST = 0.01
 CHECKS = 20  # times that a run looks at the select split and saves itself
 SCOPES = ("sample", "block")  # of gates whose router has parameters to train
 
@@ -60,8 +62,9 @@ def settings(manifest: Manifest, options: Options) -> Settings:
     """The options with every default filled in, for the routers of a checkpoint.
 
     task: 1000 steps of 64 samples a task, lr 1e-3, or 5e-4 falling linearly for a twin router; a
-    centroid router has a closed form and takes none. Others: 200 steps of 16 (lm: 8), lr 1e-3
-    falling along a cosine.
+    centroid router has a closed form and takes none. Others: 200 steps of 16 (lm: 8), lr falling
+    along a cosine from 0.768 / the width of what a router reads, at most 0.01: a step moves every
+    weight by about lr, so that what it moves the output by does not depend on the width.
 
     Raises:
         CheckpointError: the checkpoint has no router to train.
@@ -91,7 +94,8 @@ def settings(manifest: Manifest, options: Options) -> Settings:
             "a centroid router is the mean of each task's features", hint="--objective task"
         )
     classifying = objective == "task"
-    steps, batch, lr = (1000, 64, 1e-3) if classifying else (200, 16, 1e-3)
+    widest = max(manifest.routers[name].width for name in routers)
+    steps, batch, lr = (1000, 64, 1e-3) if classifying else (200, 16, min(FASTEST, RATE / widest))
     schedule = "constant" if classifying else "cosine"
     if classifying and "twin" in kinds:
         lr, schedule = 5e-4, "linear"

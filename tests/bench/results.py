@@ -40,7 +40,8 @@ SUM = (
     "{method: task_arithmetic, parameters: {scale: 0.05}}"  # the demo's scale, of its select split
 )
 FIT = "weight: 0.05, balance: true, steps: 150"  # docs/learned.md says why
-DISTILLED = Options(objective="distill", steps=400)
+ENTROPY = Options(objective="entropy")
+PRUNED = "density: 0.1, scale: 0.05"
 CASES = (
     Case("linear", "linear"),
     Case("task_arithmetic", "task_arithmetic", "scale: 0.05"),
@@ -50,13 +51,14 @@ CASES = (
     Case("mow, 0 blocks", "mow", "blocks: 0", SUM, True, Options()),
     Case("mow, 2 blocks", "mow", "blocks: 2", SUM, True, Options()),
     Case("mow, all", "mow", "blocks: 4, norms: all, embeddings: all", SUM, True, Options()),
-    Case("wemoe", "wemoe", "", SUM, True, Options()),
-    Case("wemoe, distilled", "wemoe", "", SUM, True, DISTILLED),
-    Case("e_wemoe, 90 % pruned", "e_wemoe", "density: 0.1", SUM, True, Options()),
-    Case("e_wemoe, distilled", "e_wemoe", "density: 0.1", SUM, True, DISTILLED),
+    Case("wemoe", "wemoe", "scale: 0.05", "", True, Options()),
+    Case("wemoe, entropy", "wemoe", "scale: 0.05", "", True, ENTROPY),
+    Case("e_wemoe, 90 % pruned", "e_wemoe", PRUNED, "", True, Options()),
+    Case("e_wemoe, 90 % pruned, entropy", "e_wemoe", PRUNED, "", True, ENTROPY),
     Case("twin_merging, rank 25 %", "twin_merging", "density: 0.25", SUM, True, Options()),
     Case("one_bit", "one_bit", "", "", True, Options()),
-    Case("smile", "smile", "rank: 16, gate_rank: 4"),
+    Case("smile", "smile", "rank: 16"),
+    Case("smile, wide gate", "smile", "rank: 16, gate_rank: 40, top_k: 2"),
     Case("emr", "emr"),
     Case("tall_mask", "tall_mask"),
 )

@@ -168,4 +168,24 @@ def test_routers_alone_learn(tmp_path: Path) -> None:
     learned = {n for n, p in dynamic.named_parameters() if p.grad is not None}
     assert learned == {"mow_router.0.last.weight", "mow_router.0.last.bias"}
     assert dynamic.mow_router["0"].last.weight.grad.abs().sum() > 0
-    assert not dynamic.supports_gradient_checkpointing
+
+
+def test_gradient_checkpointing_is_refused(tmp_path: Path) -> None:
+    """A layer that is run again in backward would find the pass over, and answer as the anchor."""
+    dynamic = _made(tmp_path).load()
+    name = "activation_checkpointing_enable"  # as later releases call it
+    enable = getattr(dynamic, name, None) or dynamic.gradient_checkpointing_enable
+    with pytest.raises(ValueError, match=r"does not support \w+ checkpointing"):
+        enable()
+
+
+@pytest.mark.parametrize("leaf", ["weight", "bias"])
+def test_a_choice_by_token_needs_the_gate_of_the_matrix(tmp_path: Path, leaf: str) -> None:
+    """Without it nothing says, at the first forward, which expert a token is for."""
+    made = write(
+        tmp_path, model("bert"), codec=("full", "full"), gates={"0": Gate("module", "0")},
+        routers={"0": Router("projection", 32, K, top_k=1)},
+        pick=lambda name: name == f"encoder.layer.0.output.dense.{leaf}",
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=rf"dense.{leaf}' has no gate of its matrix"):
+        made.load()

@@ -108,7 +108,10 @@ def test_defaults_are_those_of_objective_and_kind() -> None:
     found = settings(manifest(twin, "sample"), Options())
     assert (found.lr, found.factor(500)) == (5e-4, 0.5)
     found = settings(manifest(Router("mlp", 2, 2, objective="entropy"), "block"), Options())
-    assert (found.steps, found.batch, found.lr) == (200, 16, 1e-3)
+    assert (found.steps, found.batch, found.lr) == (200, 16, 0.01)
+    for width, lr in ((768, 1e-3), (4096, 1.875e-4)):
+        wide = Router("mlp", width, 2, objective="distill")
+        assert settings(manifest(wide, "block"), Options()).lr == pytest.approx(lr)
     assert found.factor(0) == 1.0 and found.factor(100) == pytest.approx(0.5)
     with pytest.raises(RecipeError, match="mean of each task's features"):
         settings(manifest(Router("centroid", 2, 2), "sample"), Options("entropy"))

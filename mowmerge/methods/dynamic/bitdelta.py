@@ -23,7 +23,9 @@ def _routing(sites: Sequence[Site], codes: Sequence[Code], p: Mapping[str, Any])
 
 
 def _scales(extents: Sequence[Extent]) -> Reduction:
-    """The mean magnitude of each task vector."""
+    """The mean magnitude of each task vector that is quantised."""
+    if extents[0].codec == "full":
+        return None
     total = yield Sum(lambda block: l1_norms(block.values))
     return total.total / max(1, sum(e.numel for e in extents))
 
@@ -44,7 +46,7 @@ def bitdelta(
     Shapes: deltas [N,*S], base [*S] -> anchor [*S], sign [N,rows,bytes], scale [N]; or delta.
 
     Source: BitDelta, arXiv:2402.10193, eq. 2.
-    Differs: the scales are not distilled.
+    Differs: the scales are not distilled: a_k is the scale with the least squared error.
     """
     if code.codec == "full":
         return {"anchor": base, "delta": deltas}

@@ -57,7 +57,7 @@ def e_wemoe(
 
     Source: Efficient WEMoE, arXiv:2410.21804; reference code sparse_we_moe.py.
     Differs: an exact count is kept instead of what exceeds a quantile; each sample has its own
-    gates; what is pruned is not stored.
+    gates; what is pruned is not stored; routers are trained by distillation, as wemoe's.
     """
     from mowmerge.dynamic import codecs
 

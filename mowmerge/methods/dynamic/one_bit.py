@@ -26,7 +26,10 @@ def _routing(sites: Sequence[Site], codes: Sequence[Code], p: Mapping[str, Any])
 
 
 def _scales(extents: Sequence[Extent]) -> Reduction:
-    """The mean magnitude of each task vector, over its non-zero entries where zeros are marked."""
+    """The mean magnitude of each task vector that is quantised, over its non-zero entries where
+    zeros are marked."""
+    if extents[0].codec == "full":
+        return None
     marked = extents[0].parameters["zeros"] == "marked"
 
     def masses(block: Block) -> Tensor:
@@ -71,7 +74,8 @@ def one_bit(
 
     Source: 1bit-Merging, arXiv:2502.10743; the quantiser is BitDelta's, arXiv:2402.10193, eq. 2.
     Differs: no code is published and the paper's choice of components could not be checked: all
-    matrices by default. The others are added by task arithmetic, not by TIES.
+    matrices by default. The others are added by task arithmetic, not by TIES, whose result is no
+    sum over them and would have to be stored whole for each k.
     """
     if code.codec == "full":
         return {"anchor": base, "delta": deltas}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from mowmerge.dynamic.format import Code, Gate, Router
-from mowmerge.methods.contracts import Dynamic, Range, Routing, Site
+from mowmerge.methods.contracts import Dynamic, MethodError, Range, Routing, Site
 from mowmerge.methods.gating import in_block_matrix, of_base
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
@@ -26,6 +26,13 @@ def _code(site: Site, p: Mapping[str, Any], found: Any) -> Code | None:
 
 
 def _routing(sites: Sequence[Site], codes: Sequence[Code], p: Mapping[str, Any]) -> Routing:
+    gated = {code.name for code in codes if code.gate_rank}
+    for code in codes:
+        if code.name not in gated and code.name.removesuffix("bias") + "weight" not in gated:
+            raise MethodError(
+                f"'{code.name}' is chosen by the gate of its matrix, which is not coded: a rule"
+                " that takes out the matrix has to take out the bias too"
+            )
     router = Router("projection", 0, codes[0].slots, top_k=p["top_k"])
     return {"0": Gate("module", "0")}, {"0": router}
 

@@ -47,6 +47,8 @@ def wemoe(
 
     Source: WEMoE, arXiv:2402.00433, section 3; reference code we_moe.py.
     Differs: gates are each sample's own (the released evaluation averages them over the batch), and
-    padding does not enter their mean.
+    padding does not enter their mean. Routers are trained to say what the experts say, on the same
+    unlabelled inputs; `train-router --objective entropy` minimises the paper's entropy, which may
+    fall while answers become wrong.
     """
     return {"anchor": weighted_sum(deltas, [scale] * len(deltas)).add_(base), "delta": deltas}

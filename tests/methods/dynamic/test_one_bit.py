@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from made import made
@@ -10,6 +12,7 @@ from zoo import Zoo
 from mowmerge.dynamic import codecs
 from mowmerge.dynamic.format import Code
 from mowmerge.methods.dynamic.one_bit import one_bit
+from mowmerge.streaming import OpenJob
 
 
 def coded(deltas: torch.Tensor, zeros: str = "plus") -> tuple[Code, dict[str, torch.Tensor]]:
@@ -57,3 +60,23 @@ def test_what_is_quantised(zoo: Zoo, whole: str) -> None:
         assert (code.codec == "one_bit") == (role not in ("other", whole)), name
     (router,) = found.manifest.routers.values()
     assert (router.kind, router.top_k, router.rest, router.layer) == ("twin", 1, 0.3, 1)
+
+
+@pytest.mark.parametrize("method", ["one_bit", "bitdelta"])
+def test_only_what_is_quantised_is_measured(
+    zoo: Zoo, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zoo.family("llama", 2)
+    measured: set[str] = set()
+    observe = OpenJob.observe
+
+    def watched(self: OpenJob, *args: Any) -> Any:
+        measured.add(self.job.output.name)
+        return observe(self, *args)
+
+    monkeypatch.setattr(OpenJob, "observe", watched)
+    zoo.merge({"method": method})
+    codes = made(zoo.folder / "out").codes
+    assert (
+        measured == {name for name, code in codes.items() if code.codec == "one_bit"} != set(codes)
+    )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from made import made
+from zoo import Zoo
 
 from mowmerge.dynamic import codecs
 from mowmerge.dynamic.format import Code
+from mowmerge.errors import RecipeError
 from mowmerge.methods.dynamic.smile import smile
 
 
@@ -50,3 +53,16 @@ def test_biases_are_whole() -> None:
     base, deltas = normal(6), normal(3, 6)
     parts = smile(deltas, base, Code("b", (6,), "full", 3, "0"))
     assert torch.equal(parts["delta"], deltas)
+
+
+def test_a_bias_goes_with_its_matrix(zoo: Zoo) -> None:
+    zoo.family("bert", 2)
+    out = "*0.intermediate.dense.weight"
+    rule = {"match": {"tensors": out}, "method": "linear"}
+    with pytest.raises(RecipeError, match="intermediate.dense.bias' is chosen by the gate of its"):
+        zoo.merge({"method": "smile", "rules": [rule]})
+    rule = {"match": {"tensors": "*0.intermediate.dense.*"}, "method": "linear"}
+    zoo.merge({"method": "smile", "rules": [rule]})
+    coded = made(zoo.folder / "out").codes
+    assert "encoder.layer.0.intermediate.dense.bias" not in coded
+    assert "encoder.layer.1.intermediate.dense.bias" in coded

@@ -40,4 +40,4 @@ def test_a_router_for_each_block(zoo: Zoo, depth: int, kind: str) -> None:
     for i, router in enumerate(found.routers.values()):
         assert (router.kind, router.width, router.outputs) == (kind, 16, 3)
         assert (router.activation, router.init, router.seed) == ("none", 0.2, 5 + i)
-        assert router.objective == "entropy"
+        assert router.objective == "distill"
