@@ -57,8 +57,8 @@ CASES = (
     Case("twin_merging, rank 25 %", "twin_merging", "density: 0.25", SUM, True, Options()),
     Case("one_bit", "one_bit", "", "", True, Options()),
     Case("smile", "smile", "rank: 16, gate_rank: 4"),
-    Case("emr", "emr"),
-    Case("tall_mask", "tall_mask"),
+    Case("emr", "emr", "router: deep", "", True, Options()),
+    Case("tall_mask", "tall_mask", "router: deep", "", True, Options()),
 )
 
 

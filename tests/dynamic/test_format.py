@@ -58,6 +58,8 @@ def _edit(where: str, **values: Any) -> Callable[[dict[str, Any]], None]:
         (_edit("tensors.1", slots=3), "'a.bias' has 3 slots for 2 experts"),
         (_edit("", experts=["x", "y", "z"]), "2 slots for 3 experts"),
         (_edit("routers.r", outputs=3), "3 outputs for the 2 slots"),
+        (_edit("routers.r", pool="median"), "router 'r' of kind linear cannot pool .* 'median'"),
+        (_edit("routers.s", pool="statistics"), "router 's' of kind mlp cannot pool"),
         (_edit("gates.g", scope="moon"), "gate 'g' has an unknown scope"),
         (_edit("gates.g", router="none"), "gate 'g' has an unknown scope or router"),
         (_edit("gates", spare={"scope": "task"}), "gate 'spare' has no tensor"),

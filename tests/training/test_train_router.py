@@ -37,7 +37,7 @@ def column(out: Path, name: str) -> list[float]:
     return [float(row[name]) for row in log(out) if row[name]]
 
 
-@pytest.mark.parametrize("which", ["linear", "twin", "centroid", "token", "bert"])
+@pytest.mark.parametrize("which", ["linear", "twin", "statistics", "centroid", "token", "bert"])
 def test_a_classifier_tells_tasks_apart_that_can_be_told_apart(make: Make, which: str) -> None:
     made = make(which)
     before = made.bytes()
@@ -61,13 +61,14 @@ def test_a_classifier_tells_tasks_apart_that_can_be_told_apart(make: Make, which
     assert not list(made.out.parent.glob(".out*"))
 
 
-def test_the_trained_model_routes_what_it_never_saw(make: Make) -> None:
+@pytest.mark.parametrize("which", ["linear", "statistics"])
+def test_the_trained_model_routes_what_it_never_saw(make: Make, which: str) -> None:
     """Through the model as a user loads it: the classifier says which task an eval sample is of."""
     from transformers import AutoImageProcessor
 
     from mowmerge.tasks.data import load
 
-    made = make("linear")
+    made = make(which)
     api.train_router(made.out, made.recipe)
     model = modeling.FRONTS["ForImageClassification"].from_pretrained(made.out)
     processor = AutoImageProcessor.from_pretrained(made.out, backend="pil")
