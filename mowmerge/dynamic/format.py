@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields
 from math import prod
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2  # the newest
 ROUTER = "mow_router"  # module and name prefix of what train-router may change
 HEADS = "mow_heads"  # module and name prefix of the heads, one a task
 CODECS = ("full", "full_abs", "low_rank", "sparse", "row_sparse", "mask", "one_bit")
@@ -209,7 +209,15 @@ class Manifest:
     routers: Mapping[str, Router] = field(default_factory=dict)
     heads: tuple[Head, ...] = ()
     head_class: str = ""
-    format: int = FORMAT
+
+    @property
+    def format(self) -> int:
+        """The oldest format that can say this: 2 where a router sees statistics, or keeps its
+        largest outputs as they are."""
+        newer = (
+            r.pool != "mean" or (r.top_k and r.activation == "none") for r in self.routers.values()
+        )
+        return 2 if any(newer) else 1
 
     @property
     def routed(self) -> tuple[str, ...]:
@@ -242,9 +250,9 @@ class Manifest:
             FormatError: a newer format, an unknown codec or scope, a gate that is not there.
         """
         number = held.get("format")
-        if number != FORMAT:
+        if number not in range(1, FORMAT + 1):
             raise FormatError(
-                f"this checkpoint has format {number!r} and this mowmerge reads {FORMAT}:"
+                f"this checkpoint has format {number!r} and this mowmerge reads up to {FORMAT}:"
                 " upgrade mowmerge"
             )
         try:

@@ -126,4 +126,4 @@ def _why_none(manifest: Manifest) -> str:
     scopes = {gate.scope for gate in manifest.gates.values()}
     if "module" in scopes:
         return "its gates are projections that were computed when it was built"
-    return "the caller says which expert is meant (task_ids)"
+    return "the caller says which expert is meant (task_ids); `router: deep` would have one"

@@ -359,7 +359,7 @@ def _other_experts(made: Made) -> None:
 
 def _newer(made: Made) -> None:
     config = json.loads((made.out / "config.json").read_text())
-    config["mowmerge"]["format"] = 2
+    config["mowmerge"]["format"] = 3
     (made.out / "config.json").write_text(json.dumps(config))
 
 

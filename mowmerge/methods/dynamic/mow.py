@@ -108,7 +108,11 @@ def _rest(p: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     at_least=2,
     scope=lambda p: "tensor" if p["codec"] == "low_rank" else "element",
     dynamic=Dynamic(
-        _code, _routing, _rest, Survey(lambda s: Sum(_distances) if _compared(s) else None, _decide)
+        _code,
+        _routing,
+        _rest,
+        Survey(lambda s: Sum(_distances) if _compared(s) else None, _decide),
+        learned="adamerging_pp",
     ),
 )
 def mow(
