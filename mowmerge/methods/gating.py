@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 from mowmerge.dynamic.format import Code, Gate, Router
@@ -74,13 +73,11 @@ def by_choice(sites: Sequence[Site], p: Mapping[str, Any], **more: Any) -> Routi
     if p["router"] == "task_id":
         return {"0": Gate("task")}, {}
     inside = next((s for s in sites if s.layer is not None), sites[0])
-    kind = KINDS.get(p["router"], p["router"])
+    kind, width = KINDS.get(p["router"], p["router"]), _width(inside)
     router = Router(
-        kind, _width(inside), inside.models, layer=_layer(inside.layers, p["prefix"]),
-        pool=p["features"], seed=p["seed"], **more,
+        kind, width, inside.models, hidden=2 * width if kind == "twin" else 0,
+        layer=_layer(inside.layers, p["prefix"]), pool=p["features"], seed=p["seed"], **more,
     )  # fmt: skip
-    if kind == "twin":
-        router = replace(router, hidden=2 * router.inputs)
     return {"0": Gate("sample", "0")}, {"0": router}
 
 

@@ -37,7 +37,7 @@ def test_the_prefix_is_a_share_of_the_layers(layers: int, prefix: float, layer: 
     [
         ({}, Router("linear", 4, 3, layer=4, pool="statistics", seed=7)),
         ({"features": "mean"}, Router("linear", 4, 3, layer=4, seed=7)),
-        ({"router": "deep"}, Router("twin", 4, 3, 16, layer=4, pool="statistics", seed=7)),
+        ({"router": "deep"}, Router("twin", 4, 3, 8, layer=4, pool="statistics", seed=7)),
         ({"router": "deep", "features": "mean"}, Router("twin", 4, 3, 8, layer=4, seed=7)),
         ({"router": "centroid"}, Router("centroid", 4, 3, layer=4, pool="statistics", seed=7)),
     ],

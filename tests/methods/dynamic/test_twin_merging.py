@@ -31,8 +31,8 @@ def test_vectors_are_whole_and_matrices_keep_at_least_one_pair(zoo: Zoo) -> None
         norm = "norm" in name
         assert (code.codec, code.rank) == (("full", 0) if norm else ("low_rank", 1))
     (router,) = found.manifest.routers.values()
-    assert (router.kind, router.width, router.hidden, router.layer) == ("twin", 16, 64, 1)
-    assert found.tensors["mow_router.0.norm1.running_var"].tolist() == [1.0] * 64
+    assert (router.kind, router.width, router.hidden, router.layer) == ("twin", 16, 32, 1)
+    assert found.tensors["mow_router.0.norm1.running_var"].tolist() == [1.0] * 32
 
 
 def test_the_papers_router_can_be_asked_for(zoo: Zoo) -> None:
