@@ -370,7 +370,7 @@ def _plain(made: Made) -> None:
 FAULTS: dict[str, tuple[str, Callable[[Made], None], type[MowmergeError], str]] = {
     "shape": ("linear", _other_shape, CheckpointError, "last.weight' is .4, 16. in it and .3, 16."),
     "experts": ("linear", _other_experts, CheckpointError, "other experts: x, y, z"),
-    "newer": ("linear", _newer, CheckpointError, "has format 2 and this mowmerge reads 1"),
+    "newer": ("linear", _newer, CheckpointError, "has format 3 and this mowmerge reads up to 2"),
     "plain": ("linear", _plain, CheckpointError, "no dynamic checkpoint"),
     "no router": ("emr", lambda made: None, CheckpointError, "no router to train: the caller says"),
 }
