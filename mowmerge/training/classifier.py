@@ -20,14 +20,9 @@ from mowmerge.training.processes import Processes
 from mowmerge.training.settings import Settings
 
 POOLED = ("linear", "twin", "centroid")  # kinds that need only a sample's pooled features
-FIRST = {
-    "linear": "last",
-    "twin": "first",
-}  # the layer that takes them, where they are standardised
+FIRST = {"linear": "last", "twin": "first"}  # the layer that is given them, standardised
 LONGEST = 512  # tokens of a text
 NARROWEST = 0.1  # of the median deviation: the least by which a feature is divided
-
-
 Place = tuple[int, str]
 
 

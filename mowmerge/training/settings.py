@@ -59,8 +59,8 @@ class Settings:
 def settings(manifest: Manifest, options: Options) -> Settings:
     """The options with every default filled in, for the routers of a checkpoint.
 
-    task: 1000 steps of 64 samples a task, lr 1e-3, or 5e-4 falling linearly for a twin router; a
-    centroid router has a closed form and takes none. Others: 200 steps of 16 (lm: 8), lr 1e-3
+    task: 1000 steps of 64 samples a task, lr 1e-3, or 2000 and falling linearly for a twin router;
+    a centroid router has a closed form and takes none. Others: 200 steps of 16 (lm: 8), lr 1e-3
     falling along a cosine.
 
     Raises:
@@ -94,7 +94,7 @@ def settings(manifest: Manifest, options: Options) -> Settings:
     steps, batch, lr = (1000, 64, 1e-3) if classifying else (200, 16, 1e-3)
     schedule = "constant" if classifying else "cosine"
     if classifying and "twin" in kinds:
-        lr, schedule = 5e-4, "linear"
+        steps, schedule = 2000, "linear"
     if objective == "lm":
         batch = 8
     if kinds == {"centroid"}:
