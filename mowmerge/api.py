@@ -185,7 +185,7 @@ def inspect(
     planned = survey(parsed, options=asked)
     told = contents(planned.manifest, specs_of(planned)) if planned.manifest else {}
     return {
-        **named, "dynamic": True, "survey": planned.surveyed, **told,
+        **named, "dynamic": True, "rest": planned.rest, "survey": planned.surveyed, **told,
         "write_bytes": planned.write_bytes, "warnings": list(planned.warnings),
     }  # fmt: skip
 

@@ -135,7 +135,8 @@ class Plan:
     whose head is kept as it is. A dynamic merge has a manifest, files of codes and one of routers;
     `head_names` says of a head's tensor among the codes which model's it is; `surveyed` what was
     measured before, and while the plan is `undecided` it is still to be: more is planned than will
-    be written; `fit` is what is to be fitted first.
+    be written; `rest` is the static method of the rest, and why it is that one; `fit` is what is to
+    be fitted first.
     """
 
     name: str
@@ -157,6 +158,7 @@ class Plan:
     head_names: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     surveyed: Mapping[str, Any] | None = None
     undecided: bool = False
+    rest: str = ""
     dropped: tuple[str, ...] = ()
     fit: Fit | None = None
     warnings: tuple[str, ...] = ()

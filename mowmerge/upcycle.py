@@ -15,7 +15,7 @@ from mowmerge.methods import registry
 from mowmerge.methods.contracts import Dynamic, MethodError, Routing, Site
 from mowmerge.plan import Plan
 from mowmerge.recipe.model import Recipe, Rest
-from mowmerge.recipe.values import Place, Setting, rest_setting
+from mowmerge.recipe.values import Place, Setting, default_rest, rest_setting
 from mowmerge.tensors import TensorSpec
 
 # no layer reads these with one value a sample: attention biases shared by the batch, fused experts
@@ -34,6 +34,7 @@ class Upcycling:
         self.recipe, self.method, self.found = recipe, registry.get(recipe.method), found
         self.sites: dict[str, Site] = {}
         self.skipped: list[str] = []
+        self.why = ""  # the rest is what it is, where the recipe does not say
         stacks = [place for name in specs if (place := naming.stack(name))]
         self._rests: dict[Any, Rest] = {}
         self._layers = {stack: 1 + max(i for s, i in stacks if s == stack) for stack, _ in stacks}
@@ -69,9 +70,9 @@ class Upcycling:
         """The static method for a tensor: the recipe's `rest`, or the method's own."""
 
         def default() -> Rest:
-            method, given = self.dynamic.rest(parameters)
-            key = (method, tuple(given.items()))
-            return self._rests.setdefault(key, Rest(method=method, parameters=given))
+            found, self.why = default_rest(self.recipe, parameters)
+            key = (found.method, tuple(found.parameters.items()))
+            return self._rests.setdefault(key, found)
 
         return rest_setting(self.recipe, place, default)
 
@@ -113,7 +114,15 @@ class Upcycling:
             router=router, head_names=names, warnings=tuple(warnings),
             peak_bytes=plan.peak_bytes + 2 * largest,  # freed memory is kept, not given back
             undecided=self.dynamic.survey is not None and self.found is None,
+            rest=self._rest_told(),
         )  # fmt: skip
+
+    def _rest_told(self) -> str:
+        """The method of what is not dynamic, and why it is that one."""
+        named = self.recipe.rest.method if self.recipe.rest else ", ".join(
+            dict.fromkeys(rest.method for rest in self._rests.values())
+        )  # fmt: skip
+        return f"{named}, {self.why}" if self.why else named
 
     def _routing(self, plan: Plan, codes: Sequence[Code]) -> Routing:
         """The gates and routers of all codes, each gate by the parameters of its own tensors."""

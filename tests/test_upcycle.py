@@ -127,8 +127,11 @@ def test_towers_of_two_widths_have_a_router_each(zoo: Zoo) -> None:
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_a_classifier_reads_the_anchors_hidden_states(zoo: Zoo, kind: str) -> None:
     headers(zoo, ARCHITECTURES[kind](6))
-    for method, layer in (("mow", 2), ("one_bit", 3), ("twin_merging", 0)):
-        manifest = plan(zoo, method).manifest
+    for method, way, layer in (
+        ("mow", {}, 2), ("one_bit", {"prefix": 0.5}, 3), ("twin_merging", {"prefix": 1}, 0),
+        ("emr", {"router": "deep"}, 2),
+    ):  # fmt: skip
+        manifest = plan(zoo, method, parameters=way).manifest
         assert manifest is not None
         (router,) = manifest.routers.values()
         assert (router.width, router.outputs, router.layer) == (16, 3, layer)

@@ -68,6 +68,7 @@ def completed(recipe: Recipe) -> dict[str, Any]:
 def _rest(recipe: Recipe) -> dict[str, Any] | None:
     """The static method of a dynamic recipe, its own or the method's default."""
     from mowmerge.methods.registry import get
+    from mowmerge.recipe.values import default_rest
 
     spec = get(recipe.method)
     if spec.dynamic is None:
@@ -75,7 +76,8 @@ def _rest(recipe: Recipe) -> dict[str, Any] | None:
     if recipe.rest is not None:
         method, given = recipe.rest.method, recipe.rest.parameters
     else:
-        method, given = spec.dynamic.rest(spec.complete(recipe.parameters))
+        default, _ = default_rest(recipe, spec.complete(recipe.parameters))
+        method, given = default.method, default.parameters
     return {"method": method, "parameters": get(method).complete(given)}
 
 

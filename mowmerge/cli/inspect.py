@@ -54,7 +54,8 @@ def _page(target: str, told: Mapping[str, Any]) -> list[str]:
         return [*table, f"nothing would be dynamic: {output.size(told['write_bytes'])}"]
     experts = ", ".join(told["experts"])
     head = f"{told['method']} of {len(told['experts'])} experts: {experts}"
-    return [head, *table, _codes(told["codes"]), _weights(told), _routing(told)]
+    rest = [f"the rest: {told['rest']}"] if told.get("rest") else []
+    return [head, *table, _codes(told["codes"]), *rest, _weights(told), _routing(told)]
 
 
 def _similarity(survey: Mapping[str, Any]) -> str:

@@ -71,6 +71,8 @@ def show_plan(plan: Plan, *, as_json: bool) -> None:
         f" read {size(plan.read_bytes)}, write {bound}{size(plan.write_bytes)},"
         f" peak memory {size(plan.peak_bytes)} with {plan.workers} worker(s)"
     )
+    if plan.rest:
+        print(f"the rest: {plan.rest}")
     if plan.fit:
         fit, drawn = plan.fit, plan.fit.steps * plan.fit.batch
         each = "tensor and model" if fit.granularity == "tensor" else "model"
@@ -129,6 +131,7 @@ def plan_object(plan: Plan) -> dict[str, Any]:
             model: {"file": shard.file, "bytes": shard.nbytes, "tensors": list(shard.offsets)}
             for model, shard in plan.heads.items()
         },
+        "rest": plan.rest or None,
         "fit": asdict(plan.fit) if plan.fit else None,
         **_dynamic(plan),
         "dropped": list(plan.dropped),

@@ -12,11 +12,12 @@ from dataclasses import asdict, dataclass, field, fields
 from math import prod
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2  # the newest
 ROUTER = "mow_router"  # module and name prefix of what train-router may change
 HEADS = "mow_heads"  # module and name prefix of the heads, one a task
 CODECS = ("full", "full_abs", "low_rank", "sparse", "row_sparse", "mask", "one_bit")
 SCOPES = ("sample", "block", "module", "task")
+POOLS = ("mean", "statistics")
 
 
 class FormatError(ValueError):
@@ -128,10 +129,12 @@ class Router:
 
     kind: linear, mlp (linear, ReLU, linear, on each token), constant, twin (two hidden layers with
     batch norm), centroid (minus the squared distance), projection (scope module: each token by its
-    norm on the gates of the codes). width: of the features. layer: after how many layers of the
-    anchor they are taken (0: its last hidden state). code: width of the layer code put in front.
-    activation: softmax, or none. top_k: how many keep their coefficient (0: all). hard: from which
-    largest probability on it counts as 1. rest: coefficient of the slots that were not chosen.
+    norm on the gates of the codes). width: of the hidden states. layer: after how many layers of
+    the anchor they are taken (0: its last hidden state). pool: what of the tokens is the feature:
+    their mean, or their statistics, mean and standard deviation side by side. code: width of the
+    layer code put in front. activation: softmax, or none. top_k: how many keep their coefficient
+    (0: all). hard: from which largest probability on it counts as 1. rest: coefficient of the slots
+    that were not chosen.
     """
 
     kind: str
@@ -139,6 +142,7 @@ class Router:
     outputs: int
     hidden: int = 0
     layer: int = 0
+    pool: str = "mean"
     code: int = 0
     activation: str = "softmax"
     top_k: int = 0
@@ -149,9 +153,14 @@ class Router:
     objective: str = "task"
 
     @property
+    def inputs(self) -> int:
+        """How many numbers its first layer takes."""
+        return self.width * (2 if self.pool == "statistics" else 1) + self.code
+
+    @property
     def parts(self) -> dict[str, Part]:
         """The router's tensors by name, as `RouterModule` has them."""
-        width, wide = self.width + self.code, self.hidden or self.width + self.code
+        width, wide = self.inputs, self.hidden or self.inputs
         shapes: dict[str, tuple[int, ...]] = {}
         layers = {
             "linear": [("last", self.outputs, width)],
@@ -200,7 +209,15 @@ class Manifest:
     routers: Mapping[str, Router] = field(default_factory=dict)
     heads: tuple[Head, ...] = ()
     head_class: str = ""
-    format: int = FORMAT
+
+    @property
+    def format(self) -> int:
+        """The oldest format that can say this: 2 where a router sees statistics, or keeps its
+        largest outputs as they are."""
+        newer = (
+            r.pool != "mean" or (r.top_k and r.activation == "none") for r in self.routers.values()
+        )
+        return 2 if any(newer) else 1
 
     @property
     def routed(self) -> tuple[str, ...]:
@@ -233,9 +250,9 @@ class Manifest:
             FormatError: a newer format, an unknown codec or scope, a gate that is not there.
         """
         number = held.get("format")
-        if number != FORMAT:
+        if number not in range(1, FORMAT + 1):
             raise FormatError(
-                f"this checkpoint has format {number!r} and this mowmerge reads {FORMAT}:"
+                f"this checkpoint has format {number!r} and this mowmerge reads up to {FORMAT}:"
                 " upgrade mowmerge"
             )
         try:
@@ -282,6 +299,12 @@ class Manifest:
                 raise FormatError(
                     f"router '{gate.router}' has {outputs} outputs for the {self.slots(name)} slots"
                     f" of gate '{name}'"
+                )
+        for name, router in self.routers.items():
+            if router.pool not in POOLS or (router.pool != "mean" and router.kind == "mlp"):
+                raise FormatError(
+                    f"router '{name}' of kind {router.kind} cannot pool its tokens by"
+                    f" '{router.pool}'"
                 )
         if len(self.heads) not in (0, len(self.experts)):
             raise FormatError(f"{len(self.heads)} heads for {len(self.experts)} experts")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from .format import FormatError, Router
 
 SMALL = 0.01  # standard deviation of a fresh router's weights
+SHARP = 100.0  # how fast a learning router's outputs fade below the k-th largest
 
 
 class RouterModule(nn.Module):
@@ -21,7 +22,7 @@ class RouterModule(nn.Module):
     def __init__(self, router: Router) -> None:
         super().__init__()
         self.router = router
-        width, outputs, fp32 = router.width + router.code, router.outputs, torch.float32
+        width, outputs, fp32 = router.inputs, router.outputs, torch.float32
         hidden = router.hidden or width
         if router.kind == "constant":
             self.bias = nn.Parameter(torch.empty(outputs, dtype=fp32))
@@ -64,9 +65,10 @@ class RouterModule(nn.Module):
         return self
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None, index: int = 0) -> Tensor:
-        """The router's raw outputs, averaged over the valid tokens of each sample.
+        """The router's raw outputs for the valid tokens of each sample.
 
-        Shapes: tokens [B,T,d], mask [B,T] or None -> [B,outputs].
+        Shapes: tokens [B,T,d], or features that are pooled [B,inputs], mask [B,T] or None ->
+        [B,outputs].
         """
         h = tokens.to(self.temperature)
         if self.router.code:
@@ -77,7 +79,7 @@ class RouterModule(nn.Module):
         if self.router.kind == "mlp":  # the last map is linear: the mean may come before it
             pooled = pool(torch.relu(self.first(h)), mask)
         else:
-            pooled = pool(h, mask)
+            pooled = pool(h, mask, self.router.pool)
         if self.router.kind == "centroid":
             return -torch.cdist(pooled, self.centroids).square()
         if self.router.kind == "twin":
@@ -90,8 +92,9 @@ class RouterModule(nn.Module):
     def coefficients(self, raw: Tensor) -> Tensor:
         """What mixes the slots: softmax at the temperature, top-k, hard choices.
 
-        The k largest keep their share of their sum, the others get `rest`; from the largest
-        probability `hard` on, it counts as 1.
+        The k largest probabilities keep their share of their sum, the others get `rest`; from the
+        largest `hard` on, it counts as 1. Without softmax the k largest outputs stay as they are,
+        and while it learns the others fade, so that they learn too.
         """
         asked = self.router
         if asked.activation == "none":
@@ -102,7 +105,16 @@ class RouterModule(nn.Module):
                 best, place = c.max(-1, keepdim=True)
                 sure = torch.zeros_like(c).scatter_(-1, place, 1.0)
                 c = torch.where(best >= asked.hard, sure, c)
+        if asked.activation == "none" and 0 < asked.top_k < c.shape[-1]:
+            return c * self._chosen(c)
         return keep_top(c, asked.top_k, asked.rest) if asked.top_k else c
+
+    def _chosen(self, c: Tensor) -> Tensor:
+        """1 for the k largest and 0 for the others; in training 1 / (1 + exp(-100 (c - c_k)))."""
+        value, place = c.topk(self.router.top_k, -1)
+        if self.training:
+            return torch.sigmoid(SHARP * (c - value[..., -1:].detach()))
+        return torch.zeros_like(c).scatter(-1, place, 1.0)
 
 
 def keep_top(c: Tensor, k: int, rest: float = 0.0) -> Tensor:
@@ -111,15 +123,24 @@ def keep_top(c: Tensor, k: int, rest: float = 0.0) -> Tensor:
     return torch.full_like(c, rest).scatter(-1, place, value / value.sum(-1, keepdim=True))
 
 
-def pool(tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean over valid tokens: [B,T,d] -> [B,d]; what is [B,d] stays."""
+def pool(tokens: Tensor, mask: Tensor | None, how: str = "mean") -> Tensor:
+    """What is known of all valid tokens: [B,T,d] -> their mean [B,d], or their statistics [B,2d],
+    the mean and the standard deviation side by side; what is [B,d] stays."""
     if tokens.dim() == 2:
         return tokens
     tokens = tokens.flatten(1, -2)
-    if mask is None:
-        return tokens.mean(1)
-    weight = mask.to(tokens.dtype).unsqueeze(-1)
-    return (tokens * weight).sum(1) / weight.sum(1).clamp_min(1)
+    weight = None if mask is None else mask.to(tokens.dtype).unsqueeze(-1)
+    mean = _mean(tokens, weight)
+    if how == "mean":
+        return mean
+    return torch.cat([mean, _mean((tokens - mean.unsqueeze(1)).square(), weight).sqrt()], 1)
+
+
+def _mean(values: Tensor, weight: Tensor | None) -> Tensor:
+    """[B,T,d], weight [B,T,1] or None -> [B,d]."""
+    if weight is None:
+        return values.mean(1)
+    return (values * weight).sum(1) / weight.sum(1).clamp_min(1)
 
 
 def layer_code(index: int, width: int) -> Tensor:

@@ -97,13 +97,15 @@ class Dynamic:
     code: how a tensor is coded, None where it stays static; `found` is what the survey decided,
     None before it. routing: the gates and routers of the coded tensors, given all sites, those
     coded, and the parameters. rest: the static method, with parameters, of the anchor and of what
-    is not coded, where the recipe does not say.
+    is not coded, where the recipe does not say; learned: the one that takes its place where the
+    recipe has data to fit it on.
     """
 
     code: Callable[[Site, Mapping[str, Any], Mapping[str, Any] | None], Code | None]
     routing: Callable[[Sequence[Site], Sequence[Code], Mapping[str, Any]], Routing]
     rest: Callable[[Mapping[str, Any]], tuple[str, Mapping[str, Any]]]
     survey: Survey | None = None
+    learned: str = ""
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from mowmerge.dynamic.format import Code, Gate, Router
 from mowmerge.methods.contracts import MethodError, Routing, Site
 
+Classifier = Literal["deep", "linear", "centroid"]
+Chooser = Literal["task_id", "deep", "linear", "centroid"]
+Features = Literal["statistics", "mean"]
 DEPTHS = {0: "constant", 1: "linear", 2: "mlp"}
+KINDS = {"deep": "twin"}  # what a classifier's kind is called in the format, where it differs
 
 
 def block_of(site: Site) -> str:
@@ -36,6 +40,7 @@ def by_block(
     shared: bool = False,
     layer_code: int = 0,
     hidden: int = 0,
+    top_k: int = 0,
 ) -> Routing:
     """A gate a block on the tokens that enter it, with a router of its own or one for each stack.
 
@@ -53,7 +58,7 @@ def by_block(
         gates[code.gate] = Gate("block", id, offset, site.layer or 0)
         described = Router(
             DEPTHS[depth], _width(site), code.slots, hidden=hidden, code=layer_code,
-            activation="none", init=offset, seed=seed + int(id), objective="distill",
+            activation="none", top_k=top_k, init=offset, seed=seed + int(id), objective="distill",
         )  # fmt: skip
         if routers.setdefault(id, described) != described:
             raise MethodError(
@@ -62,23 +67,24 @@ def by_block(
     return gates, routers
 
 
-def by_classifier(
-    sites: Sequence[Site],
-    *,
-    kind: str = "linear",
-    layer: int = 0,
-    seed: int = 0,
-    **more: Any,
-) -> Routing:
-    """One gate for all: a classifier of the sample on the anchor's mean hidden state.
-
-    `layer`: after how many layers that is taken; 0 is the last hidden state.
-    """
+def by_choice(sites: Sequence[Site], p: Mapping[str, Any], **more: Any) -> Routing:
+    """One gate for all, by the parameters `router`, `prefix`, `features` and `seed`: a classifier
+    of the sample on the anchor's own hidden states, or task_id, which the caller sets."""
+    if p["router"] == "task_id":
+        return {"0": Gate("task")}, {}
     inside = next((s for s in sites if s.layer is not None), sites[0])
-    width = _width(inside)
-    hidden = 2 * width if kind == "twin" else 0
-    router = Router(kind, width, inside.models, hidden=hidden, layer=layer, seed=seed, **more)
+    kind, width = KINDS.get(p["router"], p["router"]), _width(inside)
+    router = Router(
+        kind, width, inside.models, hidden=2 * width if kind == "twin" else 0,
+        layer=_layer(inside.layers, p["prefix"]), pool=p["features"], seed=p["seed"], **more,
+    )  # fmt: skip
     return {"0": Gate("sample", "0")}, {"0": router}
+
+
+def _layer(layers: int, prefix: float) -> int:
+    """The layer, of so many, after that share of them, at least the first; 0 means all of them and
+    what comes behind."""
+    return max(1, round(prefix * layers)) if layers and prefix < 1 else 0
 
 
 def _width(site: Site) -> int:
@@ -86,16 +92,6 @@ def _width(site: Site) -> int:
     if not site.width:
         raise MethodError(f"no normalisation tells how wide the hidden states at '{site.name}' are")
     return site.width
-
-
-def by_task() -> Routing:
-    """One gate for all, which the caller sets: whose sample it is."""
-    return {"0": Gate("task")}, {}
-
-
-def depth_of(sites: Sequence[Site]) -> int:
-    """How many layers the first stack has."""
-    return next((site.layers for site in sites if site.layer is not None), 0)
 
 
 def of_base(parameters: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:

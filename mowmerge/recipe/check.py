@@ -158,9 +158,10 @@ def _fit(data: Mapping[str, Any]) -> Iterator[Fault]:
     used: dict[Loc, Any] = {("method",): data.get("method")}
     for i, rule in enumerate(map(as_map, as_list(data.get("rules")))):
         used["rules", i, "method"] = rule.get("method")
+    used["rest", "method"] = as_map(data.get("rest")).get("method")
     fitted = {loc: m for loc, m in used.items() if m in registry.names() and registry.get(m).fit}
     if data.get("coefficients") is not None:
-        if not fitted:
+        if not fitted and not _fits_by_default(data):
             message = "coefficients are given, and no method of the recipe is fitted"
             yield Fault(("coefficients",), message, "remove them, or name the method they are of")
         return
@@ -184,6 +185,13 @@ def _trains(task: Mapping[str, Any]) -> bool:
     """Whether a fit uses the task: not one that is held out, nor one that is only scored."""
     kind = str(task.get("type"))
     return task.get("expert") is not None and (kind not in TYPES or TYPES[kind].trains)
+
+
+def _fits_by_default(data: Mapping[str, Any]) -> bool:
+    """Whether the rest, which the recipe leaves open, can be a fitted method."""
+    method = data.get("method")
+    how = registry.get(method).dynamic if method in registry.names() else None
+    return data.get("rest") is None and how is not None and bool(how.learned)
 
 
 def _match_faults(origin: Origin, match: Any, loc: Loc) -> Iterator[Fault]:

@@ -284,6 +284,22 @@ class Recipe(Strict):
         }
 
     @property
+    def unfit(self) -> str:
+        """Why no default method is fitted on the recipe's tasks; empty where one can be."""
+        experts = {expert for expert, _ in self.trained.values()}
+        if self.coefficients:
+            return ""
+        if lacking := [name for name in self.models if name not in experts]:
+            return f"model '{lacking[0]}' has no task" if experts else "there are no tasks"
+        for name, (_, task) in self.trained.items():
+            if task.type == "causal-lm":
+                return f"task '{name}' is no classification"
+            if task.splits.router is None:
+                return f"task '{name}' has no router split"
+        nested = any(isinstance(model.source, Recipe) for model in self.models.values())
+        return "a model is itself a recipe" if nested else "" if self.heads else "no heads are kept"
+
+    @property
     def name(self) -> str:
         """The file's stem, or a nested recipe's key."""
         return self._origin.name

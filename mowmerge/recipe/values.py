@@ -52,6 +52,20 @@ def setting(recipe: Recipe, place: Place) -> Setting:
     return _settings(recipe).at(place)
 
 
+def default_rest(recipe: Recipe, parameters: Mapping[str, Any]) -> tuple[Rest, str]:
+    """The rest that a dynamic recipe does not name, for these parameters of its method; and why it
+    is that one, where the method could have another."""
+    how = get(recipe.method).dynamic
+    assert how is not None
+    method, given = how.rest(parameters)
+    if not how.learned:
+        return Rest(method=method, parameters=given), ""
+    if why := recipe.unfit:
+        return Rest(method=method, parameters=given), f"not {how.learned}: {why}"
+    source = "its coefficients are given" if recipe.coefficients else "the tasks have data for it"
+    return Rest(method=how.learned), f"not {method}: {source}"
+
+
 def rest_setting(recipe: Recipe, place: Place, default: Callable[[], Rest]) -> Setting:
     """What `rest` says for a tensor at this place, by default that of the dynamic method."""
     return _rests(recipe, recipe.rest or default()).at(place)

@@ -1,7 +1,7 @@
 """Classifiers that pool their features first: the anchor is asked once a sample, then all is small.
 
-Cross-entropy on raw outputs, the expert of each sample's task as its class. A linear router learns
-on standardised features, and its weights are folded back to plain ones at the end; a centroid
+Cross-entropy on raw outputs, the expert of each sample's task as its class. Routers learn on
+standardised features, and their first weights are folded back to plain ones at the end; a centroid
 router is the mean of each expert's features.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mowmerge.dynamic.format import Router
 from mowmerge.tasks.inputs import encode
 from mowmerge.tensors import Tensor, torch
 from mowmerge.training import objectives
@@ -18,9 +19,16 @@ from mowmerge.training.loop import Judgement
 from mowmerge.training.processes import Processes
 from mowmerge.training.settings import Settings
 
-POOLED = ("linear", "twin", "centroid")  # kinds that need only the mean of a sample's tokens
+POOLED = ("linear", "twin", "centroid")  # kinds that need only a sample's pooled features
+FIRST = {"linear": "last", "twin": "first"}  # the layer that is given them, standardised
 LONGEST = 512  # tokens of a text
 NARROWEST = 0.1  # of the median deviation: the least by which a feature is divided
+Place = tuple[int, str]
+
+
+def place(router: Router) -> Place:
+    """Where a router's features are from: layer and pool."""
+    return router.layer, router.pool
 
 
 class Classifier:
@@ -28,16 +36,16 @@ class Classifier:
 
     def __init__(
         self, routers: Any, asked: Settings, samples: Sequence[Samples],
-        features: Mapping[str, Mapping[int, Sequence[Tensor]]],
+        features: Mapping[str, Mapping[Place, Sequence[Tensor]]],
     ) -> None:  # fmt: skip
-        """`features`: use -> layer -> [n,d] of each task; `routers` is an nn.ModuleDict."""
+        """`features`: use -> (layer, pool) -> [n,d] of each task; `routers`: an nn.ModuleDict."""
         self.routers, self._asked, self._samples = routers, asked, samples
         self._sizes = [len(x) for x in next(iter(features["router"].values()))]
         self.scales: dict[str, tuple[Tensor, Tensor]] = {}
         self._x: dict[str, dict[str, Tensor]] = {}
         for name, made in routers.items():
-            layers = {use: torch.cat(list(of[made.router.layer])) for use, of in features.items()}
-            if made.router.kind == "linear":
+            layers = {use: torch.cat(list(of[place(made.router)])) for use, of in features.items()}
+            if made.router.kind in FIRST:
                 mean, by = self.scales[name] = standard(layers["router"])
                 layers = {use: (x - mean) / by for use, x in layers.items()}
             self._x[name] = layers
@@ -112,7 +120,8 @@ class Classifier:
                 "nll_calibrated": float(nll(raw / t, labels)),
             }  # fmt: skip
         for name, (mean, by) in self.scales.items():
-            fold(self.routers[name].last, mean, by)
+            made = self.routers[name]
+            fold(getattr(made, FIRST[made.router.kind]), mean, by)
         self.scales = {}
         return metrics
 
@@ -134,29 +143,30 @@ def fold(linear: Any, mean: Tensor, by: Tensor) -> None:
 
 def features(
     model: Any, processors: Mapping[str, Any], samples: Sequence[Samples],
-    widths: Mapping[int, int], use: str, asked: Settings, processes: Processes,
-) -> dict[int, list[Tensor]]:  # fmt: skip
-    """Layer -> each task's pooled features of the frozen anchor [n,d], fp32 on the CPU.
+    widths: Mapping[Place, int], use: str, asked: Settings, processes: Processes,
+) -> dict[Place, list[Tensor]]:  # fmt: skip
+    """(Layer, pool) -> each task's pooled features of the frozen anchor [n,d], fp32 on the CPU.
 
-    `widths` has the layers. The processes share the work; each gets all of it.
+    `widths` has the places and their d. The processes share the work; each gets all of it.
     """
     from mowmerge.dynamic.routers import pool
 
-    found: dict[int, list[Tensor]] = {layer: [] for layer in widths}
+    found: dict[Place, list[Tensor]] = {where: [] for where in widths}
     size = max(1, asked.batch // asked.accumulate)
     for sample in samples:
         items = getattr(sample, use)
-        made = {layer: torch.zeros(len(items), width) for layer, width in widths.items()}
+        made = {where: torch.zeros(len(items), width) for where, width in widths.items()}
         for start in range(processes.rank * size, len(items), processes.count * size):
             some = [items.input(i) for i in range(start, min(start + size, len(items)))]
             given = encode(processors[sample.type], some, model.config, LONGEST)
             given = {k: v.to(processes.device) for k, v in given.items()}
             mask = given.get("attention_mask")
-            for layer in widths:
+            for (layer, how), values in made.items():
                 with torch.autocast(processes.device.type, torch.bfloat16, enabled=asked.bf16):
                     tokens = model.features(layer, **given).float()
                 fits = mask is not None and mask.shape == tokens.shape[:2]
-                made[layer][start : start + len(some)] = pool(tokens, mask if fits else None).cpu()
-        for layer in widths:
-            found[layer].append(processes.total(made[layer]))
+                pooled = pool(tokens, mask if fits else None, how)
+                values[start : start + len(some)] = pooled.cpu()
+        for where, values in made.items():
+            found[where].append(processes.total(values))
     return found

@@ -227,7 +227,8 @@ class Task:
                 f"the head of task '{name}' does not choose one of several classes: it has no"
                 " entropy",
                 where=recipe.where("tasks", name, "type"),
-                hint="only classification can be fitted: leave the task out",
+                hint="only classification can be fitted: leave the task out, or name a method (in a"
+                " dynamic recipe: rest) that needs no data",
             )
         self._most = log(settings.num_labels) if wanted.balance else 1.0
         head = plan.heads.get(expert)

@@ -61,8 +61,8 @@ class Settings:
 def settings(manifest: Manifest, options: Options) -> Settings:
     """The options with every default filled in, for the routers of a checkpoint.
 
-    task: 1000 steps of 64 samples a task, lr 1e-3, or 5e-4 falling linearly for a twin router; a
-    centroid router has a closed form and takes none. Others: 200 steps of 16 (lm: 8), lr falling
+    task: 1000 steps of 64 samples a task, lr 1e-3, or 2000 and falling linearly for a twin router;
+    a centroid router has a closed form and takes none. Others: 200 steps of 16 (lm: 8), lr falling
     along a cosine from 0.768 / the width of what a router reads, at most 0.01: a step moves every
     weight by about lr, so that what it moves the output by does not depend on the width.
 
@@ -98,7 +98,7 @@ def settings(manifest: Manifest, options: Options) -> Settings:
     steps, batch, lr = (1000, 64, 1e-3) if classifying else (200, 16, min(FASTEST, RATE / widest))
     schedule = "constant" if classifying else "cosine"
     if classifying and "twin" in kinds:
-        lr, schedule = 5e-4, "linear"
+        steps, schedule = 2000, "linear"
     if objective == "lm":
         batch = 8
     if kinds == {"centroid"}:
@@ -130,4 +130,4 @@ def _why_none(manifest: Manifest) -> str:
     scopes = {gate.scope for gate in manifest.gates.values()}
     if "module" in scopes:
         return "its gates are projections that were computed when it was built"
-    return "the caller says which expert is meant (task_ids)"
+    return "the caller says which expert is meant (task_ids); `router: deep` would have one"

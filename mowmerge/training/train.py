@@ -15,7 +15,7 @@ from mowmerge.recipe.model import Recipe
 from mowmerge.tasks.inputs import processor
 from mowmerge.tensors import torch
 from mowmerge.training import checkpoint, processes
-from mowmerge.training.classifier import POOLED, Classifier, features
+from mowmerge.training.classifier import POOLED, Classifier, features, place
 from mowmerge.training.data import Samples, samples
 from mowmerge.training.desk import Desk
 from mowmerge.training.loop import Progress, Tell, run
@@ -106,7 +106,7 @@ def _classify(
     here: Processes, desk: Desk, mark: str, tell: Tell,
 ) -> tuple[Progress, dict[str, Any]]:  # fmt: skip
     """Classifiers on pooled features, on the CPU; their state goes back into the model."""
-    widths = {held.routers[name].layer: held.routers[name].width for name in asked.routers}
+    widths = {place(held.routers[name]): held.routers[name].inputs for name in asked.routers}
     uses = ["router", *(["select"] if all(s.select for s in given) else [])]
     found = {use: features(model, tools, given, widths, use, asked, here) for use in uses}
     routers = torch.nn.ModuleDict(

@@ -59,8 +59,8 @@ CASES = (
     Case("one_bit", "one_bit", "", "", True, Options()),
     Case("smile", "smile", "rank: 16"),
     Case("smile, wide gate", "smile", "rank: 16, gate_rank: 40, top_k: 2"),
-    Case("emr", "emr"),
-    Case("tall_mask", "tall_mask"),
+    Case("emr", "emr", "router: deep", "", True, Options()),
+    Case("tall_mask", "tall_mask", "router: deep", "", True, Options()),
 )
 
 

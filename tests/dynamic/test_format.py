@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -52,12 +53,15 @@ def _edit(where: str, **values: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (_edit("", format=2), "upgrade mowmerge"),
+        (_edit("", format=3), "upgrade mowmerge"),
+        (_edit("", format=None), "upgrade mowmerge"),
         (_edit("tensors.0", codec="zip"), "'a.weight' has codec 'zip'"),
         (_edit("tensors.0", colour=1), "damaged"),
         (_edit("tensors.1", slots=3), "'a.bias' has 3 slots for 2 experts"),
         (_edit("", experts=["x", "y", "z"]), "2 slots for 3 experts"),
         (_edit("routers.r", outputs=3), "3 outputs for the 2 slots"),
+        (_edit("routers.r", pool="median"), "router 'r' of kind linear cannot pool .* 'median'"),
+        (_edit("routers.s", pool="statistics"), "router 's' of kind mlp cannot pool"),
         (_edit("gates.g", scope="moon"), "gate 'g' has an unknown scope"),
         (_edit("gates.g", router="none"), "gate 'g' has an unknown scope or router"),
         (_edit("gates", spare={"scope": "task"}), "gate 'spare' has no tensor"),
@@ -69,6 +73,16 @@ def test_contradiction_is_refused(edit: Callable[[dict[str, Any]], None], says: 
     edit(held)
     with pytest.raises(FormatError, match=says):
         Manifest.from_json(held)
+
+
+def test_the_number_is_the_oldest_that_can_say_it() -> None:
+    wide = replace(MANIFEST.routers["r"], pool="statistics")
+    top = replace(MANIFEST.routers["s"], top_k=1)
+    for changed, number in (({}, 1), ({"r": wide}, 2), ({"s": top}, 2)):
+        made = replace(MANIFEST, routers={**MANIFEST.routers, **changed})
+        held = made.to_json()
+        assert held["format"] == number
+        assert Manifest.from_json(held) == made
 
 
 def test_format_loads_no_torch() -> None:

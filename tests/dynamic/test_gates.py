@@ -52,6 +52,32 @@ def test_features_are_the_anchors_hidden_states(
         assert torch.allclose(dynamic(**batch).gates, raw.softmax(-1), atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["linear", "twin"])
+@pytest.mark.parametrize("name", ["llama", "bert", "t5", "vit"])
+def test_statistics_of_a_padded_batch_are_those_of_singles(
+    name: str, kind: str, tmp_path: Path
+) -> None:
+    made, batch = _made(tmp_path, name, kind=kind, pool="statistics"), inputs(name)
+    dynamic = _wild(made)
+    with torch.no_grad():
+        tokens, mask = dynamic.features(1, **batch), batch.get("attention_mask")
+        features = []
+        for b in range(4):
+            kept = tokens[b] if mask is None else tokens[b, mask[b].bool()]
+            features.append(torch.cat([kept.mean(0), kept.std(0, correction=0)]))
+        want = dynamic.mow_router["0"](torch.stack(features)).softmax(-1)
+        found = dynamic(**batch).gates
+        assert torch.allclose(found, want, atol=1e-5)
+        singles = []
+        for b in range(4):
+            sample = one(batch, b)
+            if name in ("llama", "t5"):  # whose positions are relative: without its padding
+                kept = mask[b].bool()
+                sample |= {k: sample[k][:, kept] for k in ("input_ids", "attention_mask")}
+            singles.append(dynamic(**sample).gates)
+        assert torch.allclose(found, torch.cat(singles), atol=1e-4)
+
+
 def _after(plain: Any, layer: Any, batch: Any) -> torch.Tensor:
     found = []
     hook = layer.register_forward_hook(lambda m, i, o: found.append(o))

@@ -14,7 +14,7 @@ from mowmerge.dynamic.format import Gate, Router
 
 torch.set_num_threads(1)
 NEW = 5
-ROUTERS = {"0": Router("linear", 32, K, layer=1)}
+ROUTERS = {"0": Router("linear", 32, K, layer=1, pool="statistics")}
 BLOCKS = {"0": Router("mlp", 32, K, hidden=8, activation="none")}
 
 

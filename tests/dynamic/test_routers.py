@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -24,9 +25,12 @@ def made(kind: str, **more: object) -> RouterModule:
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_padding_and_other_samples_do_not_count(kind: str) -> None:
-    router = made(kind)
+@pytest.mark.parametrize(
+    ("kind", "pool"), [*((k, "mean") for k in KINDS), ("linear", "statistics"),
+                       ("twin", "statistics"), ("centroid", "statistics")],
+)  # fmt: skip
+def test_padding_and_other_samples_do_not_count(kind: str, pool: str) -> None:
+    router = made(kind, pool=pool)
     found = router(X, MASK)
     for b in range(3):
         alone = router(X[b : b + 1, MASK[b].bool()])
@@ -106,6 +110,32 @@ def test_projections_are_norms_on_each_slots_rows() -> None:
 
 def test_pool_takes_features_without_tokens() -> None:
     assert torch.equal(pool(X[:, 0], None), X[:, 0])
+
+
+def test_statistics_are_the_mean_and_the_standard_deviation() -> None:
+    found = pool(X, MASK, "statistics")
+    for b in range(3):
+        kept = X[b, MASK[b].bool()]
+        want = torch.cat([kept.mean(0), kept.std(0, correction=0)])
+        assert torch.allclose(found[b], want, atol=1e-6)
+    assert torch.equal(found[2, 8:], torch.zeros(8))  # one token does not vary
+    router = made("linear", pool="statistics")
+    assert torch.allclose(router(X, MASK), router.last(found), atol=1e-6)
+    assert torch.equal(router(found), router.last(found))
+
+
+def test_outputs_that_are_no_probabilities_stay_or_vanish() -> None:
+    raw = torch.tensor([[0.3, -2.0, 0.5, 0.31]], requires_grad=True)
+    router = RouterModule(Router("constant", 8, 4, activation="none", top_k=2)).fresh()
+    router.eval()
+    assert torch.equal(router.coefficients(raw), torch.tensor([[0.0, 0.0, 0.5, 0.31]]))
+    router.train()
+    soft = router.coefficients(raw)
+    want = [0.3 / (1 + math.exp(1)), 0.0, 0.5, 0.31 / 2]  # 100 (0.3 - 0.31) = -1
+    assert soft[0].tolist() == pytest.approx(want, abs=1e-6)
+    soft.sum().backward()
+    assert raw.grad is not None
+    assert raw.grad[0, 0] > 0.2  # what was not chosen learns too
 
 
 def test_unknown_kind_is_refused() -> None:

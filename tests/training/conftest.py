@@ -15,6 +15,7 @@ from tests.training.checkpoints import WIDTH, Made, checkpoint
 ROUTERS: dict[str, tuple[str, dict[str, Any], Router | None]] = {
     "linear": ("vit", {}, Router("linear", WIDTH, 3, layer=1)),
     "twin": ("vit", {}, Router("twin", WIDTH, 3, hidden=32)),
+    "statistics": ("vit", {}, Router("twin", WIDTH, 3, hidden=64, layer=1, pool="statistics")),
     "centroid": ("vit", {}, Router("centroid", WIDTH, 3, layer=1)),
     "token": ("vit", {}, Router("mlp", WIDTH, 3, layer=1)),
     "wemoe": (
@@ -25,7 +26,7 @@ ROUTERS: dict[str, tuple[str, dict[str, Any], Router | None]] = {
         "vit", {"scope": "block"},
         Router("mlp", WIDTH, 3, code=8, activation="none", init=0.3, objective="entropy"),
     ),
-    "bert": ("bert", {}, Router("linear", WIDTH, 3, layer=1)),
+    "bert": ("bert", {}, Router("linear", WIDTH, 3, layer=1, pool="statistics")),
     "llama": ("llama", {}, Router("linear", WIDTH, 3, layer=1, objective="distill")),
     "emr": ("vit", {"scope": "task"}, None),
 }  # fmt: skip

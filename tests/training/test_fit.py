@@ -27,6 +27,7 @@ from transformers import (
 
 import mowmerge
 from mowmerge import api
+from mowmerge.cli.check import completed
 from mowmerge.errors import CheckpointError, RecipeError, ResourceError
 from mowmerge.planner import Options
 from mowmerge.training import fit
@@ -424,6 +425,61 @@ def test_a_fitted_method_in_a_rule_is_recognised(tmp_path: Path, zoo: dict[str, 
     assert all("mlp" in n or "intermediate" in n or "output" in n for n in learned(result.path))
 
 
+# --- the rest of a dynamic merge
+
+
+def _mow(folder: Path, of: dict[str, Any], name: str = "recipe", **changed: Any) -> Path:
+    file = written(folder, of, name, method="mow")
+    content = json.loads(file.read_text()) | {"parameters": {"blocks": 1}} | changed
+    file.write_text(json.dumps({k: v for k, v in content.items() if v is not None}, indent=1))
+    return file
+
+
+def test_the_rest_of_mow_is_fitted_where_the_tasks_have_data(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tasks = vits(store, tmp_path)
+    planned = api.plan(_mow(tmp_path, tasks))
+    assert planned.rest == "adamerging_pp, not task_arithmetic: the tasks have data for it"
+    assert planned.fit is not None
+    assert planned.fit.steps == 500
+    rest = {"method": "adamerging_pp", "parameters": {"steps": 2}}
+    named = api.plan(_mow(tmp_path, tasks, rest=rest))
+    assert named.rest == "adamerging_pp"
+    assert named.fit is not None
+    out = run(_mow(tmp_path, tasks, rest=rest), "named").path
+    again = _mow(tmp_path, tasks, "again", tasks=None, coefficients="named/coefficients.json")
+    assert api.plan(again).rest.endswith("not task_arithmetic: its coefficients are given")
+    replayed = run(again, "again").path
+    for file in ("model-00001-of-00001.safetensors", "dynamic-00001-of-00001.safetensors"):
+        assert (out / file).read_bytes() == (replayed / file).read_bytes()
+    static = api.plan(_mow(tmp_path, tasks, rest={"method": "task_arithmetic"}))
+    assert (static.rest, static.fit) == ("task_arithmetic", None)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda c: c.pop("tasks"), "there are no tasks"),
+        (lambda c: c["tasks"].pop("sky"), "model 'sky' has no task"),
+        (lambda c: c["tasks"]["sky"].update(type="causal-lm"), "task 'sky' is no classification"),
+        (lambda c: c["tasks"]["sky"]["splits"].pop("router"), "task 'sky' has no router split"),
+    ],
+)
+def test_the_rest_of_mow_is_task_arithmetic_where_they_have_none(
+    store: Path, tmp_path: Path, change: Callable[[Any], Any], why: str
+) -> None:
+    file = _mow(tmp_path, vits(store, tmp_path))
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    planned = api.plan(file)
+    assert planned.rest == f"task_arithmetic, not adamerging_pp: {why}"
+    assert planned.fit is None
+    assert completed(api.check(file))["rest"]["method"] == "task_arithmetic"
+
+
 # --- faults
 
 
@@ -433,6 +489,9 @@ def test_what_check_says(store: Path, tmp_path: Path) -> None:
         ({"tasks": None}, r"(?s):\d+: 'adamerging' is fitted on data, and the recipe has no tasks.*"
                           r"coefficients: OUT/coefficients\.json"),
         ({"method": "linear", "parameters": None, "coefficients": "x"}, "no method of the"),
+        ({"method": "mow", "parameters": None, "tasks": None,
+          "rest": {"method": "adamerging"}}, "'adamerging' is fitted on data, and .* no tasks"),
+        ({"method": "wemoe", "parameters": None, "coefficients": "x"}, "no method of the"),
         ({"coefficients": "nowhere.json"}, r":\d+: 'nowhere\.json' cannot be read"),
         ({"coefficients": "base/config.json"}, "holds no coefficients"),
     ):  # fmt: skip

@@ -106,7 +106,7 @@ def test_defaults_are_those_of_objective_and_kind() -> None:
     found = settings(manifest(linear, "sample"), Options())
     assert (found.objective, found.steps, found.lr, found.factor(999)) == ("task", 1000, 1e-3, 1.0)
     found = settings(manifest(twin, "sample"), Options())
-    assert (found.lr, found.factor(500)) == (5e-4, 0.5)
+    assert (found.steps, found.lr, found.factor(1000)) == (2000, 1e-3, 0.5)
     found = settings(manifest(Router("mlp", 2, 2, objective="entropy"), "block"), Options())
     assert (found.steps, found.batch, found.lr) == (200, 16, 0.01)
     for width, lr in ((768, 1e-3), (4096, 1.875e-4)):

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mowmerge.dynamic.format import Code
-from mowmerge.methods.contracts import Dynamic, Extent, Reduction, Routing, Site
-from mowmerge.methods.gating import by_task, in_block_matrix, of_base
+from mowmerge.methods.contracts import Dynamic, Extent, Reduction, Routing, Seed, Site, Unit
+from mowmerge.methods.gating import Chooser, Features, by_choice, in_block_matrix, of_base
 from mowmerge.methods.ops import Sum, l1_norms, settle
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor
@@ -19,7 +19,7 @@ def _code(site: Site, p: Mapping[str, Any], found: Any) -> Code:
 
 
 def _routing(sites: Sequence[Site], codes: Sequence[Code], p: Mapping[str, Any]) -> Routing:
-    return by_task()
+    return by_choice(sites, p)
 
 
 def _scales(extents: Sequence[Extent]) -> Reduction:
@@ -37,7 +37,15 @@ def _scales(extents: Sequence[Extent]) -> Reduction:
     dynamic=Dynamic(_code, _routing, of_base),
 )
 def bitdelta(
-    deltas: Tensor, base: Tensor, code: Code, *, state: Tensor | None = None
+    deltas: Tensor,
+    base: Tensor,
+    code: Code,
+    *,
+    router: Chooser = "task_id",
+    prefix: Unit = 0.33,
+    features: Features = "statistics",
+    seed: Seed = 0,
+    state: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Tenant k is W_0 + a_k sgn(D_k), a_k the mean magnitude of D_k and sgn(0) = 1.
 
@@ -45,8 +53,17 @@ def bitdelta(
 
     Shapes: deltas [N,*S], base [*S] -> anchor [*S], sign [N,rows,bytes], scale [N]; or delta.
 
+    Args:
+        router: who says whose sample it is: the caller (task_id), or a classifier: two hidden
+            layers with batch norm, a linear probe, the distance to each task's mean.
+        prefix: the share of the anchor's layers after which the classifier looks; 1 is the last
+            hidden state.
+        features: of a sample's tokens: mean and standard deviation, or the mean alone.
+        seed: of the classifier's first weights.
+
     Source: BitDelta, arXiv:2402.10193, eq. 2.
-    Differs: the scales are not distilled: a_k is the scale with the least squared error.
+    Differs: the scales are not distilled: a_k is the scale with the least squared error; a
+    classifier may choose the tenant.
     """
     if code.codec == "full":
         return {"anchor": base, "delta": deltas}

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from mowmerge.dynamic.format import Code
-from mowmerge.methods.contracts import Block, Dynamic, Extent, Reduction, Routing, Site
-from mowmerge.methods.gating import by_task, of_base
+from mowmerge.methods.contracts import Block, Dynamic, Extent, Reduction, Routing, Seed, Site, Unit
+from mowmerge.methods.gating import Chooser, Features, by_choice, of_base
 from mowmerge.methods.ops import Sum, l1_norms, settle
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
@@ -18,7 +18,7 @@ def _code(site: Site, p: Mapping[str, Any], found: Any) -> Code:
 
 
 def _routing(sites: Sequence[Site], codes: Sequence[Code], p: Mapping[str, Any]) -> Routing:
-    return by_task()
+    return by_choice(sites, p)
 
 
 def _elected(deltas: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,6 +54,10 @@ def emr(
     base: Tensor,
     *,
     rescale: Literal["global", "tensor_mean"] = "global",
+    router: Chooser = "task_id",
+    prefix: Unit = 0.33,
+    features: Features = "statistics",
+    seed: Seed = 0,
     state: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Expert k is W_0 + lambda_k M_k D_u, with D_u the elected task vector and M_k a bit mask.
@@ -66,9 +70,16 @@ def emr(
     Args:
         rescale: sums over the whole model (the paper), or over the means of each tensor (the code
             behind the published logs, in which a small tensor weighs as much as a large one).
+        router: who says whose sample it is: the caller (task_id), or a classifier: two hidden
+            layers with batch norm, a linear probe, the distance to each task's mean.
+        prefix: the share of the anchor's layers after which the classifier looks; 1 is the last
+            hidden state.
+        features: of a sample's tokens: mean and standard deviation, or the mean alone.
+        seed: of the classifier's first weights.
 
     Source: EMR-Merging, arXiv:2405.17461, section 3; reference code main_emr_30_vits.py.
-    Differs: weights are rebuilt from the base for each batch, never switched in place.
+    Differs: weights are rebuilt from the base for each batch, never switched in place; a classifier
+    may choose the expert.
     """
     from mowmerge.dynamic import codecs
 

@@ -18,7 +18,7 @@ from mowmerge.methods.contracts import (
     Survey,
     Unit,
 )
-from mowmerge.methods.gating import block_of, by_classifier, depth_of
+from mowmerge.methods.gating import Classifier, Features, block_of, by_choice
 from mowmerge.methods.ops import Sum
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
@@ -96,9 +96,7 @@ def _code(site: Site, p: Mapping[str, Any], found: Mapping[str, Any] | None) -> 
 
 
 def _routing(sites: Sequence[Site], codes: Sequence[Code], p: Mapping[str, Any]) -> Routing:
-    layer = max(1, depth_of(sites) // 3)
-    kind = {"deep": "twin"}.get(p["router"], p["router"])
-    return by_classifier(sites, kind=kind, layer=layer, seed=p["seed"], hard=p["hard"])
+    return by_choice(sites, p, hard=p["hard"])
 
 
 def _rest(p: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -110,7 +108,11 @@ def _rest(p: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     at_least=2,
     scope=lambda p: "tensor" if p["codec"] == "low_rank" else "element",
     dynamic=Dynamic(
-        _code, _routing, _rest, Survey(lambda s: Sum(_distances) if _compared(s) else None, _decide)
+        _code,
+        _routing,
+        _rest,
+        Survey(lambda s: Sum(_distances) if _compared(s) else None, _decide),
+        learned="adamerging_pp",
     ),
 )
 def mow(
@@ -124,7 +126,9 @@ def mow(
     others: bool = False,
     codec: Literal["full_abs", "full", "low_rank"] = "full_abs",
     rank: Annotated[int, Range(1)] = 32,
-    router: Literal["deep", "linear", "centroid"] = "deep",
+    router: Classifier = "deep",
+    prefix: Unit = 0.33,
+    features: Features = "statistics",
     hard: Unit = 1.0,
     seed: Seed = 0,
 ) -> dict[str, Tensor]:
@@ -147,6 +151,9 @@ def mow(
         rank: of each difference, with codec low_rank.
         router: two hidden layers with batch norm, a linear probe, or the distance to each task's
             mean.
+        prefix: the share of the anchor's layers after which the classifier looks; 1 is the last
+            hidden state.
+        features: of a sample's tokens: mean and standard deviation, or the mean alone.
         hard: from this probability on, the expert alone answers; 1 never rounds.
         seed: of the router's first weights.
 

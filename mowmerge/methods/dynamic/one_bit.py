@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from mowmerge.dynamic.format import Code
-from mowmerge.methods.contracts import Block, Dynamic, Extent, Reduction, Routing, Seed, Site
-from mowmerge.methods.gating import by_classifier, depth_of, in_block_matrix, of_base
+from mowmerge.methods.contracts import Block, Dynamic, Extent, Reduction, Routing, Seed, Site, Unit
+from mowmerge.methods.gating import Classifier, Features, by_choice, in_block_matrix, of_base
 from mowmerge.methods.ops import Sum, l1_norms, settle
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
@@ -21,8 +21,7 @@ def _code(site: Site, p: Mapping[str, Any], found: Any) -> Code:
 
 
 def _routing(sites: Sequence[Site], codes: Sequence[Code], p: Mapping[str, Any]) -> Routing:
-    layer = max(1, depth_of(sites) // 2)
-    return by_classifier(sites, kind="twin", layer=layer, seed=p["seed"], top_k=1, rest=p["rest"])
+    return by_choice(sites, p, top_k=1, rest=p["rest"])
 
 
 def _scales(extents: Sequence[Extent]) -> Reduction:
@@ -55,6 +54,9 @@ def one_bit(
     whole: Literal["none", "attention", "mlp"] = "none",
     zeros: Literal["plus", "marked"] = "plus",
     rest: float = 0.0,
+    router: Classifier = "deep",
+    prefix: Unit = 0.33,
+    features: Features = "statistics",
     seed: Seed = 0,
     state: Tensor | None = None,
 ) -> dict[str, Tensor]:
@@ -70,6 +72,11 @@ def one_bit(
         whole: a component that is not quantised.
         zeros: the sign of an entry that did not change: plus, or marked by a second bit.
         rest: coefficient of the task vectors that were not chosen.
+        router: two hidden layers with batch norm, a linear probe, or the distance to each task's
+            mean.
+        prefix: the share of the anchor's layers after which the classifier looks; 1 is the last
+            hidden state.
+        features: of a sample's tokens: mean and standard deviation, or the mean alone.
         seed: of the router's first weights.
 
     Source: 1bit-Merging, arXiv:2502.10743; the quantiser is BitDelta's, arXiv:2402.10193, eq. 2.

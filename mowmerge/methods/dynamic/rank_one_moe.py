@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from mowmerge.dynamic.format import Code
-from mowmerge.methods.contracts import Dynamic, Range, Routing, Seed, Site
+from mowmerge.methods.contracts import Count, Dynamic, Range, Routing, Seed, Site
 from mowmerge.methods.gating import block_of, by_block, in_mlp, of_sum
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
@@ -22,7 +22,7 @@ def _code(site: Site, p: Mapping[str, Any], found: Any) -> Code | None:
 def _routing(sites: Sequence[Site], codes: Sequence[Code], p: Mapping[str, Any]) -> Routing:
     return by_block(
         sites, codes, offset=p["scale"], depth=p["depth"], seed=p["seed"],
-        hidden=2 * codes[0].slots if p["depth"] == 2 else 0,
+        hidden=2 * codes[0].slots if p["depth"] == 2 else 0, top_k=p["top_k"],
     )  # fmt: skip
 
 
@@ -38,6 +38,7 @@ def rank_one_moe(
     *,
     rank: Annotated[int, Range(1)] = 32,
     scale: float = 0.3,
+    top_k: Count = 0,
     depth: Annotated[int, Range(0, 2)] = 1,
     seed: Seed = 0,
 ) -> dict[str, Tensor]:
@@ -51,11 +52,13 @@ def rank_one_moe(
     Args:
         rank: singular pairs of each task vector, at most the matrix's rank.
         scale: every coefficient before training, and outside the MLPs.
+        top_k: how many coefficients of a sample and block stay, the largest; 0 for all.
         depth: layers of a router: 1, 2, or 0 for a constant.
         seed: of the routers' first weights.
 
     Source: Rank-One MoE, reference code rankone_moe.py.
-    Differs: no soft selection among the coefficients; a task vector that is zero has zero factors
+    Differs: the selection of the largest coefficients is exact, and soft, as the reference's, only
+    in training; a task vector that is zero has zero factors
     where the reference stops.
     """
     from mowmerge.dynamic import codecs

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mowmerge.dynamic.format import Code
-from mowmerge.methods.contracts import Dynamic, NonNegative, PerModel, Routing, Site
-from mowmerge.methods.gating import by_task, of_base
+from mowmerge.methods.contracts import Dynamic, NonNegative, PerModel, Routing, Seed, Site, Unit
+from mowmerge.methods.gating import Chooser, Features, by_choice, of_base
 from mowmerge.methods.ops import spread
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
@@ -18,12 +18,19 @@ def _code(site: Site, p: Mapping[str, Any], found: Any) -> Code:
 
 
 def _routing(sites: Sequence[Site], codes: Sequence[Code], p: Mapping[str, Any]) -> Routing:
-    return by_task()
+    return by_choice(sites, p)
 
 
 @merge_method(paper="arXiv:2405.07813", dynamic=Dynamic(_code, _routing, of_base))
 def tall_mask(
-    deltas: Tensor, base: Tensor, *, threshold: PerModel[NonNegative] = 0.4
+    deltas: Tensor,
+    base: Tensor,
+    *,
+    threshold: PerModel[NonNegative] = 0.4,
+    router: Chooser = "task_id",
+    prefix: Unit = 0.33,
+    features: Features = "statistics",
+    seed: Seed = 0,
 ) -> dict[str, Tensor]:
     """Expert k is W_0 + M_k D with D = sum_j D_j and M_k = [|D_k| > threshold_k |D - D_k|].
 
@@ -32,9 +39,15 @@ def tall_mask(
     Args:
         threshold: of each expert, the paper's lambda, chosen on validation data from 0.2 to 0.6;
             a larger one keeps fewer entries.
+        router: who says whose sample it is: the caller (task_id), or a classifier: two hidden
+            layers with batch norm, a linear probe, the distance to each task's mean.
+        prefix: the share of the anchor's layers after which the classifier looks; 1 is the last
+            hidden state.
+        features: of a sample's tokens: mean and standard deviation, or the mean alone.
+        seed: of the classifier's first weights.
 
     Source: TALL-masks, arXiv:2405.07813, eq. 4; reference code tallmask_utils.py.
-    Differs: none; the multi-task vector is the plain sum.
+    Differs: the multi-task vector is the plain sum; a classifier may choose the expert.
     """
     from mowmerge.dynamic import codecs
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from mowmerge.dynamic.format import Code
 from mowmerge.methods.contracts import Dynamic, Routing, Seed, Site, Unit
-from mowmerge.methods.gating import by_classifier
+from mowmerge.methods.gating import Classifier, Features, by_choice
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor
 
@@ -20,7 +20,7 @@ def _code(site: Site, p: Mapping[str, Any], found: Any) -> Code | None:
 
 
 def _routing(sites: Sequence[Site], codes: Sequence[Code], p: Mapping[str, Any]) -> Routing:
-    return by_classifier(sites, kind="twin", seed=p["seed"])
+    return by_choice(sites, p)
 
 
 def _rest(p: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -29,23 +29,38 @@ def _rest(p: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 
 @merge_method(paper="arXiv:2406.15479", scope="tensor", dynamic=Dynamic(_code, _routing, _rest))
 def twin_merging(
-    models: Tensor, anchor: Tensor, code: Code, *, density: Unit = 0.1, seed: Seed = 0
+    models: Tensor,
+    anchor: Tensor,
+    code: Code,
+    *,
+    density: Unit = 0.1,
+    router: Classifier = "deep",
+    prefix: Unit = 0.33,
+    features: Features = "statistics",
+    seed: Seed = 0,
 ) -> dict[str, Tensor]:
     """W(x) = W_shared + sum_k w_k(x) SVD_density(W_k - W_shared), w a classifier's softmax.
 
     The shared expert is the static merge of the rest. Matrices keep their floor(density rank)
-    largest singular pairs, at least one; vectors are kept whole. w comes from the mean of the
-    shared expert's last hidden state.
+    largest singular pairs, at least one; vectors are kept whole. w comes from the shared expert's
+    own hidden states.
 
     Shapes: models [N,*S], anchor [*S] -> u [rows,N rank], v [N rank,columns], slot; vectors delta.
 
     Args:
         density: share of each matrix's singular pairs kept.
+        router: two hidden layers with batch norm, a linear probe, or the distance to each task's
+            mean.
+        prefix: the share of the anchor's layers after which the classifier looks; 1 is the last
+            hidden state.
+        features: of a sample's tokens: mean and standard deviation, or the mean alone.
         seed: of the router's first weights.
 
     Source: Twin-Merging, arXiv:2406.15479, algorithm 1; reference code twin_merge.py.
     Differs: heads and biases follow the router (the released evaluation gives the true task's);
-    what is exclusive is truncated as a product, never factor by factor.
+    what is exclusive is truncated as a product, never factor by factor; the router looks at means
+    and deviations a third of the way up, where inputs still show where they are from and a pass
+    costs a third (the paper's: prefix 1, features mean).
     """
     deltas = models - anchor
     if code.codec == "full":

@@ -56,3 +56,10 @@ def test_the_rank_is_at_most_the_matrix_rank(zoo: Zoo) -> None:
     zoo.family("llama", 2)
     zoo.merge({"method": "rank_one_moe", "parameters": {"rank": 1000}})
     assert {code.slots for code in made(zoo.folder / "out").codes.values()} == {2 * 16}
+
+
+def test_how_many_coefficients_stay(zoo: Zoo) -> None:
+    zoo.family("llama", 2)
+    zoo.merge({"method": "rank_one_moe", "parameters": {"top_k": 3}})
+    routers = made(zoo.folder / "out").manifest.routers.values()
+    assert {(r.top_k, r.activation, r.rest) for r in routers} == {(3, "none", 0.0)}

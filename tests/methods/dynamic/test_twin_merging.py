@@ -31,8 +31,17 @@ def test_vectors_are_whole_and_matrices_keep_at_least_one_pair(zoo: Zoo) -> None
         norm = "norm" in name
         assert (code.codec, code.rank) == (("full", 0) if norm else ("low_rank", 1))
     (router,) = found.manifest.routers.values()
-    assert (router.kind, router.width, router.hidden, router.layer) == ("twin", 16, 32, 0)
+    assert (router.kind, router.width, router.hidden, router.layer) == ("twin", 16, 32, 1)
     assert found.tensors["mow_router.0.norm1.running_var"].tolist() == [1.0] * 32
+
+
+def test_the_papers_router_can_be_asked_for(zoo: Zoo) -> None:
+    zoo.family("llama", 2)
+    zoo.merge({"method": "twin_merging", "parameters": {"prefix": 1, "features": "mean"}})
+    found = made(zoo.folder / "out")
+    (router,) = found.manifest.routers.values()
+    assert (router.kind, router.pool, router.hidden, router.layer) == ("twin", "mean", 32, 0)
+    assert found.tensors["mow_router.0.first.weight"].shape == (32, 16)
 
 
 def test_without_a_base_the_rest_is_named(zoo: Zoo) -> None:
