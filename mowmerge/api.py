@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mowmerge import __version__
+from mowmerge import __version__, lock
 from mowmerge.checkpoint import heads, sidecars, writer
 from mowmerge.checkpoint.contents import contents
 from mowmerge.checkpoint.contents import planned as specs_of
@@ -93,6 +93,7 @@ def merge(
     options: Options | None = None,
     hashes: bool = True,
     force: bool = False,
+    resume: bool = False,
     begin: Callable[[Plan], Advance] = lambda plan: lambda nbytes: None,
     tell: Tell = lambda line: None,
 ) -> Result:
@@ -100,7 +101,12 @@ def merge(
 
     `out` defaults to the recipe's output.path, then to ./merged/<recipe name>. `begin` is given the
     plan and returns what is called with the number of bytes written, for progress; `tell` is given
-    a line now and then while coefficients are fitted.
+    a line now and then while coefficients are fitted. With `resume` the work of a merge that was
+    cut off is taken up, and should this one be, its work is left for the next.
+
+    Raises:
+        ResourceError: `out` is taken or cannot be written; or the merge that was cut off was
+            another one, or `resume` was not asked for.
     """
     from mowmerge.engine import Engine
 
@@ -109,13 +115,18 @@ def merge(
     planned = survey(parsed, options=options)
     target = Path(out or parsed.output.path or Path("merged") / parsed.name)
     keep = [folder for _, folder in _inputs(planned)]
-    with Staging(target, force=force, keep=keep) as staging:
+    key = lock.key(parsed, planned)
+    with Staging(target, force=force, keep=keep, key=key, resume=resume) as staging:
+        journal = staging.journal
         staging.allocate(planned.files)
-        planned, learned = _fitted(parsed, planned, staging.path, tell)
-        with writer.ShardSink(staging.path, planned.files, begin(planned)) as sink:
+        planned, learned = _fitted(parsed, planned, staging, tell)
+        advance = begin(planned)
+        advance(sum(entry["written_bytes"] for entry in journal.done.values()))
+        with writer.ShardSink(staging.path, planned.files, advance) as sink:
             engine = Engine(planned)
-            tensors = engine.run(sink)
+            tensors = engine.run(sink, journal)
             _write_dynamic(planned, engine.readers, sink)
+        lock.unchanged(key, planned)
         try:
             for model, shard in planned.heads.items():
                 heads.write(engine.readers[model], shard, staging.path / shard.file)
@@ -125,7 +136,7 @@ def merge(
             extra = _write_sidecars(planned, parsed, staging.path) | learned
             content = report(planned, tensors, time.perf_counter() - began, extra)
             _write(staging.path / "report.json", json.dumps(content, indent=1) + "\n")
-            _finish(planned, staging.path, hashes)
+            journal.finish(meanwhile=lambda: _finish(planned, staging.path, hashes))
             _write(staging.path / "README.md", card(staging.path).text)
         except OSError as error:
             raise writer.denied(error, staging.path) from error
@@ -312,34 +323,32 @@ def _write_dynamic(planned: Plan, readers: Mapping[str, TensorReader], sink: Sin
             sink.write(name, 0, value.detach().reshape(-1).view(torch.uint8).numpy().data)
 
 
-def _fitted(recipe: Recipe, planned: Plan, folder: Path, tell: Tell) -> tuple[Plan, dict[str, Any]]:
+def _fitted(
+    recipe: Recipe, planned: Plan, staging: Staging, tell: Tell
+) -> tuple[Plan, dict[str, Any]]:
     """The plan with its coefficients fitted, written to the folder; facts for the report."""
-    file = folder / "coefficients.json"
+    file = staging.path / "coefficients.json"
     if planned.fit is None:
         if recipe.coefficients is not None:
             shutil.copyfile(recipe.locate(recipe.coefficients), file)
         return planned, {}
     from mowmerge.training import fit
 
-    began = time.perf_counter()
-    found = fit.fit(recipe, planned.static, tell)
+    if "fit" in staging.journal.facts:
+        found = fit.again(planned.static, staging.journal.facts["fit"])
+    else:
+        found = fit.fit(recipe, planned.static, tell)
+        staging.journal.keep("fit", fit.kept(found))
     _write(file, found.coefficients.model_dump_json(indent=1) + "\n")
     facts = found.coefficients.model_dump(mode="json", exclude={"tensors"})
-    seconds = round(time.perf_counter() - began, 3)
     return planned.anchored(found.plan), {
-        "fit": {**facts, "tasks": found.tasks, "seconds": seconds}
+        "fit": {**facts, "tasks": found.tasks, "seconds": found.seconds}
     }
 
 
 def _inputs(planned: Plan) -> list[tuple[str, Path]]:
     """Every model that is read, those of nested recipes too: its name and its folder."""
-    found: list[tuple[str, Path]] = []
-    for name, origin in planned.sources.items():
-        if isinstance(origin, Stored):
-            found.append((name, Path(origin.folder)))
-        else:
-            found += [(f"{name}-{inner}", folder) for inner, folder in _inputs(origin)]
-    return found
+    return [(name, Path(stored.folder)) for name, stored in planned.checkpoints]
 
 
 def _folder(planned: Plan, model: str) -> Path:

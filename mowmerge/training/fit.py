@@ -8,6 +8,7 @@ No task vector is in the graph, and any method that is linear in its coefficient
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,11 +42,12 @@ TOLD = 20  # lines of progress
 
 @dataclass(frozen=True)
 class Fitted:
-    """A plan with its coefficients in place, what they are, and how the fit went, by task."""
+    """A plan with its coefficients in place, what they are, how the fit went by task, how long."""
 
     plan: Plan
     coefficients: Coefficients
     tasks: Mapping[str, Mapping[str, Any]]
+    seconds: float
 
 
 def fit(recipe: Recipe, plan: Plan, tell: Tell = lambda line: None) -> Fitted:
@@ -57,7 +59,7 @@ def fit(recipe: Recipe, plan: Plan, tell: Tell = lambda line: None) -> Fitted:
         RecipeError: data that cannot be used, or splits that share samples.
         CheckpointError: an expert that does not load, or an entropy that is not finite.
     """
-    wanted = plan.fit
+    wanted, began = plan.fit, time.perf_counter()
     assert wanted is not None
     merged = Merged(plan, wanted)
     tasks = []
@@ -75,9 +77,6 @@ def fit(recipe: Recipe, plan: Plan, tell: Tell = lambda line: None) -> Fitted:
         if (step + 1) % max(1, wanted.steps // TOLD) == 0:
             mean = sum(task.entropies[-1] for task in tasks) / len(tasks)
             tell(f"fit: step {step + 1} of {wanted.steps}, mean entropy {mean:.4f}")
-    rows = merged.rows()
-    jobs = [coefficients.applied(j, rows[j.output.name]) if j.output.name in rows else j
-            for j in plan.jobs]  # fmt: skip
     found = _found(wanted, plan.jobs, merged, tasks)
     warnings = [
         f"model '{model}' has no task: its coefficients serve the tasks of the others"
@@ -85,11 +84,34 @@ def fit(recipe: Recipe, plan: Plan, tell: Tell = lambda line: None) -> Fitted:
         if all(task.expert != model for task in tasks)
     ]
     warnings += [text for task in tasks for text in task.warnings()]
-    return Fitted(
-        replace(plan, jobs=tuple(jobs), fit=None, warnings=(*plan.warnings, *warnings)),
-        found,
-        {task.name: task.figures() for task in tasks},
-    )
+    figures = {task.name: task.figures() for task in tasks}
+    seconds = round(time.perf_counter() - began, 3)
+    return Fitted(_placed(plan, found, warnings), found, figures, seconds)
+
+
+def kept(found: Fitted) -> dict[str, Any]:
+    """A fit as plain data, from which `again` makes it without fitting."""
+    return {
+        "coefficients": found.coefficients.model_dump(mode="json"),
+        "warnings": list(found.plan.warnings),
+        "tasks": found.tasks,
+        "seconds": found.seconds,
+    }
+
+
+def again(plan: Plan, data: Mapping[str, Any]) -> Fitted:
+    """The fit of that plan that was kept."""
+    found = Coefficients.model_validate(data["coefficients"])
+    placed = _placed(replace(plan, warnings=()), found, data["warnings"])
+    return Fitted(placed, found, data["tasks"], data["seconds"])
+
+
+def _placed(plan: Plan, found: Coefficients, warnings: Sequence[str]) -> Plan:
+    """The plan with its coefficients in place, and more warnings."""
+    rows = found.tensors
+    jobs = [coefficients.applied(j, rows[j.output.name]) if j.output.name in rows else j
+            for j in plan.jobs]  # fmt: skip
+    return replace(plan, jobs=tuple(jobs), fit=None, warnings=(*plan.warnings, *warnings))
 
 
 class Merged:
