@@ -49,6 +49,11 @@ class Journal:
         self._syncer: ThreadPoolExecutor | None = None
         self._syncing: Future[None] | None = None
 
+    @property
+    def holds(self) -> bool:
+        """Whether there is work to take up."""
+        return bool(self.done or self.facts)
+
     def read(self) -> None:
         """Takes in what an earlier run left, as far as it can be believed."""
         lines, sure, booted = [], 0, ""
@@ -91,7 +96,7 @@ class Journal:
         """Opens the journal of this merge, which writes to these files; what it believes is first
         made sure of."""
         self._files = files
-        if self.done:
+        if self.holds:
             self._force(files)
         held: list[Mapping[str, Any]] = [
             {"tensor": name, "entry": entry} for name, entry in self.done.items()
@@ -137,11 +142,12 @@ class Journal:
             torch.save(state, staged)
             sync(staged)
             staged.replace(staged.with_suffix(".pt"))
+        self.keep(f"state-{group}", True)
 
     def state(self, group: int, classes: Sequence[type]) -> Any:
         """What was kept of it, made of plain data, tensors and these classes; None for nothing."""
         file = self._folder / f"state-{group}.pt"
-        if not file.exists():
+        if f"state-{group}" not in self.facts or not file.exists():
             return None
         with torch.serialization.safe_globals(list(classes)):
             return torch.load(file, weights_only=True)

@@ -127,7 +127,7 @@ class Staging:
             self.stage.mkdir(exist_ok=True)
             self._take_lock()
             self.journal.read()
-            self._vanishes = not self.journal.done
+            self._vanishes = not self.journal.holds
             self._restore()
             self._check()
             self._take_up()
@@ -155,13 +155,13 @@ class Staging:
 
     def _take_up(self) -> None:
         """Keeps what the journal vouches for, if that is wanted and it can be used."""
-        done = len(self.journal.done)
-        if done and not self._resume and not self._force:
+        held, done = self.journal.holds, len(self.journal.done)
+        if held and not self._resume and not self._force:
             raise ResourceError(
                 f"a merge to {self.out} was cut off when {done} tensor(s) were done",
                 where=str(self.stage), hint="--resume takes it up, --force starts afresh",
             )  # fmt: skip
-        if done and self._resume:
+        if held and self._resume:
             self.journal.check(self._key)
         else:
             self.journal.forget()
@@ -169,7 +169,7 @@ class Staging:
         self.path.mkdir(exist_ok=True)
         for entry in (*self.stage.iterdir(), *self.path.iterdir(), *self.path.glob("heads/*")):
             kept = entry.name.startswith(KEPT) or entry.suffix == ".safetensors"
-            if entry in (self.path, self.path / "heads") or (self.journal.done and kept):
+            if entry in (self.path, self.path / "heads") or (self.journal.holds and kept):
                 continue
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
 
@@ -202,7 +202,7 @@ class Staging:
 
         What is there already from a merge that is taken up stays; without all of it none counts.
         """
-        if self.journal.done and all(self._stands(shard) for shard in shards):
+        if self.journal.holds and all(self._stands(shard) for shard in shards):
             lacking: Sequence[Shard] = ()
         else:
             self.journal.forget()
@@ -261,7 +261,7 @@ class Staging:
         tb: TracebackType | None,
     ) -> None:
         self.journal.close()
-        if self._vanishes and not (self._resume and self.journal.done):
+        if self._vanishes and not (self._resume and self.journal.holds):
             shutil.rmtree(self.stage, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
