@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mowmerge import __version__, lock
+from mowmerge import __version__, lock, replay
 from mowmerge.checkpoint import heads, sidecars, writer
 from mowmerge.checkpoint.contents import contents
 from mowmerge.checkpoint.contents import planned as specs_of
@@ -24,7 +24,7 @@ from mowmerge.methods import registry
 from mowmerge.plan import Plan, Stored
 from mowmerge.planner import Options, build
 from mowmerge.recipe import parse
-from mowmerge.recipe.model import Recipe
+from mowmerge.recipe.model import Digest, Recipe
 from mowmerge.report import report
 from mowmerge.tensors import DTYPES, TensorReader, torch
 
@@ -94,6 +94,7 @@ def merge(
     hashes: bool = True,
     force: bool = False,
     resume: bool = False,
+    locked: bool = False,
     begin: Callable[[Plan], Advance] = lambda plan: lambda nbytes: None,
     tell: Tell = lambda line: None,
 ) -> Result:
@@ -102,9 +103,12 @@ def merge(
     `out` defaults to the recipe's output.path, then to ./merged/<recipe name>. `begin` is given the
     plan and returns what is called with the number of bytes written, for progress; `tell` is given
     a line now and then while coefficients are fitted. With `resume` the work of a merge that was
-    cut off is taken up, and should this one be, its work is left for the next.
+    cut off is taken up, and should this one be, its work is left for the next. A recipe.lock.yaml
+    replays its run, and the report says how that went; with `locked` its inputs must be the files
+    that it names, and its weights what they were.
 
     Raises:
+        CheckpointError: an input is not whole, or is not what `locked` asks for.
         ResourceError: `out` is taken or cannot be written; or the merge that was cut off was
             another one, or `resume` was not asked for.
     """
@@ -113,6 +117,9 @@ def merge(
     began = time.perf_counter()
     parsed = recipe if isinstance(recipe, Recipe) else check(recipe, overrides)
     planned = survey(parsed, options=options)
+    again = replay.begin(parsed, planned, hashed=hashes, strict=locked, changed=bool(overrides))
+    if again:
+        planned = replace(planned, warnings=(*planned.warnings, *again.drift))
     target = Path(out or parsed.output.path or Path("merged") / parsed.name)
     keep = [folder for _, folder in _inputs(planned)]
     key = lock.key(parsed, planned)
@@ -134,9 +141,11 @@ def merge(
                 label_map = (staging.path / shard.file).with_suffix(".json")
                 _write(label_map, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
             extra = _write_sidecars(planned, parsed, staging.path) | learned
+            written = journal.finish(lambda: _seal(parsed, planned, staging, hashes))
+            if again:
+                extra["replay"] = again.outcome(planned, staging.path, written)
             content = report(planned, tensors, time.perf_counter() - began, extra)
             _write(staging.path / "report.json", json.dumps(content, indent=1) + "\n")
-            journal.finish(meanwhile=lambda: _finish(planned, staging.path, hashes))
             _write(staging.path / "README.md", card(staging.path).text)
         except OSError as error:
             raise writer.denied(error, staging.path) from error
@@ -271,7 +280,7 @@ def _tasks(folder: str | Path, recipe: str | Path | Recipe | None) -> Recipe:
     """The recipe that names the tasks."""
     if isinstance(recipe, Recipe):
         return recipe
-    return check(recipe if recipe is not None else Path(folder) / "recipe.yaml")
+    return check(recipe if recipe is not None else parse.kept(Path(folder)))
 
 
 def plan_push(
@@ -378,8 +387,30 @@ def _write_sidecars(planned: Plan, recipe: Recipe, folder: Path) -> dict[str, An
     }  # fmt: skip
 
 
-def _finish(planned: Plan, folder: Path, hashes: bool) -> None:
-    """Hashes and the config: last, so that a folder that is not whole never looks loadable."""
+def _seal(recipe: Recipe, planned: Plan, staging: Staging, hashes: bool) -> dict[str, Digest]:
+    """Hashes, lock and config: last, so that a folder that is not whole never looks loadable.
+
+    Returns what the weight files are.
+    """
+    folder = staging.path
+    lines = writer.sums(folder) if hashes else []
+    sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    read = lock.inputs(planned, hashed=hashes)
+    written = {
+        shard.file: Digest(bytes=shard.nbytes, sha256=sums.get(shard.file))
+        for shard in planned.files
+    }
+    _write(folder / parse.LOCK, lock.text(recipe, planned, folder, staging.out, read, written))
+    _write_config(planned, folder)
+    if hashes:
+        late = [name for name in (parse.LOCK, "config.json") if (folder / name).exists()]
+        lines += [f"{writer.sha256(folder / name)}  {name}" for name in late]
+        _write(folder / "SHA256SUMS", "\n".join(lines) + "\n")
+    return written
+
+
+def _write_config(planned: Plan, folder: Path) -> None:
+    """Writes the config, with the dtype of the weights where that is not the donor's."""
     dtypes = {job.output.dtype for job in planned.jobs if job.output.kind == "float"}
     changed = any(
         job.output.dtype != planned_dtype
@@ -387,16 +418,10 @@ def _finish(planned: Plan, folder: Path, hashes: bool) -> None:
         if (planned_dtype := _donor_dtype(planned, job.output.name)) is not None
     )
     dtype = DTYPES[next(iter(dtypes))].torch_name if changed and len(dtypes) == 1 else None
-    if hashes:
-        lines = writer.sums(folder)
     if planned.manifest:
         sidecars.write_dynamic_config(_donor(planned), folder, dtype, planned.manifest)
     else:
         sidecars.write_config(_donor(planned), folder, dtype, headless=bool(planned.heads))
-    if hashes:
-        if (folder / "config.json").exists():
-            lines.append(f"{writer.sha256(folder / 'config.json')}  config.json")
-        _write(folder / "SHA256SUMS", "\n".join(lines) + "\n")
 
 
 def _donor_dtype(planned: Plan, name: str) -> str | None:

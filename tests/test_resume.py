@@ -404,7 +404,12 @@ def test_bytes_are_forced_to_disk_before_the_line_that_says_so(
 ) -> None:
     """Between any two `synced` lines every shard is synced, after the lines they vouch for."""
     events: list[str] = []
-    append, sync = journal.Journal._append, journal.sync
+    append, sync, finished = journal.Journal._append, journal.sync, journal.Journal.finished
+
+    def waited(self: journal.Journal, *args: Any) -> None:
+        finished(self, *args)
+        if self._syncing:
+            self._syncing.result()
 
     def noted(self: journal.Journal, content: Mapping[str, Any]) -> None:
         events.append(f"synced {content['synced']}" if "synced" in content else "line")
@@ -416,6 +421,7 @@ def test_bytes_are_forced_to_disk_before_the_line_that_says_so(
 
     monkeypatch.setattr(journal, "SYNC_BYTES", 3000)
     monkeypatch.setattr(journal.Journal, "_append", noted)
+    monkeypatch.setattr(journal.Journal, "finished", waited)
     monkeypatch.setattr(journal, "sync", synced)
     merge(family, TIES)
     shards = {shard.file for shard in api.plan(family.recipe(TIES)).shards}

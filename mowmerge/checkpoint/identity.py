@@ -38,7 +38,8 @@ def of(file: str | Path) -> list[int]:
 def sha256(file: str | Path) -> str:
     """The file's digest, in hex: the cached one, or computed and cached."""
     real = Path(file).resolve()
-    if real.parent.name == "blobs" and _SHA256.fullmatch(real.name):
+    in_hub_cache = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
+    if in_hub_cache and _SHA256.fullmatch(real.name):
         return real.name
     name = hashlib.sha256(str(real).encode()).hexdigest()[:32]
     kept, seen = cache("hashes") / f"{name}.json", of(real)

@@ -20,12 +20,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 from zlib import crc32
 
 from mowmerge.errors import ResourceError, denied
 from mowmerge.tensors import torch
 
+T = TypeVar("T")
 SYNC_BYTES = 2 << 30
 SYNC_SECONDS = 60.0
 LISTED = 4  # changes in a message
@@ -152,12 +153,13 @@ class Journal:
         with torch.serialization.safe_globals(list(classes)):
             return torch.load(file, weights_only=True)
 
-    def finish(self, meanwhile: Callable[[], None]) -> None:
-        """Forces everything to disk while `meanwhile` runs."""
+    def finish(self, meanwhile: Callable[[], T]) -> T:
+        """Forces everything to disk while `meanwhile` runs, and returns what that does."""
         assert self._syncer is not None
         forced = self._syncer.submit(self._force, self._files)
-        meanwhile()
+        found = meanwhile()
         forced.result()
+        return found
 
     def close(self) -> None:
         """Stops writing; what the system refused meanwhile is raised by `finish` alone."""
