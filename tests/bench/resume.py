@@ -2,10 +2,10 @@
 
     python -m tests.bench.resume DIR [--runs 3] [--only linear,ties-global]
 
-DIR is what `python -m tests.bench.family DIR` writes. A merge is cut off when half of its tensors
-are written (as a kill would: nothing is tidied up), the rest of that run's time is taken as the work
-that was left, and the time of the resumed run from the first byte that it reads is set against it.
-Both run in this process, with one worker, with inputs in the page cache and without hashes.
+DIR is what `python -m tests.bench.family DIR` writes. What a run takes after half of its tensors is
+the work that is left where another is cut off there (by an exit that tidies nothing up); the time
+of that one's resumption, parsing and planning included, is set against it. One worker, inputs in
+the page cache, no hashes.
 """
 
 from __future__ import annotations
