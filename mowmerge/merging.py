@@ -107,13 +107,13 @@ def _fitted(
         if recipe.coefficients is not None:
             shutil.copyfile(recipe.locate(recipe.coefficients), file)
         return planned, {}
-    from mowmerge.training import fit
+    from mowmerge.training import fit, fitted
 
     if "fit" in staging.journal.facts:
-        found = fit.again(planned.static, staging.journal.facts["fit"])
+        found = fitted.again(planned.static, staging.journal.facts["fit"])
     else:
         found = fit.fit(recipe, planned.static, tell)
-        staging.journal.keep("fit", fit.kept(found))
+        staging.journal.keep("fit", fitted.kept(found))
     _write(file, found.coefficients.model_dump_json(indent=1) + "\n")
     facts = found.coefficients.model_dump(mode="json", exclude={"tensors"})
     return planned.anchored(found.plan), {

@@ -158,11 +158,13 @@ class Journal:
         assert self._syncer is not None
         forced = self._syncer.submit(self._force, self._files)
         found = meanwhile()
-        forced.result()
+        for one in (self._syncing, forced):
+            if one is not None:
+                one.result()
         return found
 
     def close(self) -> None:
-        """Stops writing; what the system refused meanwhile is raised by `finish` alone."""
+        """Stops writing; what the disk refused is raised by `finish`, and not here."""
         if self._syncer is not None:
             self._syncer.shutdown(wait=True)
         if self._fd >= 0:

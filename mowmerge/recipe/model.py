@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     PrivateAttr,
     StrictBool,
+    StrictInt,
     WithJsonSchema,
     model_validator,
 )

@@ -11,7 +11,6 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import islice
 from math import fsum, isfinite, log
@@ -30,6 +29,7 @@ from mowmerge.tasks import heads, inputs
 from mowmerge.tasks.data import digest
 from mowmerge.tasks.splits import load_apart
 from mowmerge.tensors import DTYPES, Tensor, torch
+from mowmerge.training.fitted import Fitted, placed
 from mowmerge.training.objectives import entropy
 
 Tell = Callable[[str], None]
@@ -38,16 +38,6 @@ ENDS = 10  # steps at either end over which the entropy is reported
 COLLAPSED = 0.95  # share of one class among them that is a warning
 ONE_LABEL = "single_label_classification"
 TOLD = 20  # lines of progress
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A plan with its coefficients in place, what they are, how the fit went by task, how long."""
-
-    plan: Plan
-    coefficients: Coefficients
-    tasks: Mapping[str, Mapping[str, Any]]
-    seconds: float
 
 
 def fit(recipe: Recipe, plan: Plan, tell: Tell = lambda line: None) -> Fitted:
@@ -86,32 +76,7 @@ def fit(recipe: Recipe, plan: Plan, tell: Tell = lambda line: None) -> Fitted:
     warnings += [text for task in tasks for text in task.warnings()]
     figures = {task.name: task.figures() for task in tasks}
     seconds = round(time.perf_counter() - began, 3)
-    return Fitted(_placed(plan, found, warnings), found, figures, seconds)
-
-
-def kept(found: Fitted) -> dict[str, Any]:
-    """A fit as plain data, from which `again` makes it without fitting."""
-    return {
-        "coefficients": found.coefficients.model_dump(mode="json"),
-        "warnings": list(found.plan.warnings),
-        "tasks": found.tasks,
-        "seconds": found.seconds,
-    }
-
-
-def again(plan: Plan, data: Mapping[str, Any]) -> Fitted:
-    """The fit of that plan that was kept."""
-    found = Coefficients.model_validate(data["coefficients"])
-    placed = _placed(replace(plan, warnings=()), found, data["warnings"])
-    return Fitted(placed, found, data["tasks"], data["seconds"])
-
-
-def _placed(plan: Plan, found: Coefficients, warnings: Sequence[str]) -> Plan:
-    """The plan with its coefficients in place, and more warnings."""
-    rows = found.tensors
-    jobs = [coefficients.applied(j, rows[j.output.name]) if j.output.name in rows else j
-            for j in plan.jobs]  # fmt: skip
-    return replace(plan, jobs=tuple(jobs), fit=None, warnings=(*plan.warnings, *warnings))
+    return Fitted(placed(plan, found, warnings), found, figures, seconds)
 
 
 class Merged:
