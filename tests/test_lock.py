@@ -34,6 +34,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "nested": {"method": "linear", "models": {"n": {"source": INNER}, "c": "./c"}},
     "heads": {"method": "linear", "heads": {"match": "lm_head*"}},
     "mow": {"method": "mow"},
+    "scaled": {
+        "method": "wemoe",
+        "rules": [{"match": {"layers": 1}, "parameters": {"scale": 0.6}}],
+    },
     "rest": {"method": "wemoe", "rest": {"method": "ties"}},
 }
 TIES = {"method": "ties"}

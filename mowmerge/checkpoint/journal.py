@@ -44,6 +44,10 @@ class Journal:
         self.done: dict[str, Mapping[str, Any]] = {}
         self.facts: dict[str, Any] = {}
         self.key: Mapping[str, Any] = {}
+        self._held: list[
+            Any
+        ] = []  # lines that are believed, of which the first `_sure` are on disk
+        self._sure = 0
         self._lock, self._fd = Lock(), -1
         self._files: Sequence[Path] = ()
         self._lines, self._unsynced, self._synced_at = 0, 0, 0.0
@@ -69,6 +73,7 @@ class Journal:
                 lines.append(line)
         if not booted or booted != _boot():
             lines = lines[:sure]
+        self._held, self._sure = lines, min(sure, len(lines))
         for line in lines:
             if "tensor" in line:
                 self.done[line["tensor"]] = line["entry"]
@@ -90,25 +95,14 @@ class Journal:
     def forget(self) -> None:
         """Starts afresh."""
         self.done, self.facts, self.key = {}, {}, {}
+        self._held, self._sure = [], 0
         for file in self._folder.glob("state-*.pt"):
             file.unlink()
 
     def begin(self, key: Mapping[str, Any], files: Sequence[Path]) -> None:
-        """Opens the journal of this merge, which writes to these files; what it believes is first
-        made sure of."""
+        """Opens the journal of this merge, which writes to these files."""
         self._files = files
-        if self.holds:
-            self._force(files)
-        held: list[Mapping[str, Any]] = [
-            {"tensor": name, "entry": entry} for name, entry in self.done.items()
-        ]
-        held += [{"fact": name, "value": value} for name, value in self.facts.items()]
-        told: list[Mapping[str, Any]] = [
-            {"key": key},
-            {"boot": _boot()},
-            *held,
-            {"synced": len(held)},
-        ]
+        told = [{"key": key}, {"boot": _boot()}, *self._held, {"synced": self._sure}]
         staged = self._file.with_suffix(".new")
         with _refused(self._file):
             staged.write_bytes(b"".join(map(_line, told)))
@@ -116,7 +110,9 @@ class Journal:
             staged.replace(self._file)
             self._fd = os.open(self._file, os.O_WRONLY | os.O_APPEND)
         self._syncer = ThreadPoolExecutor(1)
-        self._lines, self._synced_at = len(held), time.monotonic()
+        self._lines, self._synced_at = len(self._held), time.monotonic()
+        if self._lines > self._sure:
+            self._sync_beside()
 
     def finished(self, tensor: str, entry: Mapping[str, Any], nbytes: int) -> None:
         """Notes a tensor whose bytes, that many, have been written."""
