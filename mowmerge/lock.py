@@ -104,7 +104,8 @@ def text(
     if (folder / "coefficients.json").exists():
         data["coefficients"] = os.path.relpath(os.path.realpath(out / "coefficients.json"), home)
     for task in data["tasks"].values():
-        task["data"] = _paths(task["data"], lambda path: _relative(path, recipe, home))
+        for part in ("data", "options"):
+            task[part] = _paths(task.get(part, {}), lambda path: _relative(path, recipe, home))
     lock = Lock(
         name=recipe.name,
         folder=Path(os.path.relpath(home, os.path.realpath(out))).as_posix(),

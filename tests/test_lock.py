@@ -19,6 +19,7 @@ from mowmerge.errors import CheckpointError, RecipeError
 from mowmerge.methods import registry
 from mowmerge.recipe import parse
 from mowmerge.recipe.complete import completed
+from mowmerge.recipe.task_types import TYPES
 from mowmerge.recipe.text import read
 
 INNER = {"method": "ties", "base": "./base", "models": {"a": "./a", "b": "./b"}}
@@ -146,6 +147,15 @@ def test_a_fitted_path_and_tasks_are_found_from_the_output(family: Zoo) -> None:
     assert found == "./data"
     assert Path(recipe.locate(found)).samefile(where / "data")
     assert Path(recipe.locate("../a")).samefile(family.folder / "a")
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_task_of_every_type_may_stand_in_it(family: Zoo, kind: str) -> None:
+    task: dict[str, Any] = {"expert": "a", "type": kind}
+    if TYPES[kind].columns:
+        task["data"] = {"path": "json", "data_files": "./data"}
+    out = merged(family, {**WAYS["linear"], "tasks": {"t": task}})
+    assert api._tasks(out, None).tasks == api.check(out / "recipe.yaml").tasks
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda f: f.stem)

@@ -6,6 +6,8 @@ from typing import Any
 
 from mowmerge.methods.registry import get
 from mowmerge.recipe.model import Recipe
+from mowmerge.recipe.task import Task
+from mowmerge.recipe.task_types import TYPES
 
 
 def completed(recipe: Recipe) -> dict[str, Any]:
@@ -35,10 +37,18 @@ def completed(recipe: Recipe) -> dict[str, Any]:
         "rest": _rest(recipe),
         "missing": recipe.missing,
         "heads": recipe.heads and recipe.heads.model_dump(mode="json"),
-        "tasks": {name: task.model_dump(mode="json") for name, task in recipe.tasks.items()},
+        "tasks": {name: _task(task) for name, task in recipe.tasks.items()},
         "coefficients": recipe.coefficients,
         "output": recipe.output.model_dump(mode="json"),
     }
+
+
+def _task(task: Task) -> dict[str, Any]:
+    """A task, with those options that its type takes."""
+    plain = task.model_dump(mode="json")
+    taken = TYPES[task.type].options
+    options = {name: value for name, value in plain.pop("options").items() if name in taken}
+    return {**plain, **({"options": options} if options else {})}
 
 
 def _rest(recipe: Recipe) -> dict[str, Any] | None:
