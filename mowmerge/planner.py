@@ -8,13 +8,24 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mowmerge import __version__, memory
-from mowmerge.checkpoint import naming, source
+from mowmerge.checkpoint import fp8, naming, source
 from mowmerge.checkpoint.adapter import held_bytes
 from mowmerge.checkpoint.writer import layout, shard_of
 from mowmerge.errors import CheckpointError, Problem, RecipeError
 from mowmerge.methods import registry
 from mowmerge.methods.contracts import Extent, MethodError
-from mowmerge.plan import RUN, Adapted, Input, Plan, Shard, Source, TensorJob, Tied, config_source
+from mowmerge.plan import (
+    RUN,
+    Adapted,
+    Input,
+    Packing,
+    Plan,
+    Shard,
+    Source,
+    TensorJob,
+    Tied,
+    config_source,
+)
 from mowmerge.recipe import coefficients
 from mowmerge.recipe.model import Match, Recipe
 from mowmerge.recipe.values import Place, Setting, setting
@@ -59,6 +70,7 @@ class _Planner:
         self.rules_used: set[int] = set()
         self.upcycling: Upcycling | None = None
         self.sources: Mapping[str, Source] = {}
+        self.packings: Mapping[str, Packing] = {}
 
     def plan(self) -> Plan:
         search = Search(self.recipe, self.options.download, self.options.allow_pickle, self._nested)
@@ -69,6 +81,9 @@ class _Planner:
         specs, heads = self._bodies(donor, {name: s.specs for name, s in sources.items()})
         if registry.get(self.recipe.method).dynamic:
             self.upcycling = Upcycling(self.recipe, specs[donor], self.options.surveyed)
+        if self.recipe.output.dtype == "fp8":
+            held = config_source(sources[donor])
+            self.packings = fp8.packings(specs[donor], held, source.config(held.folder))
         jobs = self._jobs(donor, base, specs)
         self._raise_problems()
         jobs = self._grouped(jobs)
@@ -202,6 +217,8 @@ class _Planner:
         """The tensor as it is stored."""
         output = self.recipe.output
         dtype = "float32" if output.format == "adapter" else output.dtype
+        if dtype == "fp8":
+            dtype = "float32" if spec.name in self.packings else None
         if dtype and spec.kind == "float":
             return replace(spec, dtype=dtype_named(dtype).code)
         return spec
@@ -226,6 +243,7 @@ class _Planner:
             method=method.name if spec.kind == "float" else None,
             parameters=chosen.parameters if spec.kind == "float" else {},
             scope=method.scope(chosen.parameters) if spec.kind == "float" else "element",
+            packing=self.packings.get(spec.name),
         )
 
     def _input(
@@ -370,4 +388,4 @@ class _Planner:
 
     def _layout(self, jobs: Sequence[TensorJob]) -> list[Shard]:
         size = self.recipe.output.shard_size or SHARD_SIZE
-        return layout([job.output for job in jobs], size, self._metadata)
+        return layout([spec for job in jobs for spec in job.stored], size, self._metadata)
