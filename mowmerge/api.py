@@ -12,6 +12,7 @@ from mowmerge import scoring
 from mowmerge.checkpoint.contents import contents
 from mowmerge.checkpoint.contents import planned as specs_of
 from mowmerge.checkpoint.dynamic import held
+from mowmerge.errors import RecipeError
 from mowmerge.methods import registry
 from mowmerge.plan import Plan
 from mowmerge.planner import Options, build
@@ -120,6 +121,15 @@ def merge(
     parsed = recipe if isinstance(recipe, Recipe) else check(recipe, overrides)
     planned = survey(parsed, options=options)
     target = Path(out or parsed.output.path or Path("merged") / parsed.name)
+    if parsed.output.format == "adapter":
+        from mowmerge import lora
+
+        if resume or locked:
+            raise RecipeError(
+                "--resume and --locked are for checkpoints, and output.format is adapter",
+                where=parsed.file, hint="run it again from the start",
+            )  # fmt: skip
+        return Result(*lora.merge(parsed, planned, target, hashes=hashes, force=force, begin=begin))
     how = merging.How(hashes, force, resume, locked, changed=bool(overrides))
     return Result(*merging.merge(parsed, planned, target, how, began, begin, tell))
 
@@ -213,6 +223,13 @@ def extract(
         reference=reference, hashes=hashes, force=force, begin=begin,
     )  # fmt: skip
     return Result(found, content)
+
+
+def extract_lora(model: str | Path, base: str | Path, out: str | Path, **options: Any) -> Result:
+    """Writes what a model adds to its base as a LoRA into `out`; see `mowmerge.lora.extract`."""
+    from mowmerge import lora
+
+    return Result(*lora.extract(str(model), str(base), Path(out), **options))
 
 
 def plan_training(

@@ -16,12 +16,13 @@ from dataclasses import asdict
 from threading import Event, Lock
 from typing import Any, Protocol
 
+from mowmerge.checkpoint.adapter import AdaptedReader
 from mowmerge.checkpoint.journal import Journal
 from mowmerge.checkpoint.reader import StoredReader
 from mowmerge.errors import CheckpointError, ResourceError
 from mowmerge.methods import registry
 from mowmerge.methods.contracts import Extent, Fold, Reduction
-from mowmerge.plan import RUN, Plan, Stored, TensorJob, Tied
+from mowmerge.plan import RUN, Adapted, Plan, Source, Stored, TensorJob, Tied
 from mowmerge.report import TensorReport
 from mowmerge.streaming import OpenJob
 from mowmerge.tensors import TensorHandle, TensorReader, TensorSpec, torch
@@ -42,14 +43,21 @@ class Engine:
 
     def __init__(self, plan: Plan, stopped: Event | None = None) -> None:
         self.plan, self.stopped = plan, stopped or Event()
+        self._nested: list[Engine] = []
         self.readers: Mapping[str, TensorReader] = {
-            name: StoredReader(source)
-            if isinstance(source, Stored)
-            else MergedReader(Engine(source, self.stopped))
-            for name, source in plan.sources.items()
+            name: self._reader(source) for name, source in plan.sources.items()
         }
         self._states: dict[int, Any] = {}
         self._lock = Lock()
+
+    def _reader(self, source: Source) -> TensorReader:
+        """The source's tensors as they are read."""
+        if isinstance(source, Stored):
+            return StoredReader(source)
+        if isinstance(source, Adapted):
+            return AdaptedReader(self._reader(source.model), source)
+        self._nested.append(Engine(source, self.stopped))
+        return MergedReader(self._nested[-1])
 
     def run(self, sink: Sink, journal: Journal | None = None) -> list[TensorReport]:
         """Streams every tensor of the plan into the sink; one report a tensor, in plan order.
@@ -70,7 +78,7 @@ class Engine:
                 journal.finished(told.name, asdict(told), told.written_bytes)
             return told
 
-        with _one_thread_each(), self._pool() as pool:
+        with one_thread_each(), self._pool() as pool:
             for group in sorted({job.group for job in each if job.group is not None}):
                 self._states[group] = self._group_state(group, pool, journal)
             self._check_ties()
@@ -86,7 +94,7 @@ class Engine:
             with self.open(job) as opened:
                 return opened.observe(fold.fresh(), 0, job.output.numel)
 
-        with _one_thread_each(), self._pool() as pool:
+        with one_thread_each(), self._pool() as pool:
             futures = {job.output.name: pool.submit(total, job, fold) for job, fold in asked}
             return {name: future.result().total for name, future in futures.items()}
 
@@ -123,7 +131,7 @@ class Engine:
             action="merged" if merged else "copied",
             method=job.method if merged else None,
             read_bytes=job.read_bytes,
-            written_bytes=job.output.nbytes,
+            written_bytes=sum(spec.nbytes for spec in job.stored),
             seconds=time.perf_counter() - began,
             figures=figures,
             notes=notes,
@@ -213,9 +221,8 @@ class Engine:
     def _check_ties(self) -> None:
         for tied in self.plan.tied:
             self._check_tied(tied)
-        for reader in self.readers.values():
-            if isinstance(reader, MergedReader):
-                reader.engine._check_ties()
+        for engine in self._nested:
+            engine._check_ties()
 
     def _check_tied(self, tied: Tied) -> None:
         """CheckpointError where a tied tensor differs from what the base ties it to."""
@@ -240,7 +247,7 @@ class Engine:
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
+def one_thread_each() -> Iterator[None]:
     """One intra-op thread a worker: reductions inside torch depend on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

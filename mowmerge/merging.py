@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from mowmerge import __version__, lock, replay
-from mowmerge.checkpoint import heads, sidecars, writer
+from mowmerge.checkpoint import fp8, heads, sidecars, writer
 from mowmerge.checkpoint.source import config
 from mowmerge.checkpoint.writer import ShardSink, Staging
 from mowmerge.dynamic import remote
 from mowmerge.engine import Engine
 from mowmerge.hub import lineage
 from mowmerge.hub.card import card
-from mowmerge.plan import Plan, Stored
+from mowmerge.plan import Plan, config_source
 from mowmerge.recipe import parse
 from mowmerge.recipe.model import Digest, Recipe
 from mowmerge.report import report
@@ -60,7 +60,7 @@ def merge(
         planned, learned = _fitted(recipe, planned, staging, tell)
         advance = begin(planned)
         advance(sum(entry["written_bytes"] for entry in journal.done.values()))
-        with ShardSink(staging.path, planned.files, advance) as sink:
+        with ShardSink(staging.path, planned.files, advance, planned.packings) as sink:
             engine = Engine(planned)
             tensors = engine.run(sink, journal)
             _write_dynamic(planned, engine, sink)
@@ -128,8 +128,7 @@ def _inputs(planned: Plan) -> list[tuple[str, Path]]:
 
 def _folder(planned: Plan, model: str) -> Path:
     """The folder that a model's config and tokenizer come from; a nested plan's are its donor's."""
-    origin = planned.sources[model]
-    return Path(origin.folder) if isinstance(origin, Stored) else _donor(origin)
+    return Path(config_source(planned.sources[model]).folder)
 
 
 def _donor(planned: Plan) -> Path:
@@ -177,23 +176,20 @@ def _seal(recipe: Recipe, planned: Plan, staging: Staging, hashes: bool) -> dict
 
 def _write_config(planned: Plan, folder: Path) -> None:
     """Writes the config, with the dtype of the weights where that is not the donor's."""
-    dtypes = {job.output.dtype for job in planned.jobs if job.output.kind == "float"}
-    changed = any(
-        job.output.dtype != planned_dtype
-        for job in planned.jobs
-        if (planned_dtype := _donor_dtype(planned, job.output.name)) is not None
-    )
+    plain = [job for job in planned.jobs if not job.packing]
+    dtypes = {job.output.dtype for job in plain if job.output.kind == "float"}
+    before = planned.sources[planned.donor].specs
+    known = [job.output for job in plain if job.output.name in before]
+    changed = any(spec.dtype != before[spec.name].dtype for spec in known)
     dtype = DTYPES[next(iter(dtypes))].torch_name if changed and len(dtypes) == 1 else None
     if planned.manifest:
         sidecars.write_dynamic_config(_donor(planned), folder, dtype, planned.manifest)
     else:
-        sidecars.write_config(_donor(planned), folder, dtype, headless=bool(planned.heads))
-
-
-def _donor_dtype(planned: Plan, name: str) -> str | None:
-    origin = planned.sources[planned.donor]
-    spec = origin.specs.get(name)
-    return spec.dtype if spec else None
+        donor = _donor(planned)
+        quantised = fp8.quantization_config(planned, config(donor))
+        sidecars.write_config(
+            donor, folder, dtype, headless=bool(planned.heads), quantised=quantised
+        )
 
 
 def _write(file: Path, text: str) -> None:

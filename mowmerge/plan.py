@@ -27,32 +27,104 @@ class Location:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """What an fp8 weight is multiplied by: where that lies, how many rows and columns share a
+    number, and the dtype of the product."""
+
+    location: Location
+    block: tuple[int, int]
+    dtype: str
+
+
+@dataclass(frozen=True)
 class Stored:
-    """A checkpoint on disk: where it was found, at which revision, and where each tensor lies."""
+    """A checkpoint on disk: where it was found, at which revision, and where each tensor lies.
+
+    `scales` holds those of its fp8 weights, whose specs are those of the products.
+    """
 
     origin: str
     folder: str
     revision: str | None
     tensors: Mapping[str, Location]
     format: str = "safetensors"  # or "pickle", where it was asked for
+    scales: Mapping[str, Scale] = field(default_factory=dict)
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
         """Every tensor's spec, in file order."""
-        return {name: location.spec for name, location in self.tensors.items()}
+        held = {name: location.spec for name, location in self.tensors.items()}
+        return held | {n: replace(held[n], dtype=scale.dtype) for n, scale in self.scales.items()}
 
     @property
     def files(self) -> tuple[str, ...]:
         """The files that are read, in order of name."""
-        return tuple(sorted({location.file for location in self.tensors.values()}))
+        places = [*self.tensors.values(), *(scale.location for scale in self.scales.values())]
+        return tuple(sorted({location.file for location in places}))
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What an adapter does to one tensor: adds scale * B A, takes its place, or (DoRA) scales rows.
+
+    `parts` names tensors of the adapter's file: a and b, with m where there is a magnitude, or the
+    value. The tensor is a stack of `stack` matrices; `across` says that they are stored [in, out].
+    """
+
+    adapter: int
+    parts: Mapping[str, str]
+    scale: float = 1.0
+    weight: float = 1.0
+    across: bool = False
+    stack: int = 1
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A model with adapters on it, which are applied as it is read; its names are the model's.
+
+    Tensors that only an adapter has are `added`; `wide` gives what is adapted in fp32 at least.
+    """
+
+    model: Stored | Plan
+    adapters: tuple[Stored, ...]
+    patches: Mapping[str, tuple[Patch, ...]]
+    added: Mapping[str, TensorSpec]
+    wide: bool = False
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """The model's tensors, then those that only an adapter has."""
+        held = {**self.model.specs, **self.added}
+        narrow = {n: held[n] for n in self.patches if n in self.model.specs} if self.wide else {}
+        wider = {n: replace(s, dtype="F32") for n, s in narrow.items() if s.dtype != "F64"}
+        return {**held, **wider}
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of what is applied to what."""
+        model = self.model.fingerprint if isinstance(self.model, Plan) else self.model.revision
+        text = json.dumps([model, [a.revision for a in self.adapters], str(self.patches)])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Input:
-    """One tensor of one model that a job reads."""
+    """One tensor of one model that a job reads; an open handle on it takes `held` bytes."""
 
     model: str
     spec: TensorSpec
+    held: int = 0
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How an output tensor is stored in fp8: the weight, its scales, and the rows and columns that
+    share one."""
+
+    weight: TensorSpec
+    scale: TensorSpec
+    block: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -73,6 +145,12 @@ class TensorJob:
     group: int | None = None
     code: Code | None = None
     anchor: TensorJob | None = None
+    packing: Packing | None = None
+
+    @property
+    def stored(self) -> tuple[TensorSpec, ...]:
+        """What the output is on disk: itself, or an fp8 weight and its scales."""
+        return (self.packing.weight, self.packing.scale) if self.packing else (self.output,)
 
     @property
     def parts(self) -> tuple[TensorSpec, ...]:
@@ -147,7 +225,7 @@ class Plan:
     name: str
     donor: str
     base: str | None
-    sources: Mapping[str, Stored | Plan]
+    sources: Mapping[str, Source]
     jobs: tuple[TensorJob, ...]
     shards: tuple[Shard, ...]
     workers: int
@@ -174,6 +252,16 @@ class Plan:
         return {job.output.name: job.output for job in self.jobs}
 
     @property
+    def packings(self) -> Mapping[str, Packing]:
+        """How each tensor that goes to fp8 is stored, by name."""
+        return {job.output.name: job.packing for job in self.jobs if job.packing}
+
+    @property
+    def checkpoints(self) -> list[tuple[str, Stored]]:
+        """Every checkpoint that is read, adapters and those of nested recipes too, by model."""
+        return [pair for name, source in self.sources.items() for pair in _stored(name, source)]
+
+    @property
     def static(self) -> Plan:
         """The static merge in it: that which a dynamic one's anchor is, with the heads' names."""
         heads: dict[str, dict[str, int]] = {}
@@ -188,17 +276,6 @@ class Plan:
         pairs = zip(self.jobs, static.jobs, strict=True)
         jobs = tuple(replace(job, anchor=one) if job.code else one for job, one in pairs)
         return replace(self, jobs=jobs, fit=static.fit, warnings=static.warnings)
-
-    @property
-    def checkpoints(self) -> list[tuple[str, Stored]]:
-        """Every checkpoint that is read, those of nested recipes too, by model."""
-        found: list[tuple[str, Stored]] = []
-        for name, source in self.sources.items():
-            if isinstance(source, Stored):
-                found.append((name, source))
-            else:
-                found += [(f"{name}-{inner}", stored) for inner, stored in source.checkpoints]
-        return found
 
     @property
     def each(self) -> tuple[TensorJob, ...]:
@@ -232,18 +309,40 @@ class Plan:
         """A digest of what decides the output's bytes: same plan, same inputs, same bytes."""
         jobs = [
             (j.output.name, j.output.dtype, j.output.shape, j.method, dict(j.parameters), j.scope,
-             [(i.model, i.spec.name) for i in j.inputs], str(j.code),
+             [(i.model, i.spec.name) for i in j.inputs], str(j.code), str(j.packing),
              (j.anchor.method, dict(j.anchor.parameters)) if j.anchor else None)
             for j in self.jobs
         ]  # fmt: skip
         inner = {
-            name: source.fingerprint if isinstance(source, Plan) else source.revision
+            name: source.revision if isinstance(source, Stored) else source.fingerprint
             for name, source in self.sources.items()
         }
         heads = {model: list(shard.offsets) for model, shard in self.heads.items()}
         fit = replace(self.fit, held=False, nbytes=0) if self.fit else None
         text = json.dumps([jobs, inner, heads, str(fit)], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+Source = Stored | Adapted | Plan
+
+
+def _stored(name: str, source: Source) -> list[tuple[str, Stored]]:
+    """The checkpoints of one source."""
+    if isinstance(source, Stored):
+        return [(name, source)]
+    if isinstance(source, Plan):
+        return [(f"{name}-{inner}", stored) for inner, stored in source.checkpoints]
+    several = len(source.adapters) > 1
+    named = [f"{name}-adapter" + f"-{i}" * several for i in range(len(source.adapters))]
+    adapters = list(zip(named, source.adapters, strict=True))
+    return [*_stored(name, source.model), *adapters]
+
+
+def config_source(source: Source) -> Stored:
+    """The checkpoint whose config a source has; a plan's is its donor's."""
+    if isinstance(source, Stored):
+        return source
+    return config_source(source.sources[source.donor] if isinstance(source, Plan) else source.model)
 
 
 def block_length(block: int, job: TensorJob, *, whole: bool) -> int:

@@ -43,15 +43,22 @@ def copy(donor: Path, others: Sequence[tuple[str, Path]], out: Path) -> list[str
     return sorted(f.name for f in rest if f.suffix not in _WEIGHTS and not f.name.startswith("."))
 
 
-def write_config(donor: Path, out: Path, dtype: str | None, *, headless: bool = False) -> None:
+def write_config(
+    donor: Path, out: Path, dtype: str | None, *, headless: bool = False,
+    quantised: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Writes the donor's config.json with nothing changed but the dtype, where that changed.
 
-    `headless` makes it that of the bare backbone: its class, and no label map.
+    `headless` makes it that of the bare backbone: its class, and no label map. `quantised`
+    takes the place of what says that the donor was.
     """
     settings = config(donor)
     if not settings:
         return
-    if dtype is None and not headless:
+    same = settings.pop("quantization_config", None) == quantised
+    if quantised:
+        settings["quantization_config"] = dict(quantised)
+    if dtype is None and not headless and same:
         shutil.copyfile(donor / "config.json", out / "config.json")
         return
     if dtype:
@@ -79,7 +86,7 @@ def front(donor: Path, manifest: Manifest) -> str:
 
 def write_dynamic_config(donor: Path, out: Path, dtype: str | None, manifest: Manifest) -> None:
     """Writes the config of a dynamic checkpoint, with the donor's whole in it."""
-    base = config(donor)
+    base = {k: v for k, v in config(donor).items() if k != "quantization_config"}
     settings = {
         "architectures": [front(donor, manifest)],
         "model_type": "mowmerge",

@@ -12,17 +12,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
 from typing import Any
 
+from mowmerge.checkpoint import fp8
 from mowmerge.checkpoint.journal import Journal, sync, sync_folder
 from mowmerge.errors import ResourceError
 from mowmerge.errors import denied as denied
-from mowmerge.plan import Shard
+from mowmerge.plan import Packing, Shard
 from mowmerge.tensors import TensorSpec
 
 ALIGN = 64  # the data section of a shard starts at a multiple of this
@@ -80,7 +81,7 @@ def index(shards: Sequence[Shard], specs: Mapping[str, TensorSpec]) -> str | Non
         return None
     totals = {
         "total_parameters": sum(s.numel for s in specs.values()),
-        "total_size": sum(s.nbytes for s in specs.values()),
+        "total_size": sum(shard.nbytes - len(shard.header) for shard in shards),
     }
     where = {name: shard.file for shard in shards for name in shard.offsets}
     return (
@@ -145,7 +146,8 @@ class Staging:
                     f"the output folder {self.out} is not empty",
                     hint="name another, or replace it as a whole with --force",
                 )
-            if not any((self.out / name).exists() for name in ("config.json", "recipe.yaml")):
+            known = ("config.json", "recipe.yaml", "adapter_config.json")
+            if not any((self.out / name).exists() for name in known):
                 raise ResourceError(
                     f"--force replaces a checkpoint, and {self.out} does not look like one",
                     hint="it has neither config.json nor recipe.yaml: remove it yourself",
@@ -268,12 +270,66 @@ class Staging:
             self._lock = None
 
 
+class Appender:
+    """A safetensors file whose tensors' shapes are known as they come: data first, then a header
+    in the room that was kept for it."""
+
+    def __init__(self, file: Path, names: Sequence[str], metadata: Mapping[str, str]) -> None:
+        """`names`: all that may come; others may not, and some may not come."""
+        self._file, self._metadata = file, dict(metadata)
+        most = {name: [10**15] * 6 for name in names}  # longer than any entry's numbers
+        self._room = (len(json.dumps(most)) + 80 * len(most) + 4096) // ALIGN * ALIGN
+        self.specs: dict[str, TensorSpec] = {}
+        self._end = 0
+
+    def __enter__(self) -> Appender:
+        try:
+            self._fd = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        except OSError as error:
+            raise denied(error, self._file) from error
+        return self
+
+    def append(self, spec: TensorSpec, pieces: Iterable[memoryview]) -> None:
+        """Writes one tensor after the last; wider dtypes have to come first."""
+        self.specs[spec.name] = spec
+        try:
+            for piece in pieces:
+                write_at(self._fd, piece, 8 + self._room + self._end)
+                self._end += piece.nbytes
+        except OSError as error:
+            raise denied(error, self._file) from error
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if kind is None:
+                self._head()
+        except OSError as error:
+            raise denied(error, self._file) from error
+        finally:
+            os.close(self._fd)
+
+    def _head(self) -> None:
+        entries: dict[str, object] = {"__metadata__": self._metadata}
+        end = 0
+        for spec in self.specs.values():
+            start, end = end, end + spec.nbytes
+            place = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [start, end]}
+            entries[spec.name] = place
+        text = json.dumps(entries, separators=(",", ":")).encode().ljust(self._room)
+        write_at(self._fd, memoryview(self._room.to_bytes(8, "little") + text), 0)
+
+
 class ShardSink:
-    """Puts bytes at their planned offsets in the staged shards."""
+    """Puts bytes at their planned offsets in the staged shards, those to be packed as fp8."""
 
     def __init__(
-        self, folder: Path, shards: Sequence[Shard], advance: Callable[[int], None]
+        self,
+        folder: Path,
+        shards: Sequence[Shard],
+        advance: Callable[[int], None],
+        packings: Mapping[str, Packing] | None = None,
     ) -> None:
+        self._packers = {name: fp8.Packer(how) for name, how in (packings or {}).items()}
         self._places = {name: (s.file, at) for s in shards for name, at in s.offsets.items()}
         self._folder, self._advance, self._closing = folder, advance, ExitStack()
         self._fds: dict[str, int] = {}
@@ -288,7 +344,14 @@ class ShardSink:
         self._closing.close()
 
     def write(self, name: str, start: int, data: memoryview) -> None:
-        """Takes a tensor's bytes from byte `start` on; called from any worker."""
+        """Takes a tensor's bytes from byte `start` on; called from any worker. Those of a tensor
+        that is packed come in order."""
+        packer = self._packers.get(name)
+        pieces = packer.packed(start, data) if packer else [(name, start, data)]
+        for piece in pieces:
+            self._put(*piece)
+
+    def _put(self, name: str, start: int, data: memoryview) -> None:
         file, offset = self._places[name]
         try:
             write_at(self._fds[file], data, offset + start)

@@ -13,6 +13,7 @@ from mowmerge.cli.check import check
 from mowmerge.cli.demo import demo
 from mowmerge.cli.eval import eval
 from mowmerge.cli.extract import extract
+from mowmerge.cli.extract_lora import extract_lora
 from mowmerge.cli.inspect import inspect
 from mowmerge.cli.merge import merge
 from mowmerge.cli.methods import methods
@@ -32,7 +33,8 @@ app = typer.Typer(
     " 6 disk, memory or permission, 7 below --fail-under, 130 interrupted.",
 )
 COMMANDS = (
-    merge, verify, train_router, inspect, extract, eval, push, check, methods, schema, demo,
+    merge, verify, train_router, inspect, extract, extract_lora, eval, push, check, methods,
+    schema, demo,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

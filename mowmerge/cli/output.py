@@ -365,6 +365,9 @@ def show_result(
         return
     if "replay" in summary:
         print(replayed(summary["replay"]), file=sys.stderr)
+    if "kept_energy" in summary:
+        print(_adapter(result))
+        return
     tensors = result.report["tensors"]
     did = Counter(t["action"] for t in tensors)
     dynamic = f"{did['dynamic']} tensors dynamic, " if did["dynamic"] else ""
@@ -389,3 +392,16 @@ def replayed(told: dict[str, Any]) -> str:
         return f"{alarm}replayed {where}: {told['outcome']}{far}"
     alarm = "warning: " if told["outcome"] == "beyond tolerance" else ""
     return f"{alarm}replayed {where}: {told['outcome']}"
+
+
+def _adapter(result: Result) -> str:
+    """An adapter and what it keeps, in a line; what is lost on a second."""
+    told, ranks = result.report, result.report["ranks"]
+    did = Counter(t["action"] for t in told["tensors"])
+    of = " to ".join(dict.fromkeys(str(rank) for rank in (ranks[:1] + ranks[-1:])))
+    head = (
+        f"{result.path}: {did['low rank']} low-rank updates of rank {of or 0},"
+        f" {did['bias'] + did['modules_to_save']} tensors as they are;"
+        f" {told['kept_energy']:.2%} of the squared norm is kept, in {told['seconds']:.1f} s"
+    )
+    return f"{head}\nlost: {', '.join(told['lost'])}" if told["lost"] else head
