@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mowmerge.cli import output
+from mowmerge.cli import output, results
 
 
 def extract_lora(
@@ -47,4 +47,4 @@ def extract_lora(
             model, base, out, rank=rank, energy=energy, workers=workers,
             allow_pickle=allow_pickle, hashes=hash_, force=force, begin=progress.start,
         )  # fmt: skip
-    output.show_result(result, as_json=json_, quiet=quiet)
+    results.show(result, as_json=json_, quiet=quiet)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mowmerge.cli import output, reports
+from mowmerge.cli import output, reports, results
 from mowmerge.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -86,10 +86,10 @@ def merge(
             resume=resume, locked=locked, begin=progress.begin, tell=progress.tell,
         )  # fmt: skip
     if parsed is None:
-        output.show_result(result, as_json=json_, quiet=quiet)
+        results.show(result, as_json=json_, quiet=quiet)
         return
     report = _scored(result, parsed, quiet or json_)
-    output.show_result(result, as_json=json_, quiet=quiet, evaluation=report)
+    results.show(result, as_json=json_, quiet=quiet, evaluation=report)
     if not json_ and not quiet:
         reports.show(report, api.report_folder(result.path), as_json=False)
 
