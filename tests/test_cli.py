@@ -297,6 +297,7 @@ as_root = pytest.mark.skipif(
 
 NOBODY_RUNS = """
 import contextlib, os, sys, tqdm, mowmerge.engine
+import torch
 from mowmerge.cli import main
 wanted, sys.argv = sys.argv, ["mowmerge", "merge", "recipe.yaml", "--dry-run"]
 with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
