@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     PrivateAttr,
     StrictBool,
+    StrictInt,
     WithJsonSchema,
     model_validator,
 )
@@ -227,6 +228,27 @@ class Output(Strict):
     )
 
 
+class Digest(Strict):
+    """One file: its length, and its sha256 where that was taken."""
+
+    bytes: StrictInt
+    sha256: str | None = None
+
+
+class Lock(Strict):
+    """What a recipe.lock.yaml says of the run that wrote it."""
+
+    name: str = Field(description="The recipe's name.")
+    folder: str = Field(
+        default=".", description="Where the recipe lay, seen from the lock: its paths start there."
+    )
+    mowmerge: str = Field(description="Version that made the merge.")
+    torch: str = Field(description="Build of torch that made the merge.")
+    device: str = Field(description="Device type that made the merge.")
+    inputs: Mapping[str, Mapping[str, Digest]] = Field(description="The files read, by model.")
+    outputs: Mapping[str, Digest] = Field(description="The weight files written.")
+
+
 class Recipe(Strict):
     """A merge: models, a method, its parameters, and exceptions by rule."""
 
@@ -262,6 +284,9 @@ class Recipe(Strict):
         description="coefficients.json of an earlier fit: replayed, and nothing is fitted.",
     )
     output: Output = Field(default=Output(), description="Where the result goes, and how.")
+    lock: Lock | None = Field(
+        default=None, description="In a recipe.lock.yaml: the run that it replays."
+    )
     _origin: Origin = PrivateAttr(default_factory=Origin)
 
     def __hash__(self) -> int:

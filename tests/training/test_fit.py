@@ -27,6 +27,7 @@ from transformers import (
 
 import mowmerge
 from mowmerge import api
+from mowmerge.engine import Engine
 from mowmerge.errors import CheckpointError, RecipeError, ResourceError
 from mowmerge.planner import Options
 from mowmerge.training import fit
@@ -387,6 +388,33 @@ def test_two_runs_and_a_replay_write_the_same_bytes(
     same = [(f / "coefficients.json").read_bytes() for f in (first, third.path)]
     assert same[0] == same[1]
     assert "fit" not in third.report
+
+
+def test_a_fit_that_was_done_is_not_done_again(
+    tmp_path: Path, zoo: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = written(tmp_path, zoo)
+    wanted = run(file, "wanted")
+
+    def cut(*args: Any) -> None:
+        raise RuntimeError("cut off")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "run", cut)
+        with pytest.raises(RuntimeError, match="cut off"):
+            api.merge(file, tmp_path / "out", resume=True)
+    changed = written(tmp_path, zoo, "changed", parameters={"steps": 4})
+    with pytest.raises(ResourceError, match=r"parameters.steps was 3, is 4"):
+        api.merge(changed, tmp_path / "out", resume=True)
+    monkeypatch.setattr(fit, "fit", cut)
+    taken = api.merge(file, tmp_path / "out", resume=True)
+    assert raw(load(taken.path)) == raw(load(wanted.path))
+    name = "coefficients.json"
+    assert (taken.path / name).read_bytes() == (wanted.path / name).read_bytes()
+    for report in (taken.report, wanted.report):
+        report["fit"].pop("seconds")
+    assert taken.report["fit"] == wanted.report["fit"]
+    assert taken.report["warnings"] == wanted.report["warnings"]
 
 
 def test_what_is_written_down(tmp_path: Path, zoo: dict[str, Any]) -> None:
