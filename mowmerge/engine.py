@@ -153,7 +153,7 @@ class Engine:
                 if job.group not in self._states:
                     self._states[job.group] = self._settle_group(job.group, None)
             opened.state = self._states[job.group]
-        elif job.scope == "tensor" and opened.spec.reduce is not None:
+        elif job.scope in ("row", "tensor") and opened.spec.reduce and job.output.numel:
             numel, codec = job.output.numel, job.code.codec if job.code else ""
             rounds = opened.spec.reduce([Extent(numel, job.parameters, codec)])
             opened.state = _drive(rounds, lambda fold: opened.observe(fold.fresh(), 0, numel))

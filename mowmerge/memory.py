@@ -51,7 +51,7 @@ def working_bytes(job: TensorJob, block: int) -> int:
         length = max(length, min(block, job.output.numel))
     wide = 8 if any(i.spec.dtype == "F64" for i in job.inputs) else 4
     read = sum(length * i.spec.itemsize for i in job.inputs)
-    counted = HISTOGRAM * len(job.models) if job.scope in ("tensor", "model") and not whole else 0
+    counted = HISTOGRAM * len(job.models) if job.scope != "element" and not whole else 0
     coding = _coding_bytes(job, length, wide) if job.code else 0
     return read + length * (wide * (2 * n + 4) + job.output.itemsize) + counted + coding
 

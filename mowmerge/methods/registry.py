@@ -163,13 +163,13 @@ def merge_method(
     Args:
         paper: arXiv id or other source.
         scope: element | row | tensor | model, or a function from the parameters to one of them:
-            the smallest unit on which the result is exact.
+            the smallest unit on which the result is exact. With row, blocks are whole rows.
         models: the exact number of models, where there is one; at_least: the smallest.
         laws: the optional laws the method keeps (LAWS), each
             with the parameter values under which it does, or just their names.
         exempt: universal laws the method does not keep, each with the reason.
         reduce: for methods with a statistic over a tensor or the model: a generator function over
-            the extents that yields folds and returns `state`.
+            the extents that yields folds and returns `state`; run for every scope but element.
         validate: raises MethodError where parameters contradict each other.
         dynamic: which tensors are coded, how, and by what they are mixed; the function then gives
             the parts of a code.
