@@ -155,7 +155,7 @@ class Engine:
             opened.state = self._states[job.group]
         elif job.scope in ("row", "tensor") and opened.spec.reduce and job.output.numel:
             numel, codec = job.output.numel, job.code.codec if job.code else ""
-            rounds = opened.spec.reduce([Extent(numel, job.parameters, codec)])
+            rounds = opened.spec.reduce([Extent(job.output.shape, job.parameters, codec)])
             opened.state = _drive(rounds, lambda fold: opened.observe(fold.fresh(), 0, numel))
 
     def _settle_group(self, group: int, pool: ThreadPoolExecutor | None) -> Any:
@@ -179,7 +179,7 @@ class Engine:
                 total.merge(future.result())
             return total
 
-        return _drive(reduce([Extent(j.output.numel, j.parameters) for j in jobs]), fill)
+        return _drive(reduce([Extent(j.output.shape, j.parameters) for j in jobs]), fill)
 
     def _check_ties(self) -> None:
         for tied in self.plan.tied:

@@ -132,12 +132,12 @@ class OpenJob:
     def identical(self) -> bool:
         """Whether the output is a copy: all that decides it has the same bytes.
 
-        A tensor that equals the base in every model is the base's, for every method that works on
-        deltas; one that is equal in every model is that, for methods that are idempotent.
+        A tensor that equals the base in every model is the base's, for every method that needs a
+        base; one that is equal in every model is that, for methods that are idempotent.
         """
         job, spec = self.job, self.spec
         if job.output.kind == "float" and job.method:
-            alike = spec.values == "deltas" or spec.holds("idempotent", job.parameters)
+            alike = spec.needs_base or spec.holds("idempotent", job.parameters)
             if not alike or len({i.spec.dtype for i in job.inputs[self._first :]}) > 1:
                 return False
         if len(job.inputs) - self._first == 1:
@@ -146,9 +146,9 @@ class OpenJob:
 
     @property
     def _first(self) -> int:
-        """The input that a copy is made of: the base, or the first model of a method on models."""
+        """The input that a copy is made of: the base, or the first model where none is needed."""
         job = self.job
-        models_only = job.base and job.method and self.spec.values == "models"
+        models_only = job.base and job.method and not self.spec.needs_base
         return 1 if models_only and job.output.kind == "float" else 0
 
     def _equal(self, start: int, stop: int) -> bool:

@@ -15,6 +15,7 @@ method gives the parts of its code by name, and the "anchor" where it did not as
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Protocol, TypeVar, Union
@@ -140,12 +141,17 @@ class Block:
 
 @dataclass(frozen=True)
 class Extent:
-    """A tensor that a reduction will run over: its number of elements, its parameters, and how a
-    dynamic method codes it."""
+    """A tensor that a reduction will run over: its shape, its parameters, and how a dynamic method
+    codes it."""
 
-    numel: int
+    shape: tuple[int, ...]
     parameters: Mapping[str, Any]
     codec: str = ""
+
+    @property
+    def numel(self) -> int:
+        """Its number of elements."""
+        return math.prod(self.shape)
 
 
 class Fold(Protocol):

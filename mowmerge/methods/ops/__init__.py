@@ -8,17 +8,36 @@ from mowmerge.methods.ops.blocks import (
     Elect,
     added,
     agree,
+    directions,
     elect_sign,
+    fused,
     keep_above,
     l1_norms,
     restoring,
     spread,
     weighted_sum,
 )
-from mowmerge.methods.ops.folds import Most, Sum, gram, majority, settle
+from mowmerge.methods.ops.folds import Most, Sum, gram, inner_products, majority, settle
 from mowmerge.methods.ops.selection import kth_largest, trim_thresholds
 
 __all__ = [
-    "Elect", "Most", "Sum", "added", "agree", "elect_sign", "gram", "keep_above", "kth_largest",
-    "l1_norms", "majority", "restoring", "settle", "spread", "trim_thresholds", "weighted_sum",
-]  # fmt: skip
+    "Elect",
+    "Most",
+    "Sum",
+    "added",
+    "agree",
+    "directions",
+    "elect_sign",
+    "fused",
+    "gram",
+    "inner_products",
+    "keep_above",
+    "kth_largest",
+    "l1_norms",
+    "majority",
+    "restoring",
+    "settle",
+    "spread",
+    "trim_thresholds",
+    "weighted_sum",
+]

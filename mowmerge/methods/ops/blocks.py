@@ -108,6 +108,31 @@ def agree(
     return total.mul_(sign)
 
 
+def fused(
+    kept: Sequence[Tensor],
+    factor: Sequence[float],
+    weight: Sequence[float],
+    elect: Elect,
+    aggregate: Literal["mean", "sum"],
+    scale: float,
+) -> Tensor:
+    """scale * sum_i factor_i weight_i kept_i, over all i or with elect over the elected sign's.
+
+    mean: over the sum of their weights (1 where that is 0, or below 1e-8 without an election). An
+    even vote counts as plus. Overwrites the values.
+    """
+    factors = [f * w for f, w in zip(factor, weight, strict=True)]
+    if elect == "none":
+        total = weighted_sum(kept, [scale * f for f in factors])
+        share = math.fsum(weight)
+        return total.div_(share) if aggregate == "mean" and abs(share) >= 1e-8 else total
+    if factors[0] > 0 and len(set(factors)) == 1:  # elects the same, so one product will do
+        scale *= factors[0]
+    else:
+        kept = [k.mul_(f) for k, f in zip(kept, factors, strict=True)]
+    return agree(kept, elect_sign(kept, elect, 1.0), aggregate, weight).mul_(scale)
+
+
 def l1_norms(values: Sequence[Tensor] | Tensor) -> Tensor:
     """The sum of magnitudes of each value, [N] in fp64."""
     return torch.stack([v.abs().sum(dtype=torch.float64) for v in values])
@@ -117,3 +142,15 @@ def restoring(before: Tensor, after: Tensor) -> list[float]:
     """before / after, one factor a model; 1 where either norm is below 1e-7."""
     pairs = zip(before.tolist(), after.tolist(), strict=True)
     return [b / a if b >= 1e-7 and a >= 1e-7 else 1.0 for b, a in pairs]
+
+
+def directions(products: Tensor) -> tuple[Tensor, Tensor]:
+    """The norms [N] of vectors and their cosines [N,N], from their inner products.
+
+    With a zero vector every cosine is 0; with itself that of any other is 1.
+    """
+    norms = products.diagonal().sqrt()
+    length = norms.outer(norms)
+    cosines = (products / length.where(length > 0, 1.0)).clamp(-1.0, 1.0)
+    cosines.fill_diagonal_(1.0).mul_((length > 0).to(cosines))
+    return norms, cosines

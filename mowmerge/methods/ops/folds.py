@@ -23,7 +23,7 @@ def settle(
 
     rows: in whole rows, as for scope row.
     """
-    rounds = reduce([Extent(values[0].numel(), parameters)])
+    rounds = reduce([Extent(tuple(values.shape[1:]), parameters)])
     shape = values.shape[1:] if rows and values.dim() > 2 else (1, -1) if rows else (-1,)
     whole = Block(
         values.reshape(len(values), *shape),
@@ -99,10 +99,15 @@ class Most:
         self.total = found if self.total is None else torch.maximum(self.total, found)
 
 
-def gram(block: Block) -> Tensor:
-    """The inner products <v_i, v_j> of a block, [N,N], in fp64."""
-    wide = block.values.reshape(len(block.values), -1).double()
+def inner_products(values: Tensor) -> Tensor:
+    """The inner products <v_i, v_j> of [N,*B], each one vector: [N,N], in fp64."""
+    wide = values.reshape(len(values), -1).double()
     return wide @ wide.T
+
+
+def gram(block: Block) -> Tensor:
+    """The inner products of a block's values."""
+    return inner_products(block.values)
 
 
 def majority(
