@@ -11,6 +11,7 @@ from mowmerge.tensors import DTYPES
 
 RUNTIME = 250 << 20  # bytes that Python, torch and the plan itself take
 HISTOGRAM = 4 << 20  # bytes a model while an order statistic is counted
+FOLDS = {"element": 0, "row": 1, "tensor": 1, "model": 3}  # a worker has at once; or wait for it
 CODING = {"low_rank": (4, 4), "sparse": (7, 3), "mask": (3, 2)}
 
 
@@ -51,9 +52,17 @@ def working_bytes(job: TensorJob, block: int) -> int:
         length = max(length, min(block, job.output.numel))
     wide = 8 if any(i.spec.dtype == "F64" for i in job.inputs) else 4
     read = sum(length * i.spec.itemsize for i in job.inputs)
-    counted = HISTOGRAM * len(job.models) if job.scope != "element" and not whole else 0
+    folds = 0 if whole else FOLDS[job.scope]
+    counted = HISTOGRAM * len(job.models) * folds
     coding = _coding_bytes(job, length, wide) if job.code else 0
-    return read + length * (wide * (2 * n + 4) + job.output.itemsize) + counted + coding
+    held = wide * _workspace(job)
+    return read + length * (wide * (2 * n + 4) + job.output.itemsize) + counted + coding + held
+
+
+def _workspace(job: TensorJob) -> int:
+    """Elements that a method holds for a whole tensor, beside its inputs."""
+    workspace = registry.get(str(job.method)).workspace if job.method else None
+    return workspace(job.output.shape, len(job.models)) if workspace else 0
 
 
 def _coding_bytes(job: TensorJob, length: int, wide: int) -> int:

@@ -220,13 +220,12 @@ class Draws:
         """
         import numpy as np
 
-        chances = probability.cpu().double().reshape(len(probability), -1).numpy()
-        kept = np.empty(chances.shape, dtype=bool)
-        for i, chance in enumerate(chances):
-            words = self._words(i, 2 * self.start, 2 * len(chance), "each").view("<u4")
-            np.less(words, np.ldexp(chance, 32), out=kept[i])
-        mask = torch.from_numpy(kept).to(probability)
-        return mask.view(probability.shape)
+        mask = torch.empty_like(probability, device="cpu")
+        for i, chance in enumerate(probability.cpu()):
+            words = self._words(i, 2 * self.start, 2 * chance.numel(), "each").view("<u4")
+            limits = np.ldexp(chance.double().numpy().ravel(), 32)
+            mask[i] = torch.from_numpy(words < limits).view(chance.shape)
+        return mask.to(probability.device)
 
     def ahead(self, count: int) -> Draws:
         """The same draws from `count` elements further on."""

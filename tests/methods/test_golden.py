@@ -284,6 +284,8 @@ PER_TENSOR = {
     "varm": ("sce", {"mode": "varm"}),
     "consensus_l04_k2": ("consensus_ta", {"threshold": 0.4, "agreement": 2, "scale": 0.3}),
 }
+PER_MATRIX = {"wudi_300": ("wudi", {"rest": "mean"})}
+PER_COLUMN = {"widen_default": {}, "widen_r12_c08": {"above": 1.2, "calibration": 0.8}}
 PER_MODEL = {
     "consensus_ties_l02_k1": (
         "consensus_ta", {"threshold": 0.2, "agreement": 1, "scale": 0.5, "merge": "ties"}
@@ -306,6 +308,32 @@ def test_tensor_by_tensor(case: str) -> None:
     assert_within_tolerance(case, got)
 
 
+@pytest.mark.parametrize("case", PER_MATRIX)
+def test_matrix_by_matrix(case: str) -> None:
+    """Embeddings and head, which the case leaves out, have the mean that vectors have too."""
+    (name, given), (base, *experts) = PER_MATRIX[case], CASES[case]["inputs"]
+    got = {}
+    for tensor in expected(case):
+        moved = deltas(base, experts, tensor)
+        inner = tensor not in CASES[case]["parameters"]["exclude_keys"]
+        delta = method(name)(moved, **given) if inner else moved.mean(0)
+        got[tensor] = wide(base, tensor) + delta
+    assert_within_tolerance(case, got)
+
+
+@pytest.mark.parametrize("case", PER_COLUMN)
+def test_widen_column_by_column(case: str) -> None:
+    """The reference transposes the token embedding."""
+    got, (base, *experts) = {}, CASES[case]["inputs"]
+    for tensor in expected(case):
+        models, start = torch.stack([wide(e, tensor) for e in experts]), wide(base, tensor)
+        if "embed_tokens" in tensor:
+            got[tensor] = method("widen")(models.mT, start.T, **PER_COLUMN[case]).T
+        else:
+            got[tensor] = method("widen")(models, start, **PER_COLUMN[case])
+    assert_within_tolerance(case, got)
+
+
 @pytest.mark.parametrize("case", PER_MODEL)
 def test_over_the_whole_model(case: str) -> None:
     (name, given), (base, *experts) = PER_MODEL[case], CASES[case]["inputs"]
@@ -317,7 +345,14 @@ def test_over_the_whole_model(case: str) -> None:
 
 
 def test_every_case_is_run() -> None:
-    named = {"dare_magnitude_80", "adapp_k20_const", *PER_TENSOR, *PER_MODEL}
+    named = {
+        "dare_magnitude_80",
+        "adapp_k20_const",
+        *PER_TENSOR,
+        *PER_MATRIX,
+        *PER_COLUMN,
+        *PER_MODEL,
+    }
     static = {n for n, case in CASES.items() if case.get("family") != "dynamic"} - {*DYNAMIC}
     assert {*MERGEKIT, *GLOBAL, *STATISTICAL, *named} == static
-    assert len(static) == 76
+    assert len(static) == 79

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ SAMPLE_LEAST = 65_536
 BIN_BITS = 18
 
 
-Scores = Callable[[Block], Sequence[Tensor] | Tensor]
+Scores = Callable[[Block], Iterable[Tensor] | Tensor]
 
 
 def kth_largest(

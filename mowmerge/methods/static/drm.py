@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -50,9 +51,15 @@ def _merged(parts: Sequence[Tensor], weight: Sequence[float], elect: bool, mean:
     return total.div_(number.clamp_(min=1.0))
 
 
+def _workspace(shape: tuple[int, ...], n: int) -> int:
+    """All task vectors beside each other, their decomposition, coordinates and order."""
+    return 10 * n * math.prod(shape) + 8 * min(shape) ** 2 if len(shape) == 2 else 0
+
+
 @merge_method(
     paper="arXiv:2505.23117",
     scope="tensor",
+    workspace=_workspace,
     laws=("permutation", "scale"),
     exempt={"float64": "entries near the trim's threshold move with the rounding of an fp32 SVD"},
 )

@@ -7,7 +7,7 @@ from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
 
-@merge_method(paper="mergekit, nearswap", models=1, laws={"propagates": {}})
+@merge_method(paper="mergekit, nearswap", models=1)
 def nearswap(
     models: Tensor,
     base: Tensor,

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from mowmerge.methods.contracts import Extent, MethodError, PerModel, Range, Reduction, Unit
+from mowmerge.methods.contracts import Block, Extent, MethodError, PerModel, Range, Reduction, Unit
 from mowmerge.methods.ops import Most, added, kth_largest, settle, spread
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
@@ -25,25 +25,25 @@ class State:
     top: Sequence[float] = ()
 
 
-def _sizes(deltas: Tensor, state: State) -> list[Tensor]:
-    """Each |D_i|, clamped and brought to 0..1; all 0 where it is constant."""
-    found = []
-    for delta, low, high in zip(deltas, state.low, state.high, strict=True):
-        size = delta.abs().clamp_(low, high).sub_(low)
-        found.append(size.div_(high - low) if high > low else size.zero_())
-    return found
+def _size(delta: Tensor, low: float, high: float) -> Tensor:
+    """|D|, clamped and brought to 0..1; all 0 where it is constant."""
+    size = delta.abs().clamp_(low, high).sub_(low)
+    return size.div_(high - low) if high > low else size.zero_()
 
 
-def _scores(deltas: Tensor, state: State, competition: str) -> list[Tensor]:
-    """exp(N size^2), times how far the entry agrees with the others."""
-    n, sizes = len(deltas), _sizes(deltas, state)
+def _scores(deltas: Tensor, state: State, competition: str) -> Iterator[Tensor]:
+    """Model by model exp(N size^2), times how far the entry agrees with the others."""
+    given = list(zip(deltas, state.low, state.high, strict=True))
     if competition == "sum":
         whole = added(list(deltas))
-        agree = [(d * whole).tanh_() for d in deltas]
     else:
-        signed = [s * d.sign() for s, d in zip(sizes, deltas, strict=True)]
-        agree = [added([(one * other).tanh_() for other in signed]) for one in signed]
-    return [s.square().mul_(n).exp_().mul_(a) for s, a in zip(sizes, agree, strict=True)]
+        signed = [_size(*each).mul_(each[0].sign()) for each in given]
+    for i, each in enumerate(given):
+        if competition == "sum":
+            agree = (each[0] * whole).tanh_()
+        else:
+            agree = added([(signed[i] * other).tanh_() for other in signed])
+        yield _size(*each).square_().mul_(len(deltas)).exp_().mul_(agree)
 
 
 def _statistics(extents: Sequence[Extent]) -> Reduction:
@@ -61,7 +61,7 @@ def _statistics(extents: Sequence[Extent]) -> Reduction:
     high = yield from kth_largest([total - last] * n, total)
     state = State(low, high)
 
-    def scores(block: Any) -> list[Tensor]:
+    def scores(block: Block) -> Iterator[Tensor]:
         return _scores(block.values, state, p["competition"])
 
     rank = total - int(total * (1 - p["density"]))
@@ -122,7 +122,7 @@ def pcb_merging(
     Differs: as the code, where the paper writes softmax, and squares before it normalises. A task
     vector of zeros, which gives NaN there, takes no part. One whose scores are all equal keeps all.
     """
-    n, each = len(deltas), spread(weight, len(deltas))
+    each = spread(weight, len(deltas))
     if state is None:
         options = {
             "weight": each, "density": density, "clamp": clamp, "competition": competition,
@@ -130,10 +130,10 @@ def pcb_merging(
         state = settle(_statistics, deltas, options)
     scores = _scores(deltas, state, competition)
     total, share = torch.zeros_like(deltas[0]), torch.zeros_like(deltas[0])
-    for i in range(n):
+    for i, score in enumerate(scores):
         if state.high[i] == 0:
             continue
-        part = _shares(scores[i], state.floor[i], state.top[i])
+        part = _shares(score, state.floor[i], state.top[i])
         share += part
         clamped = deltas[i].abs().clamp_(state.low[i], state.high[i]).mul_(deltas[i].sign())
         total += clamped.mul_(part).mul_(each[i])

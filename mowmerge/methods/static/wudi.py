@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from mowmerge.methods.contracts import Count, NonNegative
@@ -44,9 +45,15 @@ def _closed(left: Tensor, right: Tensor) -> Tensor:
     return found
 
 
+def _workspace(shape: tuple[int, ...], n: int) -> int:
+    """The closed form in fp64, or Adam's moments, and products of k x k."""
+    return 2 * (n + 4) * math.prod(shape) + 8 * shape[1] ** 2 if len(shape) == 2 else 0
+
+
 @merge_method(
     paper="arXiv:2503.08099",
     scope="tensor",
+    workspace=_workspace,
     laws={"permutation": {"solver": "closed"}, "scale": {"solver": "closed"}},
 )
 def wudi(
