@@ -100,3 +100,26 @@ def test_one_ranking_needs_one_density() -> None:
     for word, other in (("density", 0.2), ("clamp", 0.01), ("competition", "pairs")):
         with pytest.raises(MethodError, match=f"{word} must be the same"):
             next(reduce([Extent((4,), given), Extent((4,), {**given, word: other})]))
+
+
+def test_outliers_compete_as_what_they_are_clamped_to() -> None:
+    one = [0.1, 0.5, 0.2, 0.4, 0.3, 0.9, 0.6, 0.7, 5.0, 0.8]
+    two = one[::-1]
+    low, high = sorted(one)[2], sorted(one)[7]  # 0.3 and 0.8: floor(10 * 0.2), floor(10 * 0.8 - 1)
+
+    def shares(own: list[float]) -> list[float]:
+        sizes = [(min(max(x, low), high) - low) / (high - low) for x in own]
+        b = [
+            math.exp(2 * s * s) * math.tanh(x * (a + c))
+            for s, x, a, c in zip(sizes, own, one, two, strict=True)
+        ]
+        floor = sorted(b)[4]
+        return [max(0.0, v - floor) / (max(b) - floor) for v in b]
+
+    clamped = [[min(max(x, low), high) for x in own] for own in (one, two)]
+    want = [
+        (a * x + b * y) / (a + b) if a + b else 0.0
+        for a, b, x, y in zip(shares(one), shares(two), *clamped, strict=True)
+    ]
+    out = pcb_merging(torch.tensor([one, two]), density=0.6, clamp=0.2)
+    assert out.tolist() == pytest.approx(want, rel=1e-5)
