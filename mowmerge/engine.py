@@ -178,9 +178,9 @@ class Engine:
                 if job.group not in self._states:
                     self._states[job.group] = self._settle_group(job.group, None)
             opened.state = self._states[job.group]
-        elif job.scope == "tensor" and opened.spec.reduce is not None:
+        elif job.scope in ("row", "tensor") and opened.spec.reduce and job.output.numel:
             numel, codec = job.output.numel, job.code.codec if job.code else ""
-            rounds = opened.spec.reduce([Extent(numel, job.parameters, codec)])
+            rounds = opened.spec.reduce([Extent(job.output.shape, job.parameters, codec)])
             opened.state = _drive(rounds, lambda fold: opened.observe(fold.fresh(), 0, numel))
 
     def _group_state(self, group: int, pool: ThreadPoolExecutor, journal: Journal | None) -> Any:
@@ -216,7 +216,7 @@ class Engine:
                 total.merge(future.result())
             return total
 
-        return _drive(reduce([Extent(j.output.numel, j.parameters) for j in jobs]), fill)
+        return _drive(reduce([Extent(j.output.shape, j.parameters) for j in jobs]), fill)
 
     def _check_ties(self) -> None:
         for tied in self.plan.tied:

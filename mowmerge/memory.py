@@ -11,7 +11,8 @@ from mowmerge.plan import RUN, TensorJob, block_length
 from mowmerge.tensors import DTYPES
 
 RUNTIME = 250 << 20  # bytes that Python, torch and the plan itself take
-HISTOGRAM = 4 << 20  # bytes a model while an order statistic is counted
+HISTOGRAM = 5 << 20  # bytes a model while an order statistic is counted: a fold, and its empty one
+FOLDS = {"element": 0, "row": 1, "tensor": 1, "model": 3}  # a worker has at once; or wait for it
 CODING = {"low_rank": (4, 4), "sparse": (7, 3), "mask": (3, 2)}
 
 
@@ -52,13 +53,22 @@ def working_bytes(job: TensorJob, block: int) -> int:
         length = max(length, min(block, job.output.numel))
     wide = 8 if any(i.spec.dtype == "F64" for i in job.inputs) else 4
     read = sum(length * i.spec.itemsize for i in job.inputs)
-    counted = HISTOGRAM * len(job.models) if job.scope in ("tensor", "model") and not whole else 0
+    folds = 0 if whole else FOLDS[job.scope]
+    counted = HISTOGRAM * len(job.models) * folds
     coding = _coding_bytes(job, length, wide) if job.code else 0
-    held = sum(i.held for one in (job, job.anchor) if one for i in one.inputs)
+    held = wide * _workspace(job) + sum(
+        i.held for one in (job, job.anchor) if one for i in one.inputs
+    )
     if job.packing is not None:  # rows wait until all that share a scale are there
         rows = min(job.packing.block[0], math.prod(job.output.shape[:-1]))
         held += 4 * wide * rows * job.output.shape[-1]
     return read + length * (wide * (2 * n + 4) + job.output.itemsize) + counted + coding + held
+
+
+def _workspace(job: TensorJob) -> int:
+    """Elements that a method holds for a whole tensor, beside its inputs."""
+    workspace = registry.get(str(job.method)).workspace if job.method else None
+    return workspace(job.output.shape, len(job.models)) if workspace else 0
 
 
 def _coding_bytes(job: TensorJob, length: int, wide: int) -> int:

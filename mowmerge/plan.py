@@ -345,6 +345,11 @@ def config_source(source: Source) -> Stored:
     return config_source(source.sources[source.donor] if isinstance(source, Plan) else source.model)
 
 
+def run_length(row: int) -> int:
+    """Elements in a run of whole rows of that length: as many as RUN holds, at least one row."""
+    return max(1, RUN // max(1, row)) * max(1, row)
+
+
 def block_length(block: int, job: TensorJob, *, whole: bool) -> int:
     """Elements worked on at a time: the plan's block, whole rows, or for a method that reads the
     whole tensor at once (`whole`: scope tensor without a reduction) all of them."""
@@ -357,6 +362,6 @@ def block_length(block: int, job: TensorJob, *, whole: bool) -> int:
         row = max(1, numel // max(1, rows))
         return max(1, block // row) * row
     if job.method and job.scope == "row":
-        row = max(1, numel // shape[0] if len(shape) > 1 and shape[0] else numel)
-        return max(1, block // row) * row
+        run = run_length(numel // shape[0] if len(shape) > 1 and shape[0] else numel)
+        return max(1, block // run) * run
     return max(1, min(block, numel))

@@ -71,10 +71,11 @@ class OpenJob:
         self.spec = registry.get(job.method or "passthrough")
         self.state: Any = None
         self.block = block or block_length(plan.block, job, whole=self.spec.reduce is None)
-        self._step = max(1, min(plan.block, job.output.numel))  # of a fold: whole runs
+        by_row = job.scope == "row"
+        self._step = self.block if by_row else max(1, min(plan.block, job.output.numel))
         wide = any(spec.dtype == "F64" for spec in (job.output, *(i.spec for i in job.inputs)))
         self.dtype = torch.float64 if wide else torch.float32
-        self._shaped = job.scope == "row" or (job.scope == "tensor" and self.spec.reduce is None)
+        self._shaped = by_row or (job.scope == "tensor" and self.spec.reduce is None)
         self._deltas = job.base is not None and self.spec.values == "deltas"
         self._propagates = job.method and self.spec.holds("propagates", job.parameters)
         watched = plan.stats and job.base is not None and job.output.kind == "float"
@@ -131,12 +132,12 @@ class OpenJob:
     def identical(self) -> bool:
         """Whether the output is a copy: all that decides it has the same bytes.
 
-        A tensor that equals the base in every model is the base's, for every method that works on
-        deltas; one that is equal in every model is that, for methods that are idempotent.
+        A tensor that equals the base in every model is the base's, for every method that needs a
+        base; one that is equal in every model is that, for methods that are idempotent.
         """
         job, spec = self.job, self.spec
         if job.output.kind == "float" and job.method:
-            alike = spec.values == "deltas" or spec.holds("idempotent", job.parameters)
+            alike = spec.needs_base or spec.holds("idempotent", job.parameters)
             if not alike or len({i.spec.dtype for i in job.inputs[self._first :]}) > 1:
                 return False
         if len(job.inputs) - self._first == 1:
@@ -145,9 +146,9 @@ class OpenJob:
 
     @property
     def _first(self) -> int:
-        """The input that a copy is made of: the base, or the first model of a method on models."""
+        """The input that a copy is made of: the base, or the first model where none is needed."""
         job = self.job
-        models_only = job.base and job.method and self.spec.values == "models"
+        models_only = job.base and job.method and not self.spec.needs_base
         return 1 if models_only and job.output.kind == "float" else 0
 
     def _equal(self, start: int, stop: int) -> bool:
@@ -275,15 +276,26 @@ class OpenJob:
     def observe(self, fold: Fold, start: int, stop: int) -> Fold:
         """Feeds elements start..stop, or a sample of them, to a fold."""
         step = wide = self._step
+        shape: tuple[int, ...] = (-1,)
+        if self.job.scope == "row":  # a vector is one
+            shape = (-1, *(self.job.output.shape[1:] or self.job.output.shape or (1,)))
+        row = math.prod(shape[1:])
         if fold.share < 1:
-            pieces = max(1, round((stop - start) * fold.share / SAMPLE_RUN))
-            step, wide = max(1, (stop - start) // pieces), SAMPLE_RUN
+            wide = max(row, SAMPLE_RUN // row * row)
+            pieces = max(1, round((stop - start) * fold.share / wide))
+            step = max(row, (stop - start) // pieces // row * row)
         for first in range(start, stop, step):
             if self._stopped.is_set():
                 raise KeyboardInterrupt
-            _, values = self._working(first, min(first + min(wide, step), stop), check=False)
+            base, values = self._working(first, min(first + min(wide, step), stop), check=False)
             fold.observe(
-                Block(values, self.job.parameters, self._draws(first), self.job.output.numel)
+                Block(
+                    values.view(len(values), *shape),
+                    self.job.parameters,
+                    self._draws(first),
+                    self.job.output.numel,
+                    base.view(shape) if base is not None and "base" in self.spec.inputs else None,
+                )
             )
         return fold
 

@@ -40,7 +40,18 @@ WAYS: dict[str, dict[str, Any]] = {
     "dare": {"method": "dare", "parameters": {"density": 0.4, "elect": "mass", "seed": 3}},
     "model_stock": {"method": "model_stock", "base": "./base"},
     "model_stock_row": {"method": "model_stock", "parameters": {"filter_wise": True}},
-}
+    "breadcrumbs": {"method": "breadcrumbs", "parameters": {"rescale": True}},
+    "della": {"method": "della", "parameters": {"rescale": "l1", "seed": 5}},
+    "sce": {"method": "sce", "parameters": {"density": 0.4}},
+    "nuslerp_columns": {
+        "method": "nuslerp", "base": "./base", "models": {"a": "./a", "b": "./b"},
+        "parameters": {"axis": "columns"},
+    },
+    "arcee_fusion": {"method": "arcee_fusion", "base": "./base", "models": {"a": "./a"}},
+    "ram": {"method": "ram", "parameters": {"boost": 0.1, "eps": 0.3}},
+    "pcb_merging": {"method": "pcb_merging"},
+    "metagpt": {"method": "task_arithmetic", "parameters": {"coefficients": "metagpt"}},
+}  # fmt: skip
 
 
 # --- the same bytes
@@ -97,19 +108,20 @@ def plain(way: str, models: dict[str, Tensors], name: str) -> Tensor:
         p["weight"] = tuple(weight[e] for e in experts)
     base = models["base"][name].float()
     values = torch.stack([models[e][name].float() for e in experts])
+    if "base" in spec.inputs:
+        p["base"] = base
     if spec.values == "models":
         return spec.function(values, **p)
     deltas = values - base
-    if way == "ties_global":
+    given = spec.complete(p)
+    if spec.scope(given) == "model":
         whole = torch.cat(
             [torch.stack([models[e][n] - models["base"][n] for e in experts]).reshape(3, -1)
              for n in LARGE], 1
         )  # fmt: skip
-        given = spec.complete(p)
-        for key in ("weight", "density"):
-            given[key] = (given[key],) * 3
+        each = {k: (v,) * 3 if spec.parameters[k].per_model else v for k, v in given.items()}
         assert spec.reduce is not None
-        p["state"] = settle(spec.reduce, whole, given)
+        p["state"] = settle(spec.reduce, whole, each)
     if "rng" in spec.inputs:
         from mowmerge.methods.contracts import Draws
 

@@ -63,6 +63,10 @@ def draws(n: int, start: int = 0, seed: int = 0, tensor: str = "t") -> Draws:
     return Draws(seed, model_names(n), tensor, start)
 
 
+def base_of(values: Tensor) -> Tensor:
+    return values.abs().amax(0)
+
+
 def call(
     spec: MethodSpec, values: Tensor, given: dict[str, Any], rng: Draws | None = None, **more: Any
 ) -> Tensor:
@@ -70,17 +74,17 @@ def call(
     if "rng" in spec.inputs:
         more["rng"] = rng or draws(len(values))
     if "base" in spec.inputs:
-        more["base"] = values.abs().amax(0)
+        more["base"] = base_of(values)
     return spec.function(values, **given, **more)
 
 
 def settled(spec: MethodSpec, values: Tensor, given: dict[str, Any], rng: Draws) -> dict[str, Any]:
     """`state` as the engine settles it, where the scope asks for it."""
-    if spec.reduce is None or spec.scope(given) not in ("tensor", "model"):
+    if spec.reduce is None or spec.scope(given) == "element":
         return {}
-    n = len(values)
+    n, base, rows = len(values), base_of(values), spec.scope(given) == "row"
     each = {k: ops.spread(v, n) if spec.parameters[k].per_model else v for k, v in given.items()}
-    return {"state": ops.settle(spec.reduce, values, each, rng)}
+    return {"state": ops.settle(spec.reduce, values, each, rng, base=base, rows=rows)}
 
 
 def valid(spec: MethodSpec, given: dict[str, Any], n: int) -> bool:

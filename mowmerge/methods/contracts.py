@@ -15,11 +15,13 @@ method gives the parts of its code by name, and the "anchor" where it did not as
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Protocol, TypeVar, Union
 
 from mowmerge.dynamic.format import Code, Gate, Router
+from mowmerge.plan import run_length
 from mowmerge.tensors import Tensor, torch
 
 T = TypeVar("T")
@@ -110,22 +112,46 @@ class Dynamic:
 
 @dataclass(frozen=True)
 class Block:
-    """A piece of one tensor on its way through a fold: values [N,*B], and what goes with them."""
+    """A piece of one tensor on its way through a fold: values [N,*B], and what goes with them.
+
+    B is a run of elements; for a method of scope row it is some whole rows, [rows,*R], of which a
+    vector is one. `base` [*B] is there for a method that asks for it.
+    """
 
     values: Tensor
     parameters: Mapping[str, Any]
     rng: Draws
     numel: int  # of the whole tensor
+    base: Tensor | None = None
+
+    def runs(self) -> Iterator[Block]:
+        """The block in runs of 65,536 elements, or of as many whole rows: cut at the same places
+        of the tensor, whatever the block."""
+        row = self.values[0, :1].numel()
+        step = run_length(row) // max(1, row)
+        for at in range(0, max(1, self.values.shape[1]), step):
+            base = None if self.base is None else self.base[at : at + step]
+            yield replace(
+                self,
+                values=self.values[:, at : at + step],
+                rng=self.rng.ahead(at * row),
+                base=base,
+            )
 
 
 @dataclass(frozen=True)
 class Extent:
-    """A tensor that a reduction will run over: its number of elements, its parameters, and how a
-    dynamic method codes it."""
+    """A tensor that a reduction will run over: its shape, its parameters, and how a dynamic method
+    codes it."""
 
-    numel: int
+    shape: tuple[int, ...]
     parameters: Mapping[str, Any]
     codec: str = ""
+
+    @property
+    def numel(self) -> int:
+        """Its number of elements."""
+        return math.prod(self.shape)
 
 
 class Fold(Protocol):
@@ -186,6 +212,24 @@ class Draws:
         mask = torch.empty(like.shape, dtype=like.dtype)
         np.copyto(mask.view(len(like), numel).numpy(), kept)
         return mask.to(like.device)
+
+    def keep_each(self, probability: Tensor) -> Tensor:
+        """1.0 where an element is kept, else 0.0: Bernoulli of its own probability.
+
+        Shapes: probability [N,*B] -> [N,*B], in its dtype and on its device. The grain is 2^-32.
+        """
+        import numpy as np
+
+        mask = torch.empty_like(probability, device="cpu")
+        for i, chance in enumerate(probability.cpu()):
+            words = self._words(i, 2 * self.start, 2 * chance.numel(), "each").view("<u4")
+            limits = np.ldexp(chance.double().numpy().ravel(), 32)
+            mask[i] = torch.from_numpy(words < limits).view(chance.shape)
+        return mask.to(probability.device)
+
+    def ahead(self, count: int) -> Draws:
+        """The same draws from `count` elements further on."""
+        return Draws(self.seed, self.models, self.tensor, self.start + count)
 
     def _words(self, model: int, start: int, count: int, stream: str = "") -> Any:
         import numpy as np

@@ -28,6 +28,7 @@ LAWS = ("identity", "idempotent", "permutation", "scale", "propagates")
 FITTING = ("granularity", "steps", "rate", "batch", "balance", "seed")
 F = TypeVar("F", bound=Callable[..., Any])
 Scope = str | Callable[[Mapping[str, Any]], str]
+Workspace = Callable[[tuple[int, ...], int], int]
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class MethodSpec:
     scopes: Scope = "element"
     reduce: Callable[[Sequence[Extent]], Reduction] | None = None
     validate: Callable[[Mapping[str, Any], int], None] | None = None
+    workspace: Workspace | None = None
     dynamic: Dynamic | None = None
     fit: str | None = None
     origin: str = "mowmerge"
@@ -155,6 +157,7 @@ def merge_method(
     exempt: Mapping[str, str] | None = None,
     reduce: Callable[[Sequence[Extent]], Reduction] | None = None,
     validate: Callable[[Mapping[str, Any], int], None] | None = None,
+    workspace: Workspace | None = None,
     dynamic: Dynamic | None = None,
     fit: str | None = None,
 ) -> Callable[[F], F]:
@@ -163,14 +166,16 @@ def merge_method(
     Args:
         paper: arXiv id or other source.
         scope: element | row | tensor | model, or a function from the parameters to one of them:
-            the smallest unit on which the result is exact.
+            the smallest unit on which the result is exact. With row, blocks are whole rows.
         models: the exact number of models, where there is one; at_least: the smallest.
         laws: the optional laws the method keeps (LAWS), each
             with the parameter values under which it does, or just their names.
         exempt: universal laws the method does not keep, each with the reason.
         reduce: for methods with a statistic over a tensor or the model: a generator function over
-            the extents that yields folds and returns `state`.
+            the extents that yields folds and returns `state`; run for every scope but element.
         validate: raises MethodError where parameters contradict each other.
+        workspace: of a method that works on whole tensors, how many elements it holds beside the
+            inputs, from the tensor's shape and the number of models.
         dynamic: which tensors are coded, how, and by what they are mixed; the function then gives
             the parts of a code.
         fit: the per-model parameter in which the method is linear and that is found on data, within
@@ -203,6 +208,7 @@ def merge_method(
             scopes=scope,
             reduce=reduce,
             validate=validate,
+            workspace=workspace,
             dynamic=dynamic,
             fit=fit,
             origin=function.__module__.partition(".")[0],

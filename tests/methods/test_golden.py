@@ -2,265 +2,129 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from safetensors.torch import load_file
+from golden_cases import (
+    CASES,
+    Parameters,
+    Recipe,
+    assert_within_tolerance,
+    by_token,
+    deltas,
+    expected,
+    extra,
+    renamed,
+    stored,
+    wide,
+)
 from torch import Tensor
 
 from mowmerge.methods import ops, registry
 from mowmerge.methods.contracts import Draws
 
 torch.set_num_threads(1)
-GOLDEN = Path(__file__).parents[1] / "golden"
-CASES = {c["id"]: c for c in json.loads((GOLDEN / "manifest.json").read_text())["cases"]}
 MERGEKIT = [name for name in CASES if re.match(r"mergekit_(?!stat_)", name)]
 GLOBAL = [name for name in CASES if name.startswith("ties_global_")]
 STATISTICAL = [name for name in CASES if name.startswith("mergekit_stat_")]
 DYNAMIC = [name for name in CASES if re.match("mow_merge|wemoe_|smile_", name)]  # tests/dynamic
 SEEDS = 200
 
-linear, slerp, task_arithmetic, ties, dare, passthrough, model_stock, adamerging_pp = (
-    registry.get(name).function
-    for name in (
-        "linear", "slerp", "task_arithmetic", "ties", "dare", "passthrough", "model_stock",
-        "adamerging_pp",
-    )
-)  # fmt: skip
+
+def method(name: str) -> Callable[..., Any]:
+    return registry.get(name).function
 
 
-# --- models and expected values
-
-
-@cache
-def stored(folder: str) -> dict[str, Tensor]:
-    """A model's tensors as stored: one file, or the shards; `base+adapter` with the LoRA added."""
-    base, plus, adapter = folder.partition("+")
-    found: dict[str, Tensor] = {}
-    for file in sorted((GOLDEN / base).glob("model*.safetensors")):
-        found.update(load_file(file))
-    return {**found, **adapted(found, GOLDEN / adapter)} if plus else found
-
-
-def adapted(base: dict[str, Tensor], adapter: Path) -> dict[str, Tensor]:
-    """W + alpha/r * B @ A of every tensor that the adapter touches."""
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    parts, found = load_file(adapter / "adapter_model.safetensors"), {}
-    for key, a in parts.items():
-        if key.endswith(".lora_A.weight"):
-            b = parts[key.replace("lora_A", "lora_B")]
-            name = key.removeprefix("base_model.model.").replace(".lora_A", "")
-            found[name] = base[name] + config["lora_alpha"] / config["r"] * (b @ a)
-    assert len(found) == len(config["target_modules"]) * 2
-    return found
-
-
-def wide(folder: str, name: str) -> Tensor:
-    return stored(folder)[name].float()
-
-
-def deltas(base: str, experts: list[str], name: str) -> Tensor:
-    return torch.stack([wide(e, name) - wide(base, name) for e in experts])
-
-
-@cache
-def expected(case: str) -> dict[str, Tensor]:
-    return load_file(GOLDEN / "cases" / case / "expected.safetensors")
-
-
-def extra(case: str) -> dict[str, Any]:
-    return json.loads((GOLDEN / "cases" / case / "extra.json").read_text())
-
-
-def assert_within_tolerance(case: str, got: dict[str, Tensor]) -> None:
-    """|x - expected| <= atol + rtol |expected|, for all but a stated share of the elements."""
-    want, tolerance = expected(case), CASES[case]["tolerance"]
-    assert got.keys() == want.keys()
-    wrong: dict[str, int] = {}
-    for name, value in want.items():
-        assert got[name].shape == value.shape
-        assert got[name].dtype == value.dtype
-        ours, theirs = got[name].double(), value.double()
-        off = (ours - theirs).abs() > tolerance["atol"] + tolerance["rtol"] * theirs.abs()
-        assert torch.isfinite(ours).all()
-        wrong[name] = int(off.sum())
-        if value.dtype != torch.float32:  # fp32 arithmetic and one cast: a rounding rarely differs
-            assert (ours != theirs).double().mean() < 0.005
-    total = sum(value.numel() for value in want.values())
-    share = sum(wrong.values()) / total
-    assert share <= tolerance["max_mismatch_fraction"], {k: v for k, v in wrong.items() if v}
+dare, ties, adamerging_pp = method("dare"), method("ties"), method("adamerging_pp")
 
 
 # --- mergekit's recipes
 
 
-@dataclass
-class Slice:
-    """Layers that several models give to the output: its own sources and parameters."""
-
-    sources: list[tuple[str, int, dict[str, Any]]]  # model, first layer, its parameters
-    length: int
-    levels: list[dict[str, Any]] = field(default_factory=list)  # slice, module, top
-
-
-class Recipe:
-    """A mergekit recipe: which tensors of which models, with which parameters, make an output."""
-
-    def __init__(self, case: str) -> None:
-        self.raw = yaml.safe_load((GOLDEN / "cases" / case / "recipe.yml").read_text())
-        self.method, self.base = self.raw["merge_method"], self.raw.get("base_model")
-        modules = self.raw.get("modules")
-        assert not modules or list(modules) == ["default"]
-        body = modules["default"] if modules else self.raw
-        levels = [body.get("parameters", {})] if modules else []
-        self.slices = [
-            Slice(sources, length, [own, *levels, self.raw.get("parameters", {})])
-            for sources, length, own in self._slices(body)
-        ]
-
-    def _slices(self, body: dict[str, Any]) -> Iterator[tuple[list[Any], int, dict[str, Any]]]:
-        for piece in body.get("slices", []):
-            sources = [
-                (s["model"], s["layer_range"][0], s.get("parameters", {})) for s in piece["sources"]
-            ]
-            (length,) = {s["layer_range"][1] - s["layer_range"][0] for s in piece["sources"]}
-            yield sources, length, piece.get("parameters", {})
-        if "models" in body:
-            sources = [(m["model"], 0, m.get("parameters", {})) for m in body["models"]]
-            if self.base and all(model != self.base for model, _, _ in sources):
-                sources.append((self.base, 0, {}))  # an unlisted base is one more source
-            config = GOLDEN / sources[0][0].partition("+")[0] / "config.json"
-            yield sources, json.loads(config.read_text())["num_hidden_layers"], {}
-
-    def place(self, name: str) -> tuple[Slice, int, float]:
-        """The slice of an output tensor, its layer in the slice, and t along the slice.
-
-        Embeddings come from the first slice, norm and head from the last, both at t = 0.
-        """
-        layer = re.search(r"\.layers\.(\d+)\.", name)
-        if not layer:
-            return self.slices[0 if "embed_tokens" in name else -1], 0, 0.0
-        offset = int(layer[1])
-        for piece in self.slices:
-            if offset < piece.length:
-                return piece, offset, offset / (piece.length - 1) if piece.length > 1 else 1.0
-            offset -= piece.length
-        raise AssertionError(name)
-
-
-def renamed(name: str, layer: int) -> str:
-    return re.sub(r"\.layers\.\d+\.", f".layers.{layer}.", name)
-
-
-def evaluated(setting: Any, name: str, t: float) -> Any:
-    """A scalar; a gradient at t; or the first filter that is a substring of the name; or None."""
-    if not isinstance(setting, list):
-        return setting
-    if isinstance(setting[0], dict):
-        for entry in setting:
-            if entry.get("filter", "*") == "*" or entry["filter"] in name:
-                return evaluated(entry["value"], name, t)
-        return None
-    x = t * (len(setting) - 1)
-    low = min(int(x), max(len(setting) - 2, 0))
-    high = min(low + 1, len(setting) - 1)
-    return setting[low] + (x - low) * (setting[high] - setting[low])
-
-
-class Parameters:
-    """Values for one output tensor: the source's, else the slice's, the module's, the top's."""
-
-    def __init__(self, recipe: Recipe, name: str) -> None:
-        self.piece, self.offset, self.t = recipe.place(name)
-        self.name = name
-
-    def shared(self, word: str, default: Any) -> Any:
-        return self._first(word, self.piece.levels, self.name, default)
-
-    def each(self, word: str, models: list[str], default: Any) -> list[Any]:
-        by_model = {model: (start, own) for model, start, own in self.piece.sources}
-        found = []
-        for model in models:
-            start, own = by_model[model]
-            name = renamed(self.name, start + self.offset)
-            found.append(self._first(word, [own, *self.piece.levels], name, default))
-        return found
-
-    def _first(self, word: str, levels: list[dict[str, Any]], name: str, default: Any) -> Any:
-        for level in levels:
-            value = evaluated(level[word], name, self.t) if word in level else None
-            if value is not None:
-                return value
-        assert default is not ..., f"{word} is required"
-        return default
+TASK_VECTORS = {
+    "task_arithmetic": ("task_arithmetic", {}),
+    "ties": ("ties", {"trim": "tensor", "zero_sign": "plus"}),
+    "breadcrumbs": ("breadcrumbs", {"elect": "none"}),
+    "breadcrumbs_ties": ("breadcrumbs", {"elect": "mass"}),
+}
 
 
 def merged(recipe: Recipe, name: str, tensors: dict[str, Tensor]) -> Tensor:
     """One output tensor by the recipe's method, in fp32."""
     p = Parameters(recipe, name)
-    everyone = list(tensors)
-    experts = [model for model in everyone if model != recipe.base]
-    if recipe.method == "linear":
-        return linear(
-            torch.stack(list(tensors.values())),
-            weight=p.each("weight", everyone, ...),
-            normalize=bool(p.shared("normalize", True)),
-        )
-    if recipe.method == "slerp":
-        (other,) = experts
-        return slerp(torch.stack([tensors[recipe.base], tensors[other]]), t=p.shared("t", ...))
-    if recipe.method == "passthrough":
-        return passthrough(
-            torch.stack(list(tensors.values())), scale=p.each("scale", everyone, 1.0)
-        )
-    base = tensors[recipe.base]
-    moved = torch.stack([tensors[model] - base for model in experts])
+    base = tensors.get(recipe.base)
+    experts = [model for model in tensors if model != recipe.base]
+    everyone, others = (torch.stack([tensors[m] for m in who]) for who in (tensors, experts))
+    if recipe.method in ("linear", "passthrough", "slerp", "karcher"):
+        return on_models(recipe, p, list(tensors), everyone)
+    if recipe.method in ("nuslerp", "multislerp", "nearswap", "arcee_fusion"):
+        return beside_a_base(recipe, p, experts, others, base)
+    assert base is not None
+    moved = others - base
+    if recipe.method in TASK_VECTORS:
+        return base + on_task_vectors(recipe, p, experts, moved)
     if recipe.method == "model_stock":
         wise = bool(p.shared("filter_wise", False))
-        return base + model_stock(moved, filter_wise=wise, clamp=False)
-    weight, scale = p.each("weight", experts, ...), p.shared("lambda", 1.0)
-    if recipe.method == "task_arithmetic":
-        normalize = bool(p.shared("normalize", False))
-        return base + task_arithmetic(moved, weight=weight, scale=scale, normalize=normalize)
-    assert recipe.method == "ties"
-    return base + ties(
+        return base + method("model_stock")(moved, filter_wise=wise, clamp=False)
+    if recipe.method == "sce":
+        return base + method("sce")(moved, density=p.shared("select_topk", 1.0), floor=1e-6)
+    plus = recipe.method == "ramplus_tl"
+    return base + method("ram")(
         moved,
-        weight=weight,
-        density=p.each("density", experts, 1.0),
-        trim="tensor",
-        zero_sign="plus",
-        aggregate="mean" if p.shared("normalize", True) else "sum",
-        rescale=bool(p.shared("rescale", False)),
-        scale=scale,
+        eps=p.shared("epsilon", 1e-5),
+        boost=p.shared("r", 0.1) if plus else 0.0,
+        cap=p.shared("alpha", 0.2),
+        counts="tensor",
     )
 
 
-def vocabulary(folder: str) -> dict[str, int]:
-    return json.loads((GOLDEN / folder / "tokenizer.json").read_text())["model"]["vocab"]
+def on_models(recipe: Recipe, p: Parameters, names: list[str], models: Tensor) -> Tensor:
+    if recipe.method == "linear":
+        normalize = bool(p.shared("normalize", True))
+        return method("linear")(models, weight=p.each("weight", names, ...), normalize=normalize)
+    if recipe.method == "passthrough":
+        return method("passthrough")(models, scale=p.each("scale", names, 1.0))
+    if recipe.method == "karcher":
+        return method("karcher")(
+            models, max_iter=p.shared("max_iter", 10), tol=p.shared("tol", 1e-5)
+        )
+    first = names.index(recipe.base)
+    return method("slerp")(models[[first, 1 - first]], t=p.shared("t", ...))
 
 
-def by_token(
-    name: str, given: dict[str, Tensor], base: str, ids: dict[str, int]
-) -> dict[str, Tensor]:
-    """Vocabulary rows in the order of `ids`; base's row, else the mean, where a model has none."""
-    if name not in ("model.embed_tokens.weight", "lm_head.weight"):
-        return given
-    rows = {model: torch.zeros(len(ids), value.shape[1]) for model, value in given.items()}
-    known = {model: vocabulary(model) for model in given}
-    for token, i in ids.items():
-        held = {m: given[m][known[m][token]] for m in given if token in known[m]}
-        spare = held[base] if base in held else torch.stack(list(held.values())).mean(0)
-        for model, row in rows.items():
-            row[i] = held.get(model, spare)
-    return rows
+def beside_a_base(
+    recipe: Recipe, p: Parameters, names: list[str], models: Tensor, base: Tensor | None
+) -> Tensor:
+    if recipe.method == "nearswap":
+        return method("nearswap")(models, base, t=p.shared("t", ...), floor=1e-6)
+    if recipe.method == "arcee_fusion":
+        return method("arcee_fusion")(models, base)
+    weight = p.each("weight", names, ...)
+    if recipe.method == "multislerp":
+        return method("multislerp")(models, base, weight=weight)
+    by_row = "columns" if p.shared("nuslerp_row_wise", False) else "rows"
+    axis = "all" if p.shared("nuslerp_flatten", True) else by_row
+    return method("nuslerp")(models, base, weight=weight, axis=axis)
+
+
+def on_task_vectors(recipe: Recipe, p: Parameters, names: list[str], moved: Tensor) -> Tensor:
+    ours, given = TASK_VECTORS[recipe.method]
+    given = {**given, "weight": p.each("weight", names, ...), "scale": p.shared("lambda", 1.0)}
+    normalize = bool(p.shared("normalize", recipe.method == "ties"))
+    if ours == "task_arithmetic":
+        return method(ours)(moved, normalize=normalize, **given)
+    if ours == "breadcrumbs":
+        given["gamma"] = p.each("gamma", names, 0.01)
+    return method(ours)(
+        moved,
+        density=p.each("density", names, 1.0),
+        aggregate="mean" if normalize else "sum",
+        rescale=bool(p.shared("rescale", False)),
+        **given,
+    )
 
 
 @pytest.mark.parametrize("case", MERGEKIT)
@@ -285,8 +149,7 @@ def test_mergekit(case: str) -> None:
 @pytest.mark.parametrize("case", GLOBAL)
 def test_ties_over_the_whole_model(case: str) -> None:
     p, (base, *experts) = CASES[case]["parameters"], CASES[case]["inputs"]
-    names = sorted(stored(base))
-    flat = torch.cat([deltas(base, experts, n).reshape(len(experts), -1) for n in names], 1)
+    names, flat = whole_model(base, experts)
     options = {
         "weight": 1.0,
         "density": int(p["reset"].removeprefix("topk")) / 100,
@@ -313,8 +176,8 @@ def test_ties_over_the_whole_model(case: str) -> None:
 def test_adamerging_pp_with_given_coefficients() -> None:
     case = "adapp_k20_const"
     base, *experts = CASES[case]["inputs"]
-    names, told = sorted(stored(base)), extra(case)
-    flat = torch.cat([deltas(base, experts, n).reshape(len(experts), -1) for n in names], 1)
+    told = extra(case)
+    _, flat = whole_model(base, experts)
     density = CASES[case]["parameters"]["K"] / 100
     spread = {"weight": [1.0] * len(experts), "density": density}
     state = ops.settle(registry.get("adamerging_pp").reduce, flat, spread)
@@ -353,39 +216,45 @@ def test_dare_by_magnitude() -> None:
 
 
 @pytest.mark.parametrize("case", STATISTICAL)
-def test_dare_in_distribution(case: str) -> None:
+def test_random_drops_in_distribution(case: str) -> None:
     told = extra(case)
     p = told["parameters"]
+    name, _, variant = told["method"].partition("_")
+    elect = "mass" if variant == "ties" or told["method"] == "della" else "none"
+    drop = method(name)
+    own = [{"epsilon": e} for e in p["epsilon"]] if name == "della" else [{}] * len(p["experts"])
+    shared = {"epsilon": p["epsilon"]} if name == "della" else {}
     experts = [f"models/{e}" for e in p["experts"]]
-    elect = "mass" if told["method"] == "dare_ties" else "none"
     rescale = "l1" if p["extra"].get("rescale", True) else "none"
-    for name, want in told["tensors"].items():
-        base, moved = wide("models/base", name), deltas("models/base", experts, name)
-        draws = [Draws(seed, p["experts"], name) for seed in range(SEEDS)]
+    for tensor, want in told["tensors"].items():
+        base, moved = wide("models/base", tensor), deltas("models/base", experts, tensor)
+        draws = [Draws(seed, p["experts"], tensor) for seed in range(SEEDS)]
 
         for i, expert in enumerate(want["experts"]):
-            one, density = moved[i : i + 1], p["density"][i]
-            alone = [Draws(d.seed, [expert["expert"]], name) for d in draws]
-            bare = torch.ones_like(one)
-            kept = [dare(bare, density=density, rescale="none", rng=d).mean().item() for d in alone]
+            one, given = moved[i : i + 1], {"density": p["density"][i], **own[i]}
+            given |= {"elect": "none", "aggregate": "sum"}
+            alone = [Draws(d.seed, [expert["expert"]], tensor) for d in draws]
+            left = [(drop(one, rescale="none", rng=d, **given) != 0).sum().item() for d in alone]
+            kept = [count / max(1, int((one != 0).sum())) for count in left]
             error = sum(kept) / SEEDS - expert["expected_kept_fraction"]
             assert abs(error) <= 5 * expert["binomial_sd"] / SEEDS**0.5
             norm = one.double().abs().sum().item()
             for d in alone[:20]:
-                after = dare(one, density=density, rescale="l1", rng=d).double().abs().sum().item()
+                after = drop(one, rescale="l1", rng=d, **given).double().abs().sum().item()
                 assert after == pytest.approx(norm, rel=1e-6)
 
         runs = torch.stack([
             base.double()
-            + dare(
+            + drop(
                 moved,
                 weight=p["weight"],
                 density=p["density"],
                 elect=elect,
-                aggregate="sum",
+                aggregate="mean" if told["method"] == "della" else "sum",
                 rescale=rescale,
                 scale=p["extra"].get("lambda", 1.0),
                 rng=d,
+                **shared,
             )
             for d in draws
         ]).reshape(SEEDS, -1)  # fmt: skip
@@ -402,8 +271,88 @@ def test_dare_in_distribution(case: str) -> None:
             assert far <= 1.5 * noise
 
 
+def whole_model(base: str, experts: list[str]) -> tuple[list[str], Tensor]:
+    """The names of the model's tensors, and its task vectors [N,D] in that order."""
+    names = sorted(stored(base))
+    moved = [deltas(base, experts, name).reshape(len(experts), -1) for name in names]
+    return names, torch.cat(moved, 1)
+
+
+PER_TENSOR = {
+    "magmax_half": ("magmax", {"scale": 0.5}),
+    "sce_fusechat_topk01": ("sce", {"density": 0.1, "mode": "fusechat"}),
+    "varm": ("sce", {"mode": "varm"}),
+    "consensus_l04_k2": ("consensus_ta", {"threshold": 0.4, "agreement": 2, "scale": 0.3}),
+}
+PER_MATRIX = {"wudi_300": ("wudi", {"rest": "mean"})}
+PER_COLUMN = {"widen_default": {}, "widen_r12_c08": {"above": 1.2, "calibration": 0.8}}
+PER_MODEL = {
+    "consensus_ties_l02_k1": (
+        "consensus_ta", {"threshold": 0.2, "agreement": 1, "scale": 0.5, "merge": "ties"}
+    ),
+    "pcb_A_r10": ("pcb_merging", {"density": 0.1}),
+    "pcb_B_r05": (
+        "pcb_merging",
+        {"density": 0.05, "clamp": 1e-2, "competition": "pairs", "weight": 1.2},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PER_TENSOR)
+def test_tensor_by_tensor(case: str) -> None:
+    (name, given), (base, *experts) = PER_TENSOR[case], CASES[case]["inputs"]
+    got = {
+        tensor: wide(base, tensor) + method(name)(deltas(base, experts, tensor), **given)
+        for tensor in expected(case)
+    }
+    assert_within_tolerance(case, got)
+
+
+@pytest.mark.parametrize("case", PER_MATRIX)
+def test_matrix_by_matrix(case: str) -> None:
+    """Embeddings and head, which the case leaves out, have the mean that vectors have too."""
+    (name, given), (base, *experts) = PER_MATRIX[case], CASES[case]["inputs"]
+    got = {}
+    for tensor in expected(case):
+        moved = deltas(base, experts, tensor)
+        inner = tensor not in CASES[case]["parameters"]["exclude_keys"]
+        delta = method(name)(moved, **given) if inner else moved.mean(0)
+        got[tensor] = wide(base, tensor) + delta
+    assert_within_tolerance(case, got)
+
+
+@pytest.mark.parametrize("case", PER_COLUMN)
+def test_widen_column_by_column(case: str) -> None:
+    """The reference transposes the token embedding."""
+    got, (base, *experts) = {}, CASES[case]["inputs"]
+    for tensor in expected(case):
+        models, start = torch.stack([wide(e, tensor) for e in experts]), wide(base, tensor)
+        if "embed_tokens" in tensor:
+            got[tensor] = method("widen")(models.mT, start.T, **PER_COLUMN[case]).T
+        else:
+            got[tensor] = method("widen")(models, start, **PER_COLUMN[case])
+    assert_within_tolerance(case, got)
+
+
+@pytest.mark.parametrize("case", PER_MODEL)
+def test_over_the_whole_model(case: str) -> None:
+    (name, given), (base, *experts) = PER_MODEL[case], CASES[case]["inputs"]
+    names, flat = whole_model(base, experts)
+    pieces = method(name)(flat, **given).split([stored(base)[n].numel() for n in names])
+    moved = dict(zip(names, pieces, strict=True))
+    got = {n: wide(base, n) + moved[n].view_as(stored(base)[n]) for n in expected(case)}
+    assert_within_tolerance(case, got)
+
+
 def test_every_case_is_run() -> None:
-    named = {"dare_magnitude_80", "adapp_k20_const"}
+    named = {
+        "dare_magnitude_80",
+        "adapp_k20_const",
+        *PER_TENSOR,
+        *PER_MATRIX,
+        *PER_COLUMN,
+        *PER_MODEL,
+    }
     static = {n for n, case in CASES.items() if case.get("family") != "dynamic"} - {*DYNAMIC}
     assert {*MERGEKIT, *GLOBAL, *STATISTICAL, *named} == static
-    assert len(static) == 41
+    assert len(static) == 79

@@ -45,6 +45,56 @@ def by_sort(values: Tensor, ranks: Sequence[int]) -> list[float]:
     return [float(row[r - 1]) if r else math.inf for row, r in zip(order, ranks, strict=True)]
 
 
+# --- blocks of whole rows
+
+
+def test_runs_are_cut_at_the_same_places_whatever_the_block() -> None:
+    """Of 20 rows of 10,000, six make a run of at most 65,536 elements."""
+    values = torch.arange(2 * 20 * 10_000.0).view(2, 20, 10_000)
+    whole = list(Block(values, {}, Draws(), 0, values[0]).runs())
+    assert [len(run.values[0]) for run in whole] == [6, 6, 6, 2]
+    assert [run.rng.start for run in whole] == [0, 60_000, 120_000, 180_000]
+    parts = [
+        run
+        for at in (0, 12)
+        for run in Block(
+            values[:, at : at + 12], {}, Draws(start=at * 10_000), 0, values[0, at : at + 12]
+        ).runs()
+    ]
+    for one, two in zip(whole, parts, strict=True):
+        assert torch.equal(one.values, two.values)
+        assert one.base is not None
+        assert two.base is not None
+        assert torch.equal(one.base, two.base)
+        assert one.rng.start == two.rng.start
+    assert [run.values.shape for run in Block(values[:, :2, :0], {}, Draws(), 0).runs()] == [
+        (2, 2, 0)
+    ]
+
+
+def test_most_is_the_largest_over_blocks_and_tensors() -> None:
+    fold = ops.Most(lambda block: block.values.amax(1))
+    tensors = [torch.tensor([[1.0, 5.0], [-3.0, -2.0]]), torch.tensor([[2.0], [-1.0]])]
+    for tensor in (*tensors, torch.ones(2, 0)):
+        part = fold.fresh()
+        part.observe(Block(tensor, {}, Draws(), 0))
+        fold.merge(part)
+    assert fold.total is not None
+    assert fold.total.tolist() == [5.0, -1.0]
+
+
+def test_keep_each_keeps_by_its_own_probability() -> None:
+    chance = torch.tensor([0.0, 0.1, 0.5, 1.0]).repeat(2, 50_000).view(2, -1)
+    kept = Draws(3, ("a", "b"), "w").keep_each(chance)
+    assert set(kept.unique().tolist()) == {0.0, 1.0}
+    for column, p in enumerate([0.0, 0.1, 0.5, 1.0]):
+        share = kept.view(2, -1, 4)[..., column].mean(1)
+        assert (share - p).abs().max() <= 5 * (p * (1 - p) / 50_000) ** 0.5
+    part = Draws(3, ("a", "b"), "w", 777).keep_each(chance[:, 777:1000])
+    assert torch.equal(part, kept[:, 777:1000])
+    assert 0.4 < (kept[0] == kept[1]).float().mean() < 0.9  # and not the same for another model
+
+
 # --- kth_largest
 
 
@@ -82,6 +132,21 @@ def test_kth_largest_is_that_of_a_sort(values: Tensor, data: st.DataObject) -> N
     for block in (RUN, 97):
         assert drive(ops.kth_largest(ranks, size), tensors, block)[0] == want
     assert ops.settle(lambda extents: ops.kth_largest(ranks, extents[0].numel), values, {}) == want
+
+
+@quick
+@given(hard_values(), st.data())
+def test_kth_largest_of_signed_numbers_and_of_scores(values: Tensor, data: st.DataObject) -> None:
+    n, size = values.shape
+    ranks = [data.draw(st.integers(0, size)) for _ in range(n)]
+    order = values.sort(dim=1, descending=True).values
+    want = [float(row[r - 1]) if r else math.inf for row, r in zip(order, ranks, strict=True)]
+    for block in (RUN, 97):
+        assert drive(ops.kth_largest(ranks, size, signed=True), [values], block)[0] == want
+    half = [size // 2 + 1]
+    middle = ops.kth_largest(half, size, lambda b: b.values.amax(0, keepdim=True), signed=True)
+    found = [float(values.amax(0).sort(descending=True).values[half[0] - 1])]
+    assert drive(middle, [values], 97)[0] == found
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import fsum, inf
+from math import inf
 from typing import Any, Literal
 
 from mowmerge.methods.contracts import Draws, Extent, PerModel, Reduction, Seed, Unit
 from mowmerge.methods.ops import (
     Sum,
-    agree,
-    elect_sign,
+    fused,
     kth_largest,
     l1_norms,
     restoring,
     settle,
     spread,
-    weighted_sum,
 )
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
@@ -104,13 +102,4 @@ def dare(
         state = settle(_statistics, deltas, options, rng)
     threshold, factor = state
     kept = _dropped(deltas, each, threshold, rng)
-    factors = [f * w for f, w in zip(factor, weights, strict=True)]
-    if elect == "none":
-        total = weighted_sum(kept, [scale * f for f in factors])
-        share = fsum(weights)
-        return total.div_(share) if aggregate == "mean" and abs(share) >= 1e-8 else total
-    if factors[0] > 0 and len(set(factors)) == 1:  # elects the same, so one product will do
-        scale *= factors[0]
-    else:
-        kept = [k.mul_(f) for k, f in zip(kept, factors, strict=True)]
-    return agree(kept, elect_sign(kept, elect, 1.0), aggregate, weights).mul_(scale)
+    return fused(kept, factor, weights, elect, aggregate, scale)

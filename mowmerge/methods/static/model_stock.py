@@ -13,6 +13,8 @@ from mowmerge.tensors import Tensor, torch
 
 
 def _inner_products(extents: Sequence[Extent]) -> Reduction:
+    if extents[0].parameters["filter_wise"]:
+        return None
     products: Sum = yield Sum(gram)
     return products.total
 
@@ -68,8 +70,9 @@ def model_stock(
     """
     n = len(deltas)
     if not filter_wise:
-        products = settle(_inner_products, deltas, {}) if state is None else state
-        share = float(_share(products[None], average, clamp)) / n
+        if state is None:
+            state = settle(_inner_products, deltas, {"filter_wise": False})
+        share = float(_share(state[None], average, clamp)) / n
         return weighted_sum(deltas, [share] * n)
     rows = deltas.flatten(2) if deltas.dim() > 2 else deltas.reshape(n, 1, -1)
     t = _share(_row_products(rows), average, clamp) / n

@@ -45,6 +45,6 @@ def test_all_kept_and_of_one_sign_it_is_adamerging() -> None:
 
 
 def test_one_density_for_the_model() -> None:
-    extents = [Extent(4, {"density": d, "weight": (0.3, 0.3)}) for d in (0.2, 0.4)]
+    extents = [Extent((4,), {"density": d, "weight": (0.3, 0.3)}) for d in (0.2, 0.4)]
     with pytest.raises(MethodError, match="density must be the same"):
         next(_statistics(extents))

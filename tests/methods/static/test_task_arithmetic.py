@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mowmerge.methods import registry
+from mowmerge.methods.contracts import Extent, MethodError
 from mowmerge.methods.static.linear import linear
 from mowmerge.methods.static.task_arithmetic import task_arithmetic
 
@@ -54,3 +56,18 @@ def test_is_linear_with_the_rest_of_the_weight_on_the_base() -> None:
     # 0.15 and 0.25 on the experts leave 0.6 for the base
     both = linear(torch.stack([base, *models]), weight=[0.6, 0.15, 0.25])
     assert torch.allclose(out, both, atol=1e-6)
+
+
+def test_metagpt_coefficients_are_shares_of_the_squared_norms() -> None:
+    deltas = torch.tensor([[3.0, 4.0, 0.0], [0.0, 0.0, -5.0], [10.0, 0.0, 0.0]])
+    # 25, 25 and 100 of 150
+    out = task_arithmetic(deltas, coefficients="metagpt")
+    assert out.tolist() == pytest.approx([0.5 + 20 / 3, 2 / 3, -5 / 6])
+    half = task_arithmetic(deltas, coefficients="metagpt", weight=[0.0, 1.0, 0.0], scale=3.0)
+    assert half.tolist() == pytest.approx([0.0, 0.0, -2.5])
+    assert not task_arithmetic(torch.zeros(2, 3), coefficients="metagpt").any()
+    reduce = registry.get("task_arithmetic").reduce
+    assert reduce is not None
+    extents = [Extent((2,), {"coefficients": how}) for how in ("given", "metagpt")]
+    with pytest.raises(MethodError, match="coefficients must be the same"):
+        next(reduce(extents))

@@ -143,7 +143,7 @@ def test_one_model_is_trimmed() -> None:
 
 def spread(tensors: Sequence[dict[str, Any]]) -> list[Extent]:
     full = registry.get("ties").complete({})
-    return [Extent(10, {**full, "density": [0.2], "weight": [1.0], **t}) for t in tensors]
+    return [Extent((10,), {**full, "density": [0.2], "weight": [1.0], **t}) for t in tensors]
 
 
 @pytest.mark.parametrize(

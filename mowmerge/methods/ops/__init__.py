@@ -1,0 +1,43 @@
+"""The pieces that methods share: functions on blocks, folds over tensors and models, selection.
+
+Blocks are contiguous and cut at multiples of 65,536 elements, so a fused multiply-add gives each
+element the same bits however a tensor is cut.
+"""
+
+from mowmerge.methods.ops.blocks import (
+    Elect,
+    added,
+    agree,
+    directions,
+    elect_sign,
+    fused,
+    keep_above,
+    l1_norms,
+    restoring,
+    spread,
+    weighted_sum,
+)
+from mowmerge.methods.ops.folds import Most, Sum, gram, inner_products, majority, settle
+from mowmerge.methods.ops.selection import kth_largest, trim_thresholds
+
+__all__ = [
+    "Elect",
+    "Most",
+    "Sum",
+    "added",
+    "agree",
+    "directions",
+    "elect_sign",
+    "fused",
+    "gram",
+    "inner_products",
+    "keep_above",
+    "kth_largest",
+    "l1_norms",
+    "majority",
+    "restoring",
+    "settle",
+    "spread",
+    "trim_thresholds",
+    "weighted_sum",
+]

@@ -1,0 +1,118 @@
+"""Folds over tensors and models, and what runs a reduction on a tensor in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mowmerge.methods.contracts import Block, Draws, Extent, Reduction
+from mowmerge.methods.ops.blocks import Elect, elect_sign
+from mowmerge.tensors import Tensor, torch
+
+
+def settle(
+    reduce: Callable[[Sequence[Extent]], Reduction],
+    values: Tensor,
+    parameters: Mapping[str, Any],
+    rng: Draws | None = None,
+    *,
+    base: Tensor | None = None,
+    rows: bool = False,
+) -> Any:
+    """Runs a reduction on one tensor in memory and returns its state: what the engine streams.
+
+    rows: in whole rows, as for scope row.
+    """
+    rounds = reduce([Extent(tuple(values.shape[1:]), parameters)])
+    shape = values.shape[1:] if rows and values.dim() > 2 else (1, -1) if rows else (-1,)
+    whole = Block(
+        values.reshape(len(values), *shape),
+        parameters,
+        rng or Draws(),
+        values[0].numel(),
+        None if base is None else base.reshape(shape),
+    )
+    try:
+        fold = next(rounds)
+        while True:
+            fold = fold.fresh()
+            for block in whole.runs():
+                fold.observe(block)
+            fold = rounds.send(fold)
+    except StopIteration as done:
+        return done.value
+
+
+class Sum:
+    """Adds fn(block) over runs of 65,536 elements or as many whole rows, in index order, in fp64.
+
+    `exact` says that fn's own sums are exact, as those of signs are: then whole blocks will do.
+    """
+
+    share = 1.0
+
+    def __init__(self, fn: Callable[[Block], Tensor], *, exact: bool = False) -> None:
+        self.fn, self.exact = fn, exact
+        self.total: Tensor | float = 0.0
+
+    def fresh(self) -> Sum:
+        """An empty sum of the same function."""
+        return Sum(self.fn, exact=self.exact)
+
+    def observe(self, block: Block) -> None:
+        """Adds a block, run by run."""
+        if self.exact:
+            self.total = self.total + self.fn(block).double()
+            return
+        for run in block.runs():
+            self.total = self.total + self.fn(run).double()
+
+    def merge(self, other: Sum) -> None:
+        """Adds another tensor's total."""
+        self.total = self.total + other.total
+
+
+class Most:
+    """The largest of fn(block), entry by entry, over all blocks."""
+
+    share = 1.0
+
+    def __init__(self, fn: Callable[[Block], Tensor]) -> None:
+        self.fn = fn
+        self.total: Tensor | None = None
+
+    def fresh(self) -> Most:
+        """No entry yet of the same function."""
+        return Most(self.fn)
+
+    def observe(self, block: Block) -> None:
+        """Takes in a block; an empty one says nothing."""
+        if block.values.numel():
+            self._take(self.fn(block).double())
+
+    def merge(self, other: Most) -> None:
+        """Takes in another tensor's largest."""
+        if other.total is not None:
+            self._take(other.total)
+
+    def _take(self, found: Tensor) -> None:
+        self.total = found if self.total is None else torch.maximum(self.total, found)
+
+
+def inner_products(values: Tensor) -> Tensor:
+    """The inner products <v_i, v_j> of [N,*B], each one vector: [N,N], in fp64."""
+    wide = values.reshape(len(values), -1).double()
+    return wide @ wide.T
+
+
+def gram(block: Block) -> Tensor:
+    """The inner products of a block's values."""
+    return inner_products(block.values)
+
+
+def majority(
+    kept: Callable[[Block], Sequence[Tensor]], elect: Elect = "mass", power: Sequence[float] = ()
+) -> Reduction:
+    """Returns the sign that most entries of `kept(block)` elect: 1.0, or -1.0 where it is even."""
+    balance = yield Sum(lambda b: elect_sign(kept(b), elect, 0.0, power).sum(), exact=True)
+    return 1.0 if balance.total > 0 else -1.0

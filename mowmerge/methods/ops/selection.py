@@ -1,0 +1,213 @@
+"""Exact order statistics of a tensor or a model, streamed in bounded memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mowmerge.methods.contracts import Block, Reduction
+from mowmerge.tensors import Tensor
+
+SAMPLE_SHARE = 1 / 1024  # of a large tensor or model; SAMPLE_LEAST elements of a small one
+SAMPLE_LEAST = 65_536
+BIN_BITS = 18
+
+
+Scores = Callable[[Block], Iterable[Tensor] | Tensor]
+
+
+def kth_largest(
+    ranks: Sequence[int],
+    total: int,
+    of: Scores = lambda block: block.values,
+    *,
+    signed: bool = False,
+) -> Reduction:
+    """Returns, for each model i, the ranks[i]-th largest of `total` magnitudes; inf for rank 0.
+
+    of: whose magnitudes count: the values', or what it makes of a block. signed: numbers, not
+    magnitudes.
+
+    Exact. A sample brackets each value, then counting passes narrow the bracket: entries above it
+    are counted, entries inside it go to a histogram over their bit patterns, which order as they
+    do. One counting pass is the rule; a sample that misleads costs more passes, never
+    exactness. Memory is one histogram a model, whatever the number of ties.
+    """
+    share = max(SAMPLE_SHARE, SAMPLE_LEAST / max(total, 1))
+    sample = yield _Sample(len(ranks), share, of, _Order(signed))
+    spans = [sample.bracket(i, rank / max(total, 1)) for i, rank in enumerate(ranks)]
+    found = [math.inf if rank == 0 else None for rank in ranks]
+    while None in found:
+        open_spans = [span if f is None else None for span, f in zip(spans, found, strict=True)]
+        count = yield _Count(open_spans, of, sample.order)
+        for i, rank in enumerate(ranks):
+            if found[i] is None:
+                spans[i], found[i] = count.locate(i, rank)
+    return found
+
+
+def trim_thresholds(density: Sequence[float], total: int, *, extra: int) -> Reduction:
+    """Returns each model's least magnitude of those that trimming keeps; 0s where all keep all.
+
+    Of `total` entries model i keeps floor(total * density[i]) + extra, at least 1; none at 0.
+    """
+    if all(d == 1 for d in density):
+        return [0.0] * len(density)
+    ranks = [min(total, max(1, int(total * d) + extra)) if d > 0 else 0 for d in density]
+    return (yield from kth_largest(ranks, total))
+
+
+@dataclass(frozen=True)
+class _Order:
+    """Codes: unsigned integers that order as the magnitudes do or, signed, as the numbers do."""
+
+    signed: bool
+    itemsize: int = 4
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return (1 << (8 * self.itemsize - (not self.signed))) - 1
+
+    def codes(self, value: Any) -> Any:
+        """The codes of an array of numbers."""
+        import numpy as np
+
+        wide = value.astype(f"f{self.itemsize}", copy=False)
+        if not self.signed:
+            return np.abs(wide).view(f"u{self.itemsize}")
+        bits = wide.view(f"u{self.itemsize}")
+        half = 1 << (8 * self.itemsize - 1)
+        return np.where(bits >= half, ~bits, bits ^ bits.dtype.type(half))
+
+    def number(self, code: int) -> float:
+        """The number, or the magnitude, of a code."""
+        import numpy as np
+
+        half = 1 << (8 * self.itemsize - 1)
+        bits = code if not self.signed else code ^ half if code >= half else 2 * half - 1 - code
+        return float(np.array(bits, f"u{self.itemsize}").view(f"f{self.itemsize}"))
+
+
+class _Sample:
+    """Keeps a share of each model's numbers."""
+
+    def __init__(self, n: int, share: float, of: Scores, order: _Order) -> None:
+        self.n, self.share, self.of, self.order = n, share, of, order
+        self.kept: list[list[Any]] = [[] for _ in range(n)]
+
+    def fresh(self) -> _Sample:
+        return _Sample(self.n, self.share, self.of, self.order)
+
+    def observe(self, block: Block) -> None:
+        for kept, value in zip(self.kept, self.of(block), strict=True):
+            kept.append(value.cpu().numpy().ravel().copy())
+            self.order = _Order(self.order.signed, value.element_size())
+
+    def merge(self, other: _Sample) -> None:
+        self.order = max(self.order, other.order, key=lambda order: order.itemsize)
+        for mine, theirs in zip(self.kept, other.kept, strict=True):
+            mine.extend(theirs)
+
+    def bracket(self, i: int, share: float) -> tuple[int, int]:
+        """Codes between which the number that a `share` of all exceed should lie."""
+        import numpy as np
+
+        codes = self.order.codes(np.concatenate([np.zeros(0, "f4"), *self.kept[i]]))
+        n = len(codes)
+        place, margin = n * (1 - share), 8 + 4 * math.sqrt(n * share * (1 - share))
+        first, last = math.floor(place - margin), math.ceil(place + margin)
+        wanted = [k for k in (first, last) if 0 <= k < n]
+        part = np.partition(codes, wanted) if wanted else codes
+        low = int(part[first]) if 0 <= first < n else 0
+        return low, int(part[last]) if 0 <= last < n else self.order.top
+
+
+class _Count:
+    """Counts codes above each span and histograms those inside it, in at most 2^18 bins.
+
+    A bin wider than one code also keeps its least and largest code: where they agree, as they do
+    in most bins, the bin is as good as one code.
+    """
+
+    share = 1.0
+
+    def __init__(self, spans: Sequence[tuple[int, int] | None], of: Scores, order: _Order) -> None:
+        self.spans, self.of, self.order = spans, of, order
+        self.tallies = [_Tally(*s, order) if s else None for s in spans]
+
+    def fresh(self) -> _Count:
+        return _Count(self.spans, self.of, self.order)
+
+    def observe(self, block: Block) -> None:
+        for tally, value in zip(self.tallies, self.of(block), strict=True):
+            if tally:
+                tally.observe(self.order.codes(value.cpu().numpy().ravel()))
+
+    def merge(self, other: _Count) -> None:
+        for mine, theirs in zip(self.tallies, other.tallies, strict=True):
+            if mine and theirs:
+                mine.merge(theirs)
+
+    def locate(self, i: int, rank: int) -> tuple[tuple[int, int], float | None]:
+        """The span in which the rank-th largest lies, and its value once that is one code."""
+        tally = self.tallies[i]
+        assert tally is not None
+        low, high = tally.locate(rank)
+        if low != high or not tally.low <= low <= tally.high:
+            return (low, high), None
+        return (low, low), self.order.number(low)
+
+
+class _Tally:
+    """One model's counts for one span of codes."""
+
+    def __init__(self, low: int, high: int, order: _Order) -> None:
+        import numpy as np
+
+        self.low, self.high, self.above = low, high, 0
+        self.shift = max(0, (high - low).bit_length() - BIN_BITS)
+        self.top = order.top
+        bins, kind = ((high - low) >> self.shift) + 1, f"u{order.itemsize}"
+        self.bins = np.zeros(bins, np.int64)
+        self.least = np.full(bins if self.shift else 0, np.iinfo(kind).max, kind)
+        self.most = np.zeros(bins if self.shift else 0, kind)
+
+    def observe(self, codes: Any) -> None:
+        import numpy as np
+
+        above, reach = codes > self.high, codes >= self.low
+        self.above += int(np.count_nonzero(above))
+        if self.low == self.high:
+            self.bins[0] += int(np.count_nonzero(reach)) - int(np.count_nonzero(above))
+            return
+        inside = codes.compress(np.logical_xor(above, reach, out=reach))
+        place = (inside - self.low) >> self.shift
+        np.add.at(self.bins, place, 1)
+        if self.shift:
+            np.minimum.at(self.least, place, inside)
+            np.maximum.at(self.most, place, inside)
+
+    def merge(self, other: _Tally) -> None:
+        import numpy as np
+
+        self.above += other.above
+        self.bins += other.bins
+        np.minimum(self.least, other.least, out=self.least)
+        np.maximum(self.most, other.most, out=self.most)
+
+    def locate(self, rank: int) -> tuple[int, int]:
+        """The codes between which the rank-th largest lies."""
+        import numpy as np
+
+        reach = self.above + np.cumsum(self.bins[::-1])
+        if rank <= self.above:
+            return self.high + 1, self.top
+        if rank > reach[-1]:
+            return 0, self.low - 1
+        place = len(reach) - 1 - int(np.searchsorted(reach, rank))
+        if self.shift:
+            return int(self.least[place]), int(self.most[place])
+        return self.low + place, self.low + place

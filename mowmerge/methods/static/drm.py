@@ -1,0 +1,106 @@
+"""Decom-Renorm-Merge: trim and elect task vectors in a shared basis, with rows of one length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from mowmerge.methods.contracts import PerModel, Range, Unit
+from mowmerge.methods.ops import elect_sign, spread, weighted_sum
+from mowmerge.methods.registry import merge_method
+from mowmerge.tensors import Tensor, torch
+
+Tolerance = Annotated[float, Range(0.0, 1.0)]
+NOTHING = 1e-6  # a model's share of a direction, 0..1, that is the rounding of none
+
+
+def _coordinates(deltas: Tensor, tol: float) -> tuple[Tensor, Tensor, Tensor]:
+    """A basis U [m,R] of the columns of all task vectors, and each one's coordinates in it as rows
+    of length 1 [N,R,c] and their lengths [N,R,1]."""
+    n, _, columns = deltas.shape
+    basis, values, right = torch.linalg.svd(torch.cat(list(deltas), 1), full_matrices=False)
+    used = values > tol * values[0] if len(values) else values > 0
+    blocks = right[used].view(-1, n, columns).transpose(0, 1)
+    lengths = blocks.norm(dim=-1, keepdim=True)
+    lengths = lengths.where(lengths > NOTHING, 0.0)
+    rows = (blocks / lengths.where(lengths > 0, 1.0)).where(lengths > 0, 0.0)
+    return basis[:, used], rows, lengths * values[used][:, None]
+
+
+def _trimmed(rows: Tensor, density: float) -> Tensor:
+    """The largest entries of all rows together: as many as density says, and one more."""
+    size = rows.abs().flatten()
+    at = len(size) - round(len(size) * density)
+    if at < 1 or not len(size):
+        return rows
+    least = size.sort().values[min(at, len(size)) - 1]
+    return rows * (rows.abs() >= least)
+
+
+def _merged(parts: Sequence[Tensor], weight: Sequence[float], elect: bool, mean: str) -> Tensor:
+    """The parts of the elected sign, times their weights: over how many they are, or over all."""
+    if elect:
+        sign = elect_sign(parts, "mass", 0.0)
+        sign = sign.where(sign != 0, sign.sum().sign())
+        parts = [part * (part * sign > 0) for part in parts]
+    total = weighted_sum(parts, weight)
+    if mean == "all":
+        return total.div_(len(parts))
+    number = torch.stack([(part != 0).to(total.dtype) for part in parts]).sum(0)
+    return total.div_(number.clamp_(min=1.0))
+
+
+def _workspace(shape: tuple[int, ...], n: int) -> int:
+    """All task vectors beside each other, their decomposition, coordinates and order."""
+    return 10 * n * math.prod(shape) + 8 * min(shape) ** 2 if len(shape) == 2 else 0
+
+
+@merge_method(
+    paper="arXiv:2505.23117",
+    scope="tensor",
+    workspace=_workspace,
+    laws=("permutation", "scale"),
+    exempt={"float64": "entries near the trim's threshold move with the rounding of an fp32 SVD"},
+)
+def drm(
+    deltas: Tensor,
+    *,
+    weight: PerModel[float] = 1.0,
+    density: Unit = 0.2,
+    direction: Literal["horizontal", "vertical"] = "horizontal",
+    tol: Tolerance = 0.01,
+    elect: bool = True,
+    mean: Literal["agreeing", "all"] = "agreeing",
+    scale: float = 1.0,
+) -> Tensor:
+    """The merge of the task vectors' coordinates in a basis that they share, times scale.
+
+    U S [V_1' .. V_N'] = svd([D_1 .. D_N]), directions with S_j > tol * S_1; B_ij = row j of V_i'
+    over its length; the share density of all entries of all B is kept; X_ij = S_j |V_ij| B_ij; of
+    those of the sign that most mass has, the mean M; out = scale * U M. Vertical: of transposes.
+
+    Shapes: deltas [N,m,k] -> delta [m,k]; other tensors are merged as they are, without the trim.
+
+    Args:
+        weight: coefficient of each X_i in the mean.
+        density: share of the normalised entries kept, of all models together; 1 keeps all.
+        direction: task vectors side by side, with a basis of outputs, or stacked, one of inputs.
+        tol: singular value, as a share of the largest, up to which a direction is dropped.
+        elect: leave out what disagrees with the sign of the sum; an even sum takes the sign that
+            most entries have.
+        mean: over the entries that are left, or over all models.
+        scale: factor on the result.
+
+    Source: Decom-Renorm-Merge, arXiv:2505.23117; reference code _decom_renorm_merge.py.
+    Differs: density 1 runs every other step, where the code averages the task vectors. A model
+    without a share in a direction (below 1e-6), NaN or noise there, has a zero row.
+    """
+    each = [float(w) for w in spread(weight, len(deltas))]
+    if deltas.dim() != 3 or not deltas.numel():
+        return _merged(list(deltas), each, elect, mean).mul_(scale)
+    vertical = direction == "vertical"
+    basis, rows, lengths = _coordinates(deltas.mT if vertical else deltas, tol)
+    parts = list(_trimmed(rows, density) * lengths)
+    merged = (basis @ _merged(parts, each, elect, mean)).mul_(scale)
+    return merged.T.contiguous() if vertical else merged

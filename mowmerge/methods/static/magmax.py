@@ -1,0 +1,53 @@
+"""MagMax: of all task vectors, the entry of largest magnitude."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mowmerge.methods.contracts import PerModel
+from mowmerge.methods.ops import spread
+from mowmerge.methods.registry import merge_method
+from mowmerge.tensors import Tensor, torch
+
+
+@merge_method(
+    paper="arXiv:2407.06322",
+    laws={
+        "idempotent": {"weight": 1.0, "scale": 1.0},
+        "permutation": {"tie": "positive"},
+        "scale": {},
+    },
+)
+def magmax(
+    deltas: Tensor,
+    *,
+    weight: PerModel[float] = 1.0,
+    tie: Literal["last", "first", "positive"] = "last",
+    scale: float = 0.5,
+) -> Tensor:
+    """The entry of largest magnitude among the task vectors, times scale.
+
+    out = scale * T_k with k = argmax_i |T_i| for each entry, T_i = weight_i * D_i.
+
+    Shapes: deltas [N,*S] -> delta [*S].
+
+    Args:
+        weight: coefficient of each task vector, before they are compared.
+        tie: of equal magnitudes, the last model's, the first one's or the positive one.
+        scale: factor on the result, the paper's lambda.
+
+    Source: MagMax, arXiv:2407.06322, eq. 3; reference code task_vectors.py, whose scale is the
+    default.
+    Differs: none; weight and tie are additions. The paper's experts are fine-tuned one after
+    another.
+    """
+    each = spread(weight, len(deltas))
+    largest: Tensor = deltas[0] * each[0]
+    for delta, w in zip(deltas[1:], each[1:], strict=True):
+        other = delta if w == 1 else delta * w
+        size, known = other.abs(), largest.abs()
+        if tie == "positive":
+            other = torch.where(size == known, torch.maximum(other, largest), other)
+        wins = size > known if tie == "first" else size >= known
+        largest = torch.where(wins, other, largest)
+    return largest.mul_(scale)

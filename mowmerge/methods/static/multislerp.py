@@ -1,0 +1,103 @@
+"""MultiSLERP: the mean direction of several models or task vectors, at their mean length."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from mowmerge.methods.contracts import Block, Extent, MethodError, PerModel, Reduction
+from mowmerge.methods.ops import Sum, directions, inner_products, settle, spread, weighted_sum
+from mowmerge.methods.registry import merge_method
+from mowmerge.tensors import Tensor, torch
+
+CANCELLED = 1e-6  # length of the mean of unit vectors, relative to the weights, that counts as 0
+
+
+def _inner_products(extents: Sequence[Extent]) -> Reduction:
+    def products(block: Block) -> Tensor:
+        return inner_products(block.values if block.base is None else block.values - block.base)
+
+    found = yield Sum(products)
+    return found.total
+
+
+def _shares(weight: Any, normalize: bool, n: int) -> list[float]:
+    each = [float(w) for w in spread(weight, n)]
+    total = math.fsum(each) if normalize else 1.0
+    if abs(total) < 1e-12:
+        raise MethodError(f"the weights {each} sum to zero, so they cannot be normalized")
+    return [w / total for w in each]
+
+
+def _validate(parameters: Mapping[str, Any], n: int) -> None:
+    _shares(parameters["weight"], parameters["normalize"], n)
+
+
+def _coefficients(products: Tensor, shares: list[float], mode: str) -> list[float]:
+    """What each vector is multiplied by: the result lies in their span."""
+    norms, cosines = directions(products)
+    p = torch.tensor(shares, dtype=norms.dtype)
+    length = (p @ cosines @ p).clamp(min=0.0).sqrt()
+    if length <= CANCELLED * p.abs().sum():
+        return shares
+    mean = p / length  # the mean direction, in the unit vectors
+    if mode == "one_step":
+        along = (cosines @ mean).clamp(-1.0, 1.0)
+        angle = along.acos()
+        p = p * (angle / angle.sin()).where((angle > 0) & (math.pi - angle > 1e-6), 1.0)
+        tangent = p - (p @ along) * mean
+        turn = (tangent @ cosines @ tangent).clamp(min=0.0).sqrt()
+        mean = mean * turn.cos() + tangent * torch.sinc(turn / math.pi)
+    size = torch.tensor(shares, dtype=norms.dtype) @ norms
+    return list((size * mean / norms.where(norms > 0, 1.0)).tolist())
+
+
+@merge_method(
+    paper="mergekit, multislerp",
+    scope="tensor",
+    laws={
+        "idempotent": {"normalize": True},
+        "permutation": {},
+        "scale": {},
+    },
+    reduce=_inner_products,
+    validate=_validate,
+)
+def multislerp(
+    models: Tensor,
+    base: Tensor | None = None,
+    *,
+    weight: PerModel[float] = 1.0,
+    normalize: bool = True,
+    mode: Literal["mean_direction", "one_step"] = "mean_direction",
+    state: Tensor | None = None,
+) -> Tensor:
+    """The weighted mean direction of the models' tensors, times the weighted mean of their lengths.
+
+    With x_i the models, or with a base their task vectors, each one vector, u_i = x_i / |x_i| and
+    p_i the weights: s = sum_i p_i u_i; out = sum_i p_i |x_i| * s / |s| (+ base).
+
+    Shapes: models [N,*S], base [*S] -> [*S].
+
+    Args:
+        weight: coefficient of each direction and length.
+        normalize: divide the weights by their sum.
+        mode: the mean direction as it is, or moved on the sphere by one step towards the Karcher
+            mean.
+
+    Raises:
+        MethodError: the weights sum to zero (below 1e-12) and normalize is true.
+
+    Source: mergekit's multislerp.
+    Differs: the tangent step of mergekit's code is zero in exact arithmetic, and left out; one_step
+    takes the step that was meant. Where the directions cancel (|s| below 1e-6) the result is the
+    weighted mean for any number of models; mergekit refuses more than two, and so any recipe in
+    which three models left a tensor as it was. A zero vector has no direction but counts in the
+    mean length.
+    """
+    if state is None:
+        state = settle(_inner_products, models, {}, base=base)
+    vectors = models if base is None else models - base
+    out = weighted_sum(vectors, _coefficients(state, _shares(weight, normalize, len(models)), mode))
+    return out if base is None else out.add_(base)

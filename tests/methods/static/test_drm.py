@@ -1,0 +1,82 @@
+"""drm: merged in a shared basis; by hand, where it is the mean, and turned."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mowmerge.methods.static.drm import _trimmed, drm
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_by_hand() -> None:
+    # [D1 D2] has orthogonal rows, so that the basis is that of the outputs
+    deltas = torch.tensor([[[3.0, 4.0], [0.0, 0.0]], [[-5.0, 12.0], [24.0, 10.0]]])
+    # rows of length 1: (3, 4)/5, 0 and (-5, 12)/13, (12, 5)/13. Of eight six and one more: all
+    # the sums (-2, 16), (24, 10): -5 stands alone, 4 and 12 have the mean 8
+    out = drm(deltas, density=0.75)
+    assert torch.allclose(out, torch.tensor([[-5.0, 8.0], [24.0, 10.0]]), atol=1e-5)
+    # three and one more: 12/13 twice, 4/5 and 3/5
+    out = drm(deltas, density=0.375)
+    assert torch.allclose(out, torch.tensor([[3.0, 8.0], [24.0, 0.0]]), atol=1e-5)
+    plain = drm(deltas, density=0.75, elect=False, weight=[2.0, 1.0], scale=0.5)
+    assert torch.allclose(plain, torch.tensor([[0.25, 5.0], [12.0, 5.0]]), atol=1e-5)
+    every = drm(deltas, density=0.75, mean="all")
+    assert torch.allclose(every, torch.tensor([[-2.5, 8.0], [12.0, 5.0]]), atol=1e-5)
+
+
+def test_the_share_kept_is_of_all_rows_together() -> None:
+    rows = torch.tensor([[[0.9, 0.1, -0.4]], [[0.5, -0.5, 0.3]]])
+    # at index 6 - 3 = 3 of the ascending .1 .3 .4 .5 .5 .9, less one: .4
+    assert _trimmed(rows, 0.5).tolist() == (rows * (rows.abs() >= 0.39)).tolist()
+    assert torch.equal(_trimmed(rows, 1.0), rows)
+    assert _trimmed(rows, 0.0).count_nonzero() == 1  # one above nominal
+
+
+@pytest.mark.parametrize("direction", ["horizontal", "vertical"])
+def test_without_trim_and_election_it_is_the_mean(direction: str) -> None:
+    deltas = normal(3, 6, 4)
+    given = {"density": 1.0, "tol": 0.0, "elect": False, "mean": "all", "direction": direction}
+    assert torch.allclose(drm(deltas, **given), deltas.mean(0))
+    weighed = drm(deltas, weight=[1.0, 2.0, -3.0], **given)
+    assert torch.allclose(weighed, (deltas[0] + 2 * deltas[1] - 3 * deltas[2]) / 3)
+
+
+def test_equal_task_vectors() -> None:
+    one = normal(1, 5, 6)
+    equal = one.expand(3, -1, -1).contiguous()
+    assert torch.allclose(drm(equal, density=1.0, tol=0.0), one[0])
+    assert torch.allclose(drm(one, density=1.0, tol=0.0), one[0])
+
+
+def test_turned_outputs_and_transposes() -> None:
+    deltas = normal(2, 5, 7)
+    turn = torch.linalg.qr(normal(5, 5, seed=1)).Q
+    assert torch.allclose(drm(turn @ deltas), turn @ drm(deltas))
+    vertical = drm(deltas.mT.contiguous(), direction="vertical")
+    assert torch.allclose(vertical, drm(deltas).T)
+
+
+def test_small_directions_are_dropped() -> None:
+    deltas = torch.diag(torch.tensor([10.0, 1.0, 0.05]))[None].repeat(2, 1, 1)
+    kept = drm(deltas, density=1.0)
+    assert torch.allclose(kept, torch.diag(torch.tensor([10.0, 1.0, 0.0])), atol=1e-5)
+
+
+def test_a_model_without_a_share() -> None:
+    deltas = torch.cat([normal(2, 4, 4), torch.zeros(1, 4, 4, dtype=torch.float64)])
+    out = drm(deltas, density=1.0, tol=0.0)
+    assert torch.isfinite(out).all()
+    assert torch.allclose(out, drm(deltas[:2], density=1.0, tol=0.0))
+    assert not drm(torch.zeros(2, 3, 3)).any()
+
+
+def test_what_is_no_matrix_is_elected_as_it_is() -> None:
+    deltas = torch.tensor([[1.0, -2.0, 0.0], [3.0, 1.0, 0.0]])
+    assert drm(deltas).tolist() == [2.0, -2.0, 0.0]
+    # even votes take the sign that most entries have: plus here
+    assert drm(torch.tensor([[1.0, 2.0], [-1.0, 2.0]])).tolist() == [1.0, 2.0]

@@ -1,0 +1,77 @@
+"""wudi: least interference; by its minimum, where there is none to lose, and at its edges."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mowmerge.methods.static.wudi import wudi
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def interference(merged: Tensor, deltas: Tensor) -> float:
+    return sum(float(((merged - d) @ d.T).square().sum() / d.square().sum()) for d in deltas)
+
+
+def test_by_hand() -> None:
+    # G1 = [[1, 0], [0, 0]], G2 = [[.5, .5], [.5, .5]]: A = [[1.5, .5], [.5, .5]], B = [2 + 1, 1]
+    deltas = torch.tensor([[[2.0, 0.0]], [[1.0, 1.0]]])
+    # T A = B: T = (2, 0), on which both agree: T . D1 = 4 = |D1|^2, T . D2 = 2 = |D2|^2
+    assert torch.allclose(wudi(deltas, solver="closed"), torch.tensor([[2.0, 0.0]]))
+    assert torch.allclose(wudi(deltas, solver="closed", scale=0.5), torch.tensor([[1.0, 0.0]]))
+    assert torch.equal(wudi(deltas, steps=0), torch.tensor([[3.0, 1.0]]))
+    # the slope 2 (T A - B) at (3, 1) is (4, 2): the first step is the rate, against its sign
+    one = wudi(deltas, steps=1, rate=0.25)
+    assert torch.allclose(one, torch.tensor([[2.75, 0.75]]), atol=1e-6)
+
+
+def test_the_closed_form_is_the_minimum() -> None:
+    deltas = normal(3, 6, 10)
+    best = wudi(deltas, solver="closed")
+    least = interference(best, deltas)
+    for seed in range(20):
+        assert interference(best + 1e-3 * normal(6, 10, seed=seed), deltas) >= least
+    adam = wudi(deltas, steps=3000, rate=1e-2)
+    assert least <= interference(adam, deltas) < least * 1.001
+    assert interference(wudi(deltas, rate=1e-3), deltas) < interference(deltas.sum(0), deltas)
+
+
+def test_task_vectors_of_disjoint_row_spaces_are_added_up() -> None:
+    deltas = torch.zeros(2, 4, 6, dtype=torch.float64)
+    deltas[0, :, :3], deltas[1, :, 3:] = normal(4, 3), normal(4, 3, seed=1)
+    assert torch.allclose(wudi(deltas, solver="closed"), deltas.sum(0))
+    assert torch.allclose(wudi(deltas), deltas.sum(0))
+
+
+def test_equal_task_vectors_and_a_single_one() -> None:
+    one = normal(1, 5, 7)
+    assert torch.allclose(wudi(one.expand(3, -1, -1).contiguous(), solver="closed"), one[0])
+    assert torch.allclose(wudi(one), one[0])  # without interference Adam stays
+
+
+def test_task_vectors_of_low_rank_get_nothing_outside_their_rows() -> None:
+    rows = torch.linalg.qr(normal(9, 3)).Q.T
+    deltas = normal(2, 5, 3, seed=1) @ rows
+    for solver in ("closed", "adam"):
+        out = wudi(deltas, solver=solver)
+        assert torch.allclose(out @ rows.T @ rows, out, atol=5e-3)
+    assert torch.allclose(
+        wudi(deltas, solver="closed") @ rows.T @ rows, wudi(deltas, solver="closed")
+    )
+
+
+def test_a_task_vector_of_zeros_is_left_out() -> None:
+    deltas = normal(2, 4, 5)
+    three = torch.cat([deltas, torch.zeros(1, 4, 5, dtype=torch.float64)])
+    for solver in ("closed", "adam"):
+        assert torch.allclose(wudi(three, solver=solver), wudi(deltas, solver=solver))
+
+
+def test_what_is_no_matrix() -> None:
+    for shape in ((4,), (2, 3, 2, 2)):
+        deltas = normal(3, *shape)
+        assert not wudi(deltas).any()
+        assert torch.equal(wudi(deltas, rest="mean", scale=2.0), deltas.mean(0) * 2)
