@@ -21,7 +21,7 @@ from mowmerge.dynamic import remote
 from mowmerge.hub import lineage
 from mowmerge.hub.card import card
 from mowmerge.methods import registry
-from mowmerge.plan import Plan, Stored
+from mowmerge.plan import Plan, config_source
 from mowmerge.planner import Options, build
 from mowmerge.recipe import parse
 from mowmerge.recipe.model import Recipe
@@ -319,20 +319,13 @@ def _fitted(recipe: Recipe, planned: Plan, folder: Path, tell: Tell) -> tuple[Pl
 
 
 def _inputs(planned: Plan) -> list[tuple[str, Path]]:
-    """Every model that is read, those of nested recipes too: its name and its folder."""
-    found: list[tuple[str, Path]] = []
-    for name, origin in planned.sources.items():
-        if isinstance(origin, Stored):
-            found.append((name, Path(origin.folder)))
-        else:
-            found += [(f"{name}-{inner}", folder) for inner, folder in _inputs(origin)]
-    return found
+    """Every model and adapter that is read, those of nested recipes too: its name, its folder."""
+    return [(name, Path(stored.folder)) for name, stored in planned.checkpoints]
 
 
 def _folder(planned: Plan, model: str) -> Path:
     """The folder that a model's config and tokenizer come from; a nested plan's are its donor's."""
-    origin = planned.sources[model]
-    return Path(origin.folder) if isinstance(origin, Stored) else _donor(origin)
+    return Path(config_source(planned.sources[model]).folder)
 
 
 def _donor(planned: Plan) -> Path:

@@ -13,11 +13,12 @@ from contextlib import ExitStack, closing, contextmanager
 from threading import Event, Lock
 from typing import Any, Protocol
 
+from mowmerge.checkpoint.adapter import AdaptedReader
 from mowmerge.checkpoint.reader import StoredReader
 from mowmerge.errors import CheckpointError, ResourceError
 from mowmerge.methods import registry
 from mowmerge.methods.contracts import Extent, Fold, Reduction
-from mowmerge.plan import RUN, Plan, Stored, TensorJob, Tied
+from mowmerge.plan import RUN, Adapted, Plan, Source, Stored, TensorJob, Tied
 from mowmerge.report import TensorReport
 from mowmerge.streaming import OpenJob
 from mowmerge.tensors import TensorHandle, TensorReader, TensorSpec, torch
@@ -38,14 +39,21 @@ class Engine:
 
     def __init__(self, plan: Plan, stopped: Event | None = None) -> None:
         self.plan, self.stopped = plan, stopped or Event()
+        self._nested: list[Engine] = []
         self.readers: Mapping[str, TensorReader] = {
-            name: StoredReader(source)
-            if isinstance(source, Stored)
-            else MergedReader(Engine(source, self.stopped))
-            for name, source in plan.sources.items()
+            name: self._reader(source) for name, source in plan.sources.items()
         }
         self._states: dict[int, Any] = {}
         self._lock = Lock()
+
+    def _reader(self, source: Source) -> TensorReader:
+        """The source's tensors as they are read."""
+        if isinstance(source, Stored):
+            return StoredReader(source)
+        if isinstance(source, Adapted):
+            return AdaptedReader(self._reader(source.model), source)
+        self._nested.append(Engine(source, self.stopped))
+        return MergedReader(self._nested[-1])
 
     def run(self, sink: Sink) -> list[TensorReport]:
         """Streams every tensor of the plan into the sink; one report a tensor, in plan order."""
@@ -184,9 +192,8 @@ class Engine:
     def _check_ties(self) -> None:
         for tied in self.plan.tied:
             self._check_tied(tied)
-        for reader in self.readers.values():
-            if isinstance(reader, MergedReader):
-                reader.engine._check_ties()
+        for engine in self._nested:
+            engine._check_ties()
 
     def _check_tied(self, tied: Tied) -> None:
         """CheckpointError where a tied tensor differs from what the base ties it to."""

@@ -218,6 +218,7 @@ def _reference(
 ) -> tuple[Reference | None, str]:
     """What to compare with, or why there is nothing."""
     ref = recipe.models.get(expert) if recipe else None
+    ref = None if ref and ref.adapter else ref  # its source alone is not the expert
     base = _local(recipe, recipe.base) if recipe else None
     own = find(given) if given else _local(recipe, ref.source) if recipe and ref else None
     if own is None:

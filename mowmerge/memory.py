@@ -53,7 +53,8 @@ def working_bytes(job: TensorJob, block: int) -> int:
     read = sum(length * i.spec.itemsize for i in job.inputs)
     counted = HISTOGRAM * len(job.models) if job.scope in ("tensor", "model") and not whole else 0
     coding = _coding_bytes(job, length, wide) if job.code else 0
-    return read + length * (wide * (2 * n + 4) + job.output.itemsize) + counted + coding
+    held = sum(i.held for one in (job, job.anchor) if one for i in one.inputs)
+    return read + length * (wide * (2 * n + 4) + job.output.itemsize) + counted + coding + held
 
 
 def _coding_bytes(job: TensorJob, length: int, wide: int) -> int:

@@ -43,11 +43,50 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Patch:
+    """What an adapter does to one tensor: adds scale * B A, takes its place, or (DoRA) scales rows.
+
+    `parts` names tensors of the adapter's file: a and b, with m where there is a magnitude, or the
+    value. The tensor is a stack of `stack` matrices; `across` says that they are stored [in, out].
+    """
+
+    adapter: int
+    parts: Mapping[str, str]
+    scale: float = 1.0
+    weight: float = 1.0
+    across: bool = False
+    stack: int = 1
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A model with adapters on it, which are applied as it is read; its names are the model's."""
+
+    model: Stored | Plan
+    adapters: tuple[Stored, ...]
+    patches: Mapping[str, tuple[Patch, ...]]
+    added: Mapping[str, TensorSpec]
+
+    @property
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """The model's tensors, then those that only an adapter has."""
+        return {**self.model.specs, **self.added}
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of what is applied to what."""
+        model = self.model.fingerprint if isinstance(self.model, Plan) else self.model.revision
+        text = json.dumps([model, [a.revision for a in self.adapters], str(self.patches)])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
 class Input:
-    """One tensor of one model that a job reads."""
+    """One tensor of one model that a job reads; an open handle on it takes `held` bytes."""
 
     model: str
     spec: TensorSpec
+    held: int = 0
 
 
 @dataclass(frozen=True)
@@ -142,7 +181,7 @@ class Plan:
     name: str
     donor: str
     base: str | None
-    sources: Mapping[str, Stored | Plan]
+    sources: Mapping[str, Source]
     jobs: tuple[TensorJob, ...]
     shards: tuple[Shard, ...]
     workers: int
@@ -167,6 +206,11 @@ class Plan:
     def specs(self) -> Mapping[str, TensorSpec]:
         """The output's tensors, in the order in which they are written."""
         return {job.output.name: job.output for job in self.jobs}
+
+    @property
+    def checkpoints(self) -> list[tuple[str, Stored]]:
+        """Every checkpoint that is read, adapters and those of nested recipes too, by model."""
+        return [pair for name, source in self.sources.items() for pair in _stored(name, source)]
 
     @property
     def static(self) -> Plan:
@@ -221,12 +265,32 @@ class Plan:
             for j in self.jobs
         ]  # fmt: skip
         inner = {
-            name: source.fingerprint if isinstance(source, Plan) else source.revision
+            name: source.revision if isinstance(source, Stored) else source.fingerprint
             for name, source in self.sources.items()
         }
         heads = {model: list(shard.offsets) for model, shard in self.heads.items()}
         text = json.dumps([jobs, inner, heads], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+Source = Stored | Adapted | Plan
+
+
+def _stored(name: str, source: Source) -> list[tuple[str, Stored]]:
+    """The checkpoints of one source."""
+    if isinstance(source, Stored):
+        return [(name, source)]
+    if isinstance(source, Plan):
+        return [(f"{name}-{inner}", stored) for inner, stored in source.checkpoints]
+    adapters = [(f"{name}-adapter", stored) for stored in source.adapters]
+    return [*_stored(name, source.model), *adapters]
+
+
+def config_source(source: Source) -> Stored:
+    """The checkpoint whose config a source has; a plan's is its donor's."""
+    if isinstance(source, Stored):
+        return source
+    return config_source(source.sources[source.donor] if isinstance(source, Plan) else source.model)
 
 
 def block_length(block: int, job: TensorJob, *, whole: bool) -> int:

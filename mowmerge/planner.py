@@ -10,14 +10,27 @@ from typing import Any
 
 from mowmerge import __version__, memory
 from mowmerge.checkpoint import naming, source, tokenizers
+from mowmerge.checkpoint.adapter import held_bytes
 from mowmerge.checkpoint.writer import layout, shard_of
-from mowmerge.errors import CheckpointError, Problem, RecipeError, SourceError
+from mowmerge.errors import CheckpointError, Problem, RecipeError
 from mowmerge.methods import registry
 from mowmerge.methods.contracts import Extent, MethodError
-from mowmerge.plan import RUN, Input, Plan, Shard, Stored, TensorJob, Tied
+from mowmerge.plan import (
+    RUN,
+    Adapted,
+    Input,
+    Plan,
+    Shard,
+    Source,
+    Stored,
+    TensorJob,
+    Tied,
+    config_source,
+)
 from mowmerge.recipe import coefficients
 from mowmerge.recipe.model import Match, Recipe
 from mowmerge.recipe.values import Place, Setting, setting
+from mowmerge.sources import Search
 from mowmerge.tensors import TensorSpec, dtype_named
 from mowmerge.upcycle import Upcycling
 
@@ -57,9 +70,12 @@ class _Planner:
         self.dropped: list[str] = []
         self.rules_used: set[int] = set()
         self.upcycling: Upcycling | None = None
+        self.sources: Mapping[str, Source] = {}
 
     def plan(self) -> Plan:
-        sources = self._sources()
+        search = Search(self.recipe, self.options.download, self.options.allow_pickle, self._nested)
+        self.sources = sources = search.sources()
+        self.warnings += search.warnings
         base = "base" if self.recipe.base is not None else None
         donor = base or next(iter(self.recipe.models))
         specs, heads = self._bodies(donor, {name: s.specs for name, s in sources.items()})
@@ -98,48 +114,23 @@ class _Planner:
 
         def config_of(model: str) -> Mapping[str, Any]:
             origin = sources[model]
-            return source.config(Path(origin.folder)) if isinstance(origin, Stored) else {}
+            return {} if isinstance(origin, Plan) else source.config(config_source(origin).folder)
 
         return self.upcycling.finish(plan, config_of, self._metadata)
 
-    def _sources(self) -> dict[str, Stored | Plan]:
-        wanted = {name: ref.source for name, ref in self.recipe.models.items()}
-        if self.recipe.base is not None:  # no model is named base: the recipe's check saw to it
-            wanted = {"base": self.recipe.base, **wanted}
-        found: dict[str, Stored | Plan] = {}
-        for name, origin in wanted.items():
-            if isinstance(origin, Recipe):
-                inner = build(origin, replace(self.options, stats=False, workers=1))
-                self.warnings += [f"{name}: {warning}" for warning in inner.warnings]
-                if inner.fit:
-                    raise RecipeError(
-                        f"the nested recipe '{name}' is to be fitted, which is for a merge to do",
-                        where=self.recipe.where("models", name),
-                        hint="merge it first, or give it `coefficients:`",
-                    )
-                if inner.heads:
-                    self.warnings.append(f"{name}: the heads its recipe keeps are not taken along")
-                found[name] = inner
-                continue
-            try:
-                stored = source.find(
-                    self.recipe.locate(origin),
-                    download=self.options.download,
-                    allow_pickle=self.options.allow_pickle,
-                )
-                source.refuse_dynamic(stored)
-                found[name] = stored
-            except (CheckpointError, SourceError) as error:
-                key = ("base",) if name == "base" else ("models", name)
-                at = self.recipe.where(*key)
-                self.problems += [
-                    Problem(p.message, f"{at}: {p.where}" if p.where else at, p.hint)
-                    for p in error.problems
-                ]
-                kind = type(error)
-        if self.problems:
-            raise kind(self.problems)
-        return found
+    def _nested(self, name: str, recipe: Recipe) -> Plan:
+        """The plan of a nested recipe."""
+        inner = build(recipe, replace(self.options, stats=False, workers=1))
+        self.warnings += [f"{name}: {warning}" for warning in inner.warnings]
+        if inner.fit:
+            raise RecipeError(
+                f"the nested recipe '{name}' is to be fitted, which is for a merge to do",
+                where=self.recipe.where("models", name),
+                hint="merge it first, or give it `coefficients:`",
+            )
+        if inner.heads:
+            self.warnings.append(f"{name}: the heads its recipe keeps are not taken along")
+        return inner
 
     def _bodies(
         self, donor: str, stored: Mapping[str, Mapping[str, TensorSpec]]
@@ -172,7 +163,7 @@ class _Planner:
             )
         return bodies, heads
 
-    def _compare_tokenizers(self, donor: str, sources: Mapping[str, Stored | Plan]) -> None:
+    def _compare_tokenizers(self, donor: str, sources: Mapping[str, Source]) -> None:
         """Warns of experts that would read other tokens, or other prompts, than they learned on."""
         folders = {m: Path(s.folder) for m, s in sources.items() if isinstance(s, Stored)}
         for model, folder in folders.items() if donor in folders else ():
@@ -291,7 +282,9 @@ class _Planner:
                     )
                 )
                 return None
-        return Input(model, found)
+        origin = self.sources[model]
+        handle = held_bytes(origin, found.name) if isinstance(origin, Adapted) else 0
+        return Input(model, found, handle)
 
     def _extras(self, donor: str, specs: Mapping[str, Mapping[str, TensorSpec]]) -> None:
         """Tensors that only other models have: tied, dropped by a rule, or a problem."""

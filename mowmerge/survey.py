@@ -14,7 +14,7 @@ from mowmerge import __version__
 from mowmerge.engine import Engine
 from mowmerge.errors import RecipeError
 from mowmerge.methods import registry
-from mowmerge.plan import Plan, Stored
+from mowmerge.plan import Plan
 from mowmerge.recipe.model import Recipe
 from mowmerge.upcycle import sites_of
 
@@ -69,11 +69,8 @@ def _cache() -> Path:
 def _key(plan: Plan) -> str:
     """A digest of the plan, and of the files it reads as they are now."""
     seen = [__version__, plan.fingerprint]
-    for source in plan.sources.values():
-        files = {p.file for p in source.tensors.values()} if isinstance(source, Stored) else ()
-        for file in sorted(files):
+    for _, stored in plan.checkpoints:
+        for file in sorted({p.file for p in stored.tensors.values()}):
             facts = os.stat(file)
             seen.append(f"{file} {facts.st_size} {facts.st_mtime_ns} {facts.st_ino}")
-        if isinstance(source, Plan):
-            seen.append(_key(source))
     return hashlib.sha256("\n".join(seen).encode()).hexdigest()[:32]

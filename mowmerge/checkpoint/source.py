@@ -24,18 +24,22 @@ _QUANTISED = re.compile(
     r"\.(?:qweight|qzeros|g_idx|weight_packed|weight_scale(?:_inv)?|absmax|quant_map|SCB"
     r"|nested_absmax|quant_state\..*|input_scale)$"
 )
+_ADAPTER = "adapter_model.safetensors"
 _MAX_HEADER = 100_000_000
 
 
-def find(origin: str, *, download: bool = True, allow_pickle: bool = False) -> Stored:
+def find(
+    origin: str, *, download: bool = True, allow_pickle: bool = False, adapter: bool = False
+) -> Stored:
     """The checkpoint at a path, or at `org/name[@revision]` on the Hub or in its cache.
 
+    With adapter=True what is looked for is an adapter, as peft saves it.
     With download=False the Hub is asked for headers only. Raises SourceError where there is
     nothing, CheckpointError where what is there cannot be merged.
     """
     if os.path.exists(origin):
         try:
-            return _stored(origin, Path(origin), None, allow_pickle)
+            return _stored(origin, Path(origin), None, allow_pickle, adapter)
         except OSError as error:
             raise SourceError(
                 f"cannot be read: {error.strerror}", where=str(error.filename or origin),
@@ -49,7 +53,7 @@ def find(origin: str, *, download: bool = True, allow_pickle: bool = False) -> S
         )
     repo, _, revision = origin.partition("@")
     try:
-        return _from_hub(origin, repo, revision or None, download, allow_pickle)
+        return _from_hub(origin, repo, revision or None, download, allow_pickle, adapter)
     except MowmergeError:
         raise
     except Exception as error:  # the Hub's own error types vary by version: told apart by name
@@ -57,14 +61,14 @@ def find(origin: str, *, download: bool = True, allow_pickle: bool = False) -> S
 
 
 def _from_hub(
-    origin: str, repo: str, revision: str | None, download: bool, allow_pickle: bool
+    origin: str, repo: str, revision: str | None, download: bool, allow_pickle: bool, adapter: bool
 ) -> Stored:
     from huggingface_hub import snapshot_download
 
     beside = [*SIDECARS, CARD]
     folder = Path(snapshot_download(repo, revision=revision, allow_patterns=beside))
     _refuse_quantised(origin, folder)
-    wanted = _wanted(origin, repo, folder, allow_pickle)
+    wanted = _wanted(origin, repo, folder, allow_pickle, adapter)
     missing = [name for name in wanted if not (folder / name).exists()]
     if missing and not download and not missing[0].endswith(".bin"):
         return _remote_headers(origin, repo, folder, wanted)
@@ -75,13 +79,15 @@ def _from_hub(
         raise SourceError(
             f"of '{origin}' the Hub cache lacks {absent[0]}", hint=_download_hint(repo, revision)
         )
-    return _stored(origin, folder, folder.name, allow_pickle)
+    return _stored(origin, folder, folder.name, allow_pickle, adapter)
 
 
-def _wanted(origin: str, repo: str, folder: Path, allow_pickle: bool) -> list[str]:
+def _wanted(origin: str, repo: str, folder: Path, allow_pickle: bool, adapter: bool) -> list[str]:
     """The weight files of a repository, as a folder with all its files would be read."""
     from huggingface_hub import HfApi
 
+    if adapter:
+        return [_ADAPTER] if (folder / "adapter_config.json").exists() else []
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if indexes:
         return sorted(set(_index(indexes[0]).values()))
@@ -146,9 +152,12 @@ def _download_hint(repo: str, revision: str | None) -> str:
     return f"where there is a network: `hf download {repo}{rev}`, then run this again"
 
 
-def _stored(origin: str, path: Path, revision: str | None, allow_pickle: bool) -> Stored:
+def _stored(
+    origin: str, path: Path, revision: str | None, allow_pickle: bool, adapter: bool
+) -> Stored:
     folder = path if path.is_dir() else path.parent
-    files = _weight_files(origin, path, allow_pickle)
+    find_files = _adapter_files if adapter else _weight_files
+    files = find_files(origin, path, allow_pickle)
     _refuse_quantised(origin, folder)
     tensors: dict[str, Location] = {}
     pickled = bool(files) and files[0].suffix in (".bin", ".pt", ".pth")
@@ -164,7 +173,7 @@ def _stored(origin: str, path: Path, revision: str | None, allow_pickle: bool) -
                 )
             tensors[name] = location
     _refuse_packed(origin, tensors.values())
-    if path.is_dir():
+    if path.is_dir() and not adapter:
         _check_index(origin, path, tensors)
     form = "pickle" if pickled else "safetensors"
     return Stored(origin, str(folder), revision, tensors, form)
@@ -195,7 +204,8 @@ def _weight_files(origin: str, path: Path, allow_pickle: bool) -> list[Path]:
         raise CheckpointError(
             "this is an adapter (adapter_config.json), not a full checkpoint",
             where=origin,
-            hint="merge it into its base first (peft: merge_and_unload, then save_pretrained)",
+            hint="name it beside its base, {source: BASE, adapter: THIS}; or merge it into that"
+            " first (peft: merge_and_unload, then save_pretrained)",
         )
     files = sorted(path.glob("*.safetensors"))
     pickles = sorted([*path.glob("pytorch_model*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
@@ -205,6 +215,19 @@ def _weight_files(origin: str, path: Path, allow_pickle: bool) -> list[Path]:
             raise CheckpointError("no safetensors files here", where=origin, hint=_advice(first))
         return files
     return pickles
+
+
+def _adapter_files(origin: str, path: Path, allow_pickle: bool) -> list[Path]:
+    """An adapter's one weight file."""
+    file, pickled = path / _ADAPTER, path / "adapter_model.bin"
+    if file.exists() or (pickled.exists() and allow_pickle):
+        return [file if file.exists() else pickled]
+    named = path.is_dir() and (path / "adapter_config.json").exists()
+    raise CheckpointError(
+        f"no {_ADAPTER} here" if named else "this is no adapter: adapter_config.json is not there",
+        where=origin,
+        hint=_advice(pickled) if pickled.exists() else "give a folder that peft saved",
+    )
 
 
 def _advice(path: Path) -> str:

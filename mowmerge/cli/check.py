@@ -50,7 +50,11 @@ def completed(recipe: Recipe) -> dict[str, Any]:
         "version": recipe.version,
         "base": _source(recipe.base),
         "models": {
-            name: {"source": _source(model.source), **model.parameters}
+            name: {
+                "source": _source(model.source),
+                **({"adapter": [a.model_dump() for a in model.adapter]} if model.adapter else {}),
+                **model.parameters,
+            }
             for name, model in recipe.models.items()
         },
         "method": recipe.method,

@@ -151,9 +151,11 @@ def _found(recipe: Recipe, model: str | None, task: str) -> Any:
     """Where a model of the recipe is, or its base."""
     what = f"the expert '{model}' of task '{task}'" if model else "the base"
     source = recipe.models[model].source if model else recipe.base
-    if not isinstance(source, str):
+    adapted = model is not None and bool(recipe.models[model].adapter)
+    if not isinstance(source, str) or adapted:
+        told = "a model with an adapter on it" if adapted else "itself a recipe"
         raise RecipeError(
-            f"{what} is itself a recipe", where=recipe.file,
+            f"{what} is {told}", where=recipe.file,
             hint="merge it first: only checkpoints can be scored",
         )  # fmt: skip
     try:

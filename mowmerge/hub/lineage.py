@@ -7,24 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from mowmerge.checkpoint.source import CARD
-from mowmerge.plan import Plan
+from mowmerge.plan import Adapted, Plan, Source
 
 _KEPT = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 
 
 def inputs(plan: Plan, within: str = "") -> list[dict[str, Any]]:
-    """A row for each model that is read: name, source, revision where it is the Hub's, and licence,
-    languages, data sets and pipeline of its card. No row names a folder of this machine."""
-    rows: list[dict[str, Any]] = []
-    for name, origin in plan.sources.items():
-        if isinstance(origin, Plan):
-            rows += inputs(origin, f"{within}{name}.")
-            continue
-        hub = {"revision": origin.revision} if origin.revision else {}
-        source = origin.origin.partition("@")[0] if hub else Path(origin.folder).resolve().name
-        said = _said(Path(origin.folder) / CARD)
-        rows.append({"name": f"{within}{name}", "source": source, **hub, **said})
-    return rows
+    """A row for each model and adapter that is read: name, source, revision where it is the Hub's,
+    and licence, languages, data sets and pipeline of its card. No row names a folder of this
+    machine."""
+    sources = plan.sources.items()
+    return [row for name, origin in sources for row in _rows(f"{within}{name}", origin)]
+
+
+def _rows(name: str, origin: Source) -> list[dict[str, Any]]:
+    if isinstance(origin, Plan):
+        return inputs(origin, f"{name}.")
+    if isinstance(origin, Adapted):
+        adapters = [row for adapter in origin.adapters for row in _rows(f"{name}+", adapter)]
+        return [*_rows(name, origin.model), *adapters]
+    hub = {"revision": origin.revision} if origin.revision else {}
+    source = origin.origin.partition("@")[0] if hub else Path(origin.folder).resolve().name
+    return [{"name": name, "source": source, **hub, **_said(Path(origin.folder) / CARD)}]
 
 
 def parents(rows: Sequence[Mapping[str, Any]]) -> list[str]:

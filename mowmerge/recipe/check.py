@@ -13,6 +13,7 @@ from mowmerge.errors import Problem
 from mowmerge.methods import registry
 from mowmerge.recipe.model import (
     NAME,
+    AdapterRef,
     Heads,
     Loc,
     Match,
@@ -91,6 +92,8 @@ def _structure(error: ValidationError, origin: Origin, above: Loc = ()) -> Itera
 def _model(loc: Loc) -> type[BaseModel]:
     """The model whose keys stand at `loc`."""
     match loc:
+        case ("models", _, "adapter", *_):
+            return AdapterRef
         case ("rules", _):
             return Rule
         case ("tasks", _):

@@ -17,6 +17,8 @@ from pydantic import (
     Field,
     PrivateAttr,
     StrictBool,
+    StrictFloat,
+    StrictInt,
     WithJsonSchema,
     model_validator,
 )
@@ -27,6 +29,7 @@ from mowmerge.recipe.task_types import TYPES
 
 Loc = tuple[str | int, ...]
 Role = Literal["embedding", "attention", "mlp", "norm", "head", "router", "other"]
+BESIDE = ("source", "adapter")  # what an entry of `models` holds beside parameters
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 SPAN = r"[0-9]+\.\.[0-9]+"
 SIZE = r"([0-9]+(?:\.[0-9]+)?) ?([KMGTkmgt]?)([Ii]?)[Bb]"
@@ -152,10 +155,31 @@ class Match(Strict):
         return self.names(name)
 
 
+class AdapterRef(Strict):
+    """One adapter on a model, and the weight with which what it adds is taken."""
+
+    source: str = Field(min_length=1, description="Hub id (org/name@revision) or path.")
+    weight: StrictFloat | StrictInt = Field(
+        default=1.0, description="Multiplies what the adapter adds."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alone(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+
+Adapters = Annotated[tuple[AdapterRef, ...], BeforeValidator(listed)]
+
+
 class ModelRef(Strict):
-    """One model: its source, and parameters of the method for this model alone."""
+    """One model: its source, adapters on it, and parameters of the method for this model alone."""
 
     source: Source = Field(description="Hub id (org/name@revision), path, or a nested recipe.")
+    adapter: Adapters = Field(
+        default=(),
+        description="A LoRA adapter on it (a source, or {source: ..., weight: ...}), or a list.",
+    )
     parameters: Mapping[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
@@ -166,8 +190,8 @@ class ModelRef(Strict):
             return {"source": value}
         if not isinstance(value, Mapping):
             raise ValueError("must be a source, or a mapping with 'source' and parameters")
-        rest = {key: v for key, v in value.items() if key != "source"}
-        return {k: v for k, v in value.items() if k == "source"} | {"parameters": rest}
+        rest = {key: v for key, v in value.items() if key not in BESIDE}
+        return {k: v for k, v in value.items() if k in BESIDE} | {"parameters": rest}
 
 
 class Rule(Strict):

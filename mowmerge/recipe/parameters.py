@@ -9,7 +9,7 @@ from typing import Any
 from mowmerge.errors import RecipeError, did_you_mean
 from mowmerge.methods.contracts import MethodError
 from mowmerge.methods.registry import MethodSpec, Parameter, get
-from mowmerge.recipe.model import Loc, Recipe
+from mowmerge.recipe.model import BESIDE, Loc, Recipe
 from mowmerge.recipe.text import dotted
 
 OURS = {  # mergekit's words, and what they are called here
@@ -77,7 +77,7 @@ def unknown_model(name: str, loc: Loc, models: Collection[str]) -> Iterator[Faul
 def method_faults(data: Mapping[str, Any], match_faults: MatchFaults) -> Iterator[Fault]:
     """Faults of the methods, of their parameters at every level, and of what they need."""
     entries: dict[str, Mapping[str, Any]] = {
-        name: {key: value for key, value in as_map(entry).items() if key != "source"}
+        name: {key: value for key, value in as_map(entry).items() if key not in BESIDE}
         for name, entry in as_map(data.get("models")).items()
     }
     outer = as_map(data.get("parameters"))
@@ -260,7 +260,7 @@ class Parameters:
             p, here = spec.parameters.get(name), (*loc, name)
             if p is None:
                 message = f"{dotted(here)} is not a parameter of '{spec.name}'"
-                yield Fault(here, message, hint_for(name, [*single, "source"]))
+                yield Fault(here, message, hint_for(name, [*single, *BESIDE]))
             elif not p.per_model:
                 message = f"{dotted(here)}: '{name}' is one value for all models"
                 yield Fault(here, message, "write it under parameters")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mowmerge.methods.registry import MethodSpec, Parameter, get, names
-from mowmerge.recipe.model import NAME, Recipe
+from mowmerge.recipe.model import BESIDE, NAME, Recipe
 
 Node = dict[str, Any]
 SCALARS = {"number": "number", "integer": "integer", "boolean": "boolean"}
@@ -19,7 +19,14 @@ def json_schema() -> Node:
     properties = root["properties"]
     source = {"anyOf": [{"type": "string", "minLength": 1}, {"$ref": "#"}]}
     ref, rule = definitions["ModelRef"], definitions["Rule"]
-    shared = {"source": {**source, "description": ref["properties"]["source"]["description"]}}
+    told = {name: ref["properties"][name]["description"] for name in BESIDE}
+    one = {"anyOf": [{"type": "string", "minLength": 1}, definitions["AdapterRef"]]}
+    several = {"anyOf": [*one["anyOf"], {"type": "array", "items": one, "minItems": 1}]}
+    shared = {
+        "source": {**source, "description": told["source"]},
+        "adapter": {**several, "description": told["adapter"]},
+    }
+    del definitions["AdapterRef"]
     definitions["ModelRef"] = {
         "anyOf": [
             {"type": "string", "minLength": 1},

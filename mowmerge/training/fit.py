@@ -21,7 +21,7 @@ from typing import Any
 from mowmerge.engine import Engine
 from mowmerge.errors import CheckpointError, RecipeError
 from mowmerge.methods import registry
-from mowmerge.plan import Fit, Plan, TensorJob
+from mowmerge.plan import Fit, Plan, Stored, TensorJob
 from mowmerge.recipe import coefficients
 from mowmerge.recipe.coefficients import Coefficients, Samples
 from mowmerge.recipe.model import Recipe
@@ -206,9 +206,10 @@ class Task:
         wanted, (expert, asked) = plan.fit, recipe.trained[name]
         assert wanted is not None
         origin = plan.sources[expert]
-        if isinstance(origin, Plan):
+        if not isinstance(origin, Stored):
+            what = "itself a recipe" if isinstance(origin, Plan) else "a base with an adapter"
             raise RecipeError(
-                f"model '{expert}' is itself a recipe, which has no head for task '{name}'",
+                f"model '{expert}' is {what}, which has no head for task '{name}'",
                 where=recipe.where("models", expert),
                 hint="merge it first: only checkpoints have heads",
             )

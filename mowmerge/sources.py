@@ -1,0 +1,80 @@
+"""Finds every model that a recipe names: checkpoints, nested recipes, adapters on either."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from mowmerge.checkpoint import peft, source
+from mowmerge.errors import CheckpointError, Problem, SourceError
+from mowmerge.plan import Plan, Source, Stored
+from mowmerge.recipe.model import AdapterRef, ModelRef, Recipe
+
+
+@dataclass
+class Search:
+    """A recipe's sources by name, base first; `nested` plans the recipes among them."""
+
+    recipe: Recipe
+    download: bool
+    allow_pickle: bool
+    nested: Callable[[str, Recipe], Plan]
+    warnings: list[str] = field(default_factory=list)
+
+    def sources(self) -> dict[str, Source]:
+        """All of them; CheckpointError or SourceError with everything that is wrong with any."""
+        models = self.recipe.models
+        wanted = {name: ref.source for name, ref in models.items() if not self._on_base(ref)}
+        if self.recipe.base is not None:  # no model is named base: the recipe's check saw to it
+            wanted = {"base": self.recipe.base, **wanted}
+        plain: dict[str, Stored | Plan] = {}
+        problems: list[Problem] = []
+        for name, origin in wanted.items():
+            try:
+                plain[name] = self._plain(name, origin)
+            except (CheckpointError, SourceError) as error:
+                if isinstance(origin, Recipe):
+                    raise
+                key = ("base",) if name == "base" else ("models", name)
+                problems += _placed(self.recipe.where(*key), error.problems)
+                kind = type(error)
+        if problems:
+            raise kind(problems)
+        found: dict[str, Source] = {"base": plain["base"]} if "base" in wanted else {}
+        for name, ref in models.items():
+            model = plain["base" if self._on_base(ref) else name]
+            found[name] = self._adapted(name, model, ref.adapter) if ref.adapter else model
+        return found
+
+    def _on_base(self, ref: ModelRef) -> bool:
+        """Whether a model is adapters on the recipe's base, which `source: base` then means."""
+        return bool(ref.adapter) and ref.source == "base" and self.recipe.base is not None
+
+    def _plain(self, name: str, origin: str | Recipe) -> Stored | Plan:
+        if isinstance(origin, Recipe):
+            return self.nested(name, origin)
+        stored = self._find(origin)
+        source.refuse_dynamic(stored)
+        return stored
+
+    def _find(self, origin: str, *, adapter: bool = False) -> Stored:
+        where = self.recipe.locate(origin)
+        return source.find(
+            where, download=self.download, allow_pickle=self.allow_pickle, adapter=adapter
+        )
+
+    def _adapted(self, name: str, model: Stored | Plan, refs: Iterable[AdapterRef]) -> Source:
+        """The model with the adapters that the recipe puts on it."""
+        try:
+            adapters = [peft.read(self._find(r.source, adapter=True), r.weight) for r in refs]
+            found, told = peft.adapted(model, adapters)
+        except (CheckpointError, SourceError) as error:
+            at = self.recipe.where("models", name, "adapter")
+            raise type(error)(_placed(at, error.problems)) from error
+        self.warnings += [f"{name}: {line}" for line in told]
+        return found
+
+
+def _placed(at: str, problems: Iterable[Problem]) -> list[Problem]:
+    """The problems with the recipe's line before where they are."""
+    return [Problem(p.message, f"{at}: {p.where}" if p.where else at, p.hint) for p in problems]
