@@ -12,7 +12,7 @@ from mowmerge.checkpoint.reader import StoredReader
 from mowmerge.plan import RUN, Adapted, Patch
 from mowmerge.tensors import DTYPES, Tensor, TensorHandle, TensorReader, TensorSpec, torch
 
-WIDE = 4 * RUN  # elements in a run of rows, one row at least: fixed, so that no block changes bytes
+WIDE = 2 * RUN  # elements in a run of rows, one row at least: fixed, so that no block changes bytes
 
 
 class AdaptedReader:
@@ -75,7 +75,7 @@ class _AdaptedHandle:
         self._dtype = DTYPES[spec.dtype].torch
         self._wide = torch.float64 if spec.dtype == "F64" else torch.float32
         length = self._step * self._columns
-        self._raw, self._out = (torch.empty(length, dtype=self._dtype) for _ in range(2))
+        self._raw = torch.empty(length, dtype=self._dtype)
         self._values = torch.empty(length, dtype=self._wide)
         self._first, self._last = 0, 0
         with ExitStack() as stack:
@@ -98,8 +98,9 @@ class _AdaptedHandle:
             if not self._first <= at < self._last:
                 self._adapt(at)
             end = min(stop, self._last)
-            data = self._out[at - self._first : end - self._first].view(torch.uint8).numpy().data
-            out[(at - start) * size : (end - start) * size] = data
+            piece = out[(at - start) * size : (end - start) * size]
+            value = self._values[at - self._first : end - self._first]
+            torch.frombuffer(piece, dtype=self._dtype).copy_(value)
             at = end
 
     def advise(self, start: int, stop: int) -> None:
@@ -130,7 +131,6 @@ class _AdaptedHandle:
                 self._stretch(value, before, number, patch, first, last)
         self._first = (matrix * self._rows + first) * self._columns
         self._last = self._first + value.numel()
-        self._out[: value.numel()].copy_(value.view(-1))
 
     def _original(self, matrix: int, first: int, last: int) -> Tensor:
         """The model's own rows in the wide dtype."""
@@ -223,4 +223,4 @@ def held_bytes(adapted: Adapted, name: str) -> int:
         if key != "value"
     ]
     temporary = 4 if any("m" in p.parts or "value" in p.parts for p in patches) else 0
-    return run * (2 * spec.itemsize + wide * (1 + temporary)) + sum(parts) * wide
+    return run * (spec.itemsize + wide * (1 + temporary)) + sum(parts) * wide
