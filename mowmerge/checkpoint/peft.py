@@ -15,7 +15,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-from mowmerge.checkpoint import naming, source
+from mowmerge.checkpoint import modules, naming, source
 from mowmerge.errors import CheckpointError
 from mowmerge.plan import Adapted, Patch, Plan, Stored, config_source
 from mowmerge.tensors import TensorSpec
@@ -45,8 +45,6 @@ _OF_TRAINING = {
 }  # fmt: skip
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # that leave the base alone
 
-_CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-_CONV1D_MODULES = ("c_attn", "c_proj", "c_fc", "q_attn")
 _INPUT_FIRST = ("gpt_oss", "aria", "aria_text", "openai_privacy_filter")
 _EXPERTS = ("gate_up_proj", "down_proj")  # in the order in which their modules declare them
 
@@ -155,29 +153,9 @@ class _Base:
         return next((t for v in self._views if (t := naming.tied_to(name, v))), None)
 
     def _memory_names(self) -> Mapping[str, TensorSpec]:
-        """The tensors by the names that transformers has for them in memory; asked only where the
-        names on disk do not fit, since it takes seconds."""
+        """The tensors by their names in memory, asked only where those on disk do not fit."""
         if self._in_memory is None:
-            self._in_memory = {}
-            named = self._config.get("architectures") or [None]
-            try:
-                import torch
-                import transformers
-                from transformers import core_model_loading
-                from transformers.conversion_mapping import get_model_conversion_mapping
-
-                settings = dict(self._config)
-                settings = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
-                with torch.device("meta"):
-                    model = getattr(transformers, str(named[0]))(settings)
-                changes = get_model_conversion_mapping(model)
-                simple = [c for c in changes if isinstance(c, core_model_loading.WeightRenaming)]
-                self._in_memory = {
-                    core_model_loading.rename_source_key(name, simple, [])[0]: spec
-                    for name, spec in self._specs.items()
-                }
-            except Exception:  # an unknown architecture, or another transformers: no such names
-                return self._in_memory
+            self._in_memory = modules.of(self._config, self._specs).names
         return self._in_memory
 
 
@@ -326,10 +304,9 @@ class _Fit:
             return True
         if stack > 1:
             return bool(self._base.kinds & set(_INPUT_FIRST))
-        if self._base.kinds & set(_CONV1D):
-            return module.rpartition(".")[2] in _CONV1D_MODULES
-        known = self._base.kinds != {"None"}
-        return False if known else bool(self._config.get("fan_in_fan_out"))
+        if self._base.kinds == {"None"}:
+            return bool(self._config.get("fan_in_fan_out"))
+        return modules.is_conv1d(module, self._base.kinds)
 
     def _scale(self, key: str, rank: int) -> float:
         """lora_alpha / r, or / sqrt(r) with use_rslora; r and alpha after their patterns."""

@@ -88,16 +88,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 out = [str(asked.folder / f"out-{kind}"), "--force", "--no-hash", "--quiet"]
                 sample = measure([*merge, *out, "--workers", "1"], asked.folder / "log")
                 cpu[kind].append(sample.cpu)
-        first, second = (
-            b"".join(p.read_bytes() for p in sorted((asked.folder / f"out-{k}").glob("*.safetensors")))
-            for k in cpu
-        )
+        first, second = (written(asked.folder / f"out-{kind}") for kind in cpu)
         ours, theirs = (median(cpu[kind]) for kind in ("adapters", "full"))
-        verdict = "ok" if ours <= MOST * theirs and first == second else "FAILED"
-        failed = failed or verdict != "ok"
-        print(f"{method}: {ours:.1f} s of CPU from adapters, {theirs:.1f} s from full checkpoints,"
-              f" {ours / theirs:.2f} times (at most {MOST}); same bytes: {first == second}: {verdict}")  # fmt: skip
+        ok = ours <= MOST * theirs and first == second
+        failed = failed or not ok
+        print(
+            f"{method}: {ours:.1f} s of CPU from adapters, {theirs:.1f} s from full checkpoints,"
+            f" {ours / theirs:.2f} times (at most {MOST}); same bytes: {first == second}:"
+            f" {'ok' if ok else 'FAILED'}"
+        )
     sys.exit(failed)
+
+
+def written(folder: Path) -> bytes:
+    """All weight files of a folder."""
+    return b"".join(p.read_bytes() for p in sorted(folder.glob("*.safetensors")))
 
 
 if __name__ == "__main__":
