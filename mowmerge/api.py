@@ -120,7 +120,11 @@ def merge(
     parsed = recipe if isinstance(recipe, Recipe) else check(recipe, overrides)
     planned = survey(parsed, options=options)
     target = Path(out or parsed.output.path or Path("merged") / parsed.name)
-    keep = [folder for _, folder in _inputs(planned)]
+    if parsed.output.format == "adapter":
+        from mowmerge import lora
+
+        return Result(*lora.merge(parsed, planned, target, hashes=hashes, force=force, begin=begin))
+    keep = [Path(stored.folder) for _, stored in planned.checkpoints]
     with Staging(target, force=force, keep=keep) as staging:
         staging.allocate(planned.files)
         planned, learned = _fitted(parsed, planned, staging.path, tell)
@@ -222,6 +226,13 @@ def extract(
     return Result(found, content)
 
 
+def extract_lora(model: str | Path, base: str | Path, out: str | Path, **options: Any) -> Result:
+    """Writes what a model adds to its base as a LoRA into `out`; see `mowmerge.lora.extract`."""
+    from mowmerge import lora
+
+    return Result(*lora.extract(str(model), str(base), Path(out), **options))
+
+
 def plan_training(
     folder: str | Path, recipe: str | Path | Recipe | None = None, options: Training | None = None
 ) -> dict[str, Any]:
@@ -318,11 +329,6 @@ def _fitted(recipe: Recipe, planned: Plan, folder: Path, tell: Tell) -> tuple[Pl
     }
 
 
-def _inputs(planned: Plan) -> list[tuple[str, Path]]:
-    """Every model and adapter that is read, those of nested recipes too: its name, its folder."""
-    return [(name, Path(stored.folder)) for name, stored in planned.checkpoints]
-
-
 def _folder(planned: Plan, model: str) -> Path:
     """The folder that a model's config and tokenizer come from; a nested plan's are its donor's."""
     return Path(config_source(planned.sources[model]).folder)
@@ -335,7 +341,8 @@ def _donor(planned: Plan) -> Path:
 
 def _write_sidecars(planned: Plan, recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Writes what goes beside the weights, but for the config; returns facts for the report."""
-    left = sidecars.copy(_donor(planned), _inputs(planned), folder)
+    read = [(name, Path(stored.folder)) for name, stored in planned.checkpoints]
+    left = sidecars.copy(_donor(planned), read, folder)
     body = [shard for shard in planned.files if shard not in planned.heads.values()]
     listing = writer.index(body, planned.specs)
     if listing:

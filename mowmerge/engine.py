@@ -61,7 +61,7 @@ class Engine:
         done: dict[str, TensorReport] = {}
         largest_first = sorted(self.plan.jobs, key=lambda job: -job.read_bytes)
         _keep_freed_memory()
-        with _one_thread_each(), self._pool() as pool:
+        with one_thread_each(), self._pool() as pool:
             for group in sorted({j.group for j in self.plan.each if j.group is not None}):
                 self._states[group] = self._settle_group(group, pool)
             self._check_ties()
@@ -77,7 +77,7 @@ class Engine:
             with self.open(job) as opened:
                 return opened.observe(fold.fresh(), 0, job.output.numel)
 
-        with _one_thread_each(), self._pool() as pool:
+        with one_thread_each(), self._pool() as pool:
             futures = {job.output.name: pool.submit(total, job, fold) for job, fold in asked}
             return {name: future.result().total for name, future in futures.items()}
 
@@ -218,7 +218,7 @@ class Engine:
 
 
 @contextmanager
-def _one_thread_each() -> Iterator[None]:
+def one_thread_each() -> Iterator[None]:
     """One intra-op thread a worker: reductions inside torch depend on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

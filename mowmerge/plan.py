@@ -60,17 +60,24 @@ class Patch:
 
 @dataclass(frozen=True)
 class Adapted:
-    """A model with adapters on it, which are applied as it is read; its names are the model's."""
+    """A model with adapters on it, which are applied as it is read; its names are the model's.
+
+    Tensors that only an adapter has are `added`; `wide` gives what is adapted in fp32 at least.
+    """
 
     model: Stored | Plan
     adapters: tuple[Stored, ...]
     patches: Mapping[str, tuple[Patch, ...]]
     added: Mapping[str, TensorSpec]
+    wide: bool = False
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
         """The model's tensors, then those that only an adapter has."""
-        return {**self.model.specs, **self.added}
+        held = {**self.model.specs, **self.added}
+        narrow = {n: held[n] for n in self.patches if n in self.model.specs} if self.wide else {}
+        wider = {n: replace(s, dtype="F32") for n, s in narrow.items() if s.dtype != "F64"}
+        return {**held, **wider}
 
     @property
     def fingerprint(self) -> str:

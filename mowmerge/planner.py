@@ -220,8 +220,10 @@ class _Planner:
 
     def _output(self, spec: TensorSpec) -> TensorSpec:
         """The tensor as it is stored."""
-        if self.recipe.output.dtype and spec.kind == "float":
-            return replace(spec, dtype=dtype_named(self.recipe.output.dtype).code)
+        output = self.recipe.output
+        dtype = "float32" if output.format == "adapter" else output.dtype
+        if dtype and spec.kind == "float":
+            return replace(spec, dtype=dtype_named(dtype).code)
         return spec
 
     def _static(

@@ -67,7 +67,8 @@ class Search:
         """The model with the adapters that the recipe puts on it."""
         try:
             adapters = [peft.read(self._find(r.source, adapter=True), r.weight) for r in refs]
-            found, told = peft.adapted(model, adapters)
+            wide = self.recipe.output.format == "adapter"
+            found, told = peft.adapted(model, adapters, wide=wide)
         except (CheckpointError, SourceError) as error:
             at = self.recipe.where("models", name, "adapter")
             raise type(error)(_placed(at, error.problems)) from error

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from threading import Lock
+from typing import Any
 
 from mowmerge.checkpoint.reader import StoredReader
 from mowmerge.plan import RUN, Adapted, Patch
@@ -18,7 +19,8 @@ WIDE = 2 * RUN  # elements in a run of rows, one row at least: fixed, so that no
 class AdaptedReader:
     """A model with its adapters on it; what no adapter touches is the model's own bytes.
 
-    Per tensor W and adapter, in fp32 (fp64 where W is), rounded once to W's dtype:
+    Per tensor W and adapter, in fp32 (fp64 where W is), rounded once to W's dtype (not at all
+    where the plan asks for fp32):
     low rank    W + weight * scale * B A, transposed where W is stored [in, out]
     magnitude   m * V / |V| by output row, V = W0 + scale * B A, |V| without earlier adapters
     value       the adapter's own tensor; W + weight * (value - W) for another weight than 1
@@ -42,7 +44,18 @@ class AdaptedReader:
             return self.adapters[patches[-1].adapter].open(patches[-1].parts["value"])
         if not patches:
             return self._model.open(name)
-        return _AdaptedHandle(self._model.open(name), self.specs[name], patches, self)
+        stored = self._model.specs[name].dtype
+        return _AdaptedHandle(self._model.open(name), self.specs[name], stored, patches, self)
+
+    def updates(self, name: str) -> list[tuple[Tensor, Tensor]] | None:
+        """(B [out, r], A [r, in]) of each adapter on a tensor, in fp32 with the scale in B; None
+        where what they do is more than to add those products."""
+        patches = self._adapted.patches.get(name, ())
+        if any(patch.parts.keys() != {"a", "b"} or patch.stack > 1 for patch in patches):
+            return None
+        found = [_low_rank(self.adapters[p.adapter], p, torch.float32) for p in patches]
+        pairs = [(p.left[0], p.right[0], p.across) for p in found]
+        return [(right.T, left.T) if across else (left, right) for left, right, across in pairs]
 
     def norms(self, handle: _AdaptedHandle, name: str, number: int) -> Tensor:
         """|V| by column of a tensor that is stored [in, out]: a pass over it, made once."""
@@ -67,28 +80,29 @@ class _AdaptedHandle:
     """Adapts one run of rows at a time; keeps the last, since what is read next continues it."""
 
     def __init__(
-        self, model: TensorHandle, spec: TensorSpec, patches: Sequence[Patch], reader: AdaptedReader
-    ) -> None:
+        self, model: TensorHandle, spec: TensorSpec, stored: str, patches: Sequence[Patch],
+        reader: AdaptedReader,
+    ) -> None:  # fmt: skip
         self._spec, self._reader = spec, reader
         self._stack, self._rows, self._columns = matrices(spec, patches)
         self._step = min(self._rows, max(1, WIDE // max(1, self._columns)))
         self._dtype = DTYPES[spec.dtype].torch
         self._wide = torch.float64 if spec.dtype == "F64" else torch.float32
         length = self._step * self._columns
-        self._raw = torch.empty(length, dtype=self._dtype)
+        self._raw = torch.empty(length, dtype=DTYPES[stored].torch)
         self._values = torch.empty(length, dtype=self._wide)
         self._first, self._last = 0, 0
         with ExitStack() as stack:
             self._model = stack.enter_context(closing(model))
             self._patches: list[_LowRank | tuple[TensorHandle, TensorSpec, float]] = []
             for patch in patches:
-                stored = reader.adapters[patch.adapter]
+                adapter = reader.adapters[patch.adapter]
                 if "value" in patch.parts:
                     name = patch.parts["value"]
-                    value = stack.enter_context(closing(stored.open(name)))
-                    self._patches.append((value, stored.specs[name], patch.weight))
+                    value = stack.enter_context(closing(adapter.open(name)))
+                    self._patches.append((value, adapter.specs[name], patch.weight))
                 else:
-                    self._patches.append(self._factors(stored, patch))
+                    self._patches.append(_low_rank(adapter, patch, self._wide))
             self._closing = stack.pop_all()
         self._dora = any(isinstance(p, _LowRank) and p.magnitude is not None for p in self._patches)
 
@@ -170,7 +184,7 @@ class _AdaptedHandle:
         assert isinstance(patch, _LowRank)
         for first in range(0, self._rows, self._step):
             last = min(first + self._step, self._rows)
-            value = torch.empty((last - first) * self._columns, dtype=self._dtype)
+            value = torch.empty((last - first) * self._columns, dtype=self._raw.dtype)
             at = first * self._columns
             self._model.read(at, at + len(value), value.view(torch.uint8).numpy().data)
             before = value.to(self._wide).view(-1, self._columns)
@@ -180,24 +194,27 @@ class _AdaptedHandle:
             total += (before + patch.left[0, first:last] @ patch.right[0]).double().square().sum(0)
         return total.sqrt().to(self._wide)
 
-    def _factors(self, stored: StoredReader, patch: Patch) -> _LowRank:
-        a, b = (self._whole(stored, patch.parts[part]) for part in ("a", "b"))
-        a = a.flatten(1).view(patch.stack, -1, a[0].numel())
-        b = b.flatten(1).view(len(b), -1, patch.stack).permute(2, 0, 1)
-        left, right = (a.mT, b.mT) if patch.across else (b, a)
-        magnitude = self._whole(stored, patch.parts["m"]).view(-1) if "m" in patch.parts else None
-        scale = patch.scale * (patch.weight if magnitude is None else 1.0)
-        return _LowRank(
-            (left * scale).contiguous(), right.contiguous(), magnitude, patch.weight, patch.across
-        )
 
-    def _whole(self, stored: StoredReader, name: str) -> Tensor:
-        """A tensor of the adapter in the wide dtype."""
-        spec = stored.specs[name]
-        value = torch.empty(spec.numel, dtype=DTYPES[spec.dtype].torch)
-        with closing(stored.open(name)) as handle:
-            handle.read(0, spec.numel, value.view(torch.uint8).numpy().data)
-        return value.to(self._wide).view(spec.shape)
+def _low_rank(stored: StoredReader, patch: Patch, wide: Any) -> _LowRank:
+    """The factors of a patch, read whole."""
+    a, b = (_whole(stored, patch.parts[part], wide) for part in ("a", "b"))
+    a = a.flatten(1).view(patch.stack, -1, a[0].numel())
+    b = b.flatten(1).view(len(b), -1, patch.stack).permute(2, 0, 1)
+    left, right = (a.mT, b.mT) if patch.across else (b, a)
+    magnitude = _whole(stored, patch.parts["m"], wide).view(-1) if "m" in patch.parts else None
+    scale = patch.scale * (patch.weight if magnitude is None else 1.0)
+    return _LowRank(
+        (left * scale).contiguous(), right.contiguous(), magnitude, patch.weight, patch.across
+    )
+
+
+def _whole(stored: StoredReader, name: str, wide: Any) -> Tensor:
+    """A tensor of the adapter in the wide dtype."""
+    spec = stored.specs[name]
+    value = torch.empty(spec.numel, dtype=DTYPES[spec.dtype].torch)
+    with closing(stored.open(name)) as handle:
+        handle.read(0, spec.numel, value.view(torch.uint8).numpy().data)
+    return value.to(wide).view(spec.shape)
 
 
 def matrices(spec: TensorSpec, patches: Sequence[Patch]) -> tuple[int, int, int]:

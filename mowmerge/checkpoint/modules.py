@@ -8,7 +8,7 @@ told by name.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mowmerge.checkpoint import naming
@@ -21,11 +21,13 @@ _CONV1D_LEAVES = ("c_attn", "c_proj", "c_fc", "q_attn")
 
 @dataclass(frozen=True)
 class Modules:
-    """Tensors by their names in memory; the kind of each module that is known."""
+    """Tensors by their names in memory; the kind of each module that is known; ties, by the name
+    of the tensor that is the other's."""
 
     names: Mapping[str, TensorSpec]
     kinds: Mapping[str, Kind]
     model_types: Collection[str] = ()
+    ties: Mapping[str, str] = field(default_factory=dict)
 
     def kind(self, name: str) -> Kind:
         """What the module is that has this tensor (by its name in memory) as its weight."""
@@ -71,9 +73,11 @@ def of(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> Modules:
             for name, spec in specs.items()
         }
         kinds = {name: _kind(module) for name, module in model.named_modules()}
+        ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
     except Exception:  # whatever an unknown architecture, or another transformers, may raise
         return Modules(specs, {}, types)
-    return Modules(renamed if len(renamed) == len(specs) else specs, kinds, types)
+    names = renamed if len(renamed) == len(specs) else specs
+    return Modules(names, kinds, types, ties)
 
 
 def _kind(module: Any) -> Kind:
@@ -84,6 +88,6 @@ def _kind(module: Any) -> Kind:
         ("embedding", nn.Embedding), ("linear", nn.Linear), ("conv", nn.Conv2d), ("conv1d", Conv1D),
     ):  # fmt: skip
         if isinstance(module, of_kind):
-            grouped = kind == "conv" and module.groups > 1
+            grouped = getattr(module, "groups", 1) > 1
             return "other" if grouped else kind  # type: ignore[return-value]
     return "other"

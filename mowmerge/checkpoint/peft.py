@@ -93,7 +93,9 @@ def read(stored: Stored, weight: float = 1.0) -> Adapter:
     return Adapter(stored, config, weight)
 
 
-def adapted(model: Stored | Plan, adapters: Sequence[Adapter]) -> tuple[Adapted, list[str]]:
+def adapted(
+    model: Stored | Plan, adapters: Sequence[Adapter], *, wide: bool = False
+) -> tuple[Adapted, list[str]]:
     """The model with the adapters on it, and what is worth a warning.
 
     Raises:
@@ -118,7 +120,7 @@ def adapted(model: Stored | Plan, adapters: Sequence[Adapter]) -> tuple[Adapted,
     names = dict.fromkeys([*values, *deltas])
     patches = {name: (*values.get(name, ()), *deltas.get(name, ())) for name in names}
     stored = tuple(adapter.stored for adapter in adapters)
-    return Adapted(model, stored, patches, base.added), list(dict.fromkeys(base.warnings))
+    return Adapted(model, stored, patches, base.added, wide), list(dict.fromkeys(base.warnings))
 
 
 class _Base:
@@ -200,6 +202,8 @@ class _Fit:
             ours, spec = self._base.find(name), self._specs[key]
             if ours is None and ".base_layer." in key:
                 ours = self._tied(name)
+            if ours is None and self._follows(name):
+                continue
             if ours is None:
                 if not self._saved(name) or self._base.tied(name) is not None:
                     raise self._stranger(name)
@@ -326,6 +330,12 @@ class _Fit:
         saved = self._config.get("modules_to_save") or ()
         inside = f".{name}"
         return any(f".{module}." in inside for module in saved)
+
+    def _follows(self, name: str) -> bool:
+        """Whether a saved tensor is the copy of another saved one, to which peft ties it."""
+        tied = self._base.tied(name)
+        others = (self._base.find(other) for other in self._values if other != name)
+        return bool(self._config.get("ensure_weight_tying")) and tied is not None and tied in others
 
     def _tied(self, name: str) -> TensorSpec | None:
         """What an absent tensor is tied to, which is then changed for both."""

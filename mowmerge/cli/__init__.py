@@ -13,6 +13,7 @@ from mowmerge.cli.check import check
 from mowmerge.cli.demo import demo
 from mowmerge.cli.eval import eval
 from mowmerge.cli.extract import extract
+from mowmerge.cli.extract_lora import extract_lora
 from mowmerge.cli.inspect import inspect
 from mowmerge.cli.merge import merge
 from mowmerge.cli.methods import methods
@@ -30,7 +31,19 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 a bug, 2 usage, 3 recipe, 4 checkpoint, 5 source or Hub,"
     " 6 disk, memory or permission, 7 below --fail-under, 130 interrupted.",
 )
-COMMANDS = (merge, train_router, inspect, extract, eval, push, check, methods, schema, demo)
+COMMANDS = (
+    merge,
+    train_router,
+    inspect,
+    extract,
+    extract_lora,
+    eval,
+    push,
+    check,
+    methods,
+    schema,
+    demo,
+)
 for command in COMMANDS:
     app.command()(command)
 

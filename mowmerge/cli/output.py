@@ -363,6 +363,9 @@ def show_result(
         return
     if quiet:
         return
+    if "kept_energy" in summary:
+        print(_adapter(result))
+        return
     tensors = result.report["tensors"]
     did = Counter(t["action"] for t in tensors)
     dynamic = f"{did['dynamic']} tensors dynamic, " if did["dynamic"] else ""
@@ -371,3 +374,18 @@ def show_result(
         f"{result.path}: {dynamic}{merged}, {did['copied']} copied,"
         f" {size(summary['written_bytes'])} in {summary['seconds']:.1f} s"
     )
+
+
+def _adapter(result: Result) -> str:
+    """An adapter and what it keeps, in a line; what is lost on a second."""
+    told = result.report
+    did, ranks = Counter(t["action"] for t in told["tensors"]), told["ranks"]
+    low, high = min(ranks, default=0), max(ranks, default=0)
+    of = f" of rank {low}" if low == high else f" of ranks {low} to {high}"
+    head = (
+        f"{result.path}: {did['low rank']} low-rank updates{of},"
+        f" {did['bias'] + did['modules_to_save']} tensors as they are;"
+        f" {told['kept_energy']:.2%} of the squared norm is kept, in {told['seconds']:.1f} s"
+    )
+    lost = told["lost"]
+    return f"{head}\nlost: {', '.join(lost[:5])}{', ...' * (len(lost) > 5)}" if lost else head

@@ -59,6 +59,7 @@ def check(data: Mapping[str, Any], origin: Origin) -> tuple[Recipe | None, list[
     faults += [*_names(data), *method_faults(data, partial(_match_faults, origin)), *_fit(data)]
     for name, task in as_map(data.get("tasks")).items():
         faults += _task(("tasks", name), as_map(task))
+    faults += _output(data)
     return recipe, [Problem(f.message, origin.where(f.loc), f.hint) for f in faults]
 
 
@@ -195,6 +196,31 @@ def _fits_by_default(data: Mapping[str, Any]) -> bool:
     method = data.get("method")
     how = registry.get(method).dynamic if method in registry.names() else None
     return data.get("rest") is None and how is not None and bool(how.learned)
+
+
+def _output(data: Mapping[str, Any]) -> Iterator[Fault]:
+    """What does not go with an adapter as output, or only with one."""
+    output = as_map(data.get("output"))
+    if output.get("format") != "adapter":
+        for key in ("rank", "energy"):
+            if output.get(key) is not None:
+                yield Fault(("output", key), f"output.{key} is for output.format: adapter")
+        return
+    loc: Loc = ("output", "format")
+    if data.get("base") is None:
+        yield Fault(loc, "an adapter needs a base, and the recipe names none", "add base:")
+    if output.get("rank") is not None and output.get("energy") is not None:
+        yield Fault(("output", "energy"), "output.rank and output.energy are two ways to say one")
+    for key in ("heads", "rest", "coefficients"):
+        if data.get(key) is not None:
+            yield Fault((key,), f"{key} cannot go into an adapter", "merge to a checkpoint first")
+    if output.get("dtype") is not None:
+        yield Fault(("output", "dtype"), "an adapter's factors are float32")
+    method = data.get("method")
+    known = registry.get(method) if method in registry.names() else None
+    if known and (known.dynamic or known.fit):
+        what = "dynamic" if known.dynamic else "fitted"
+        yield Fault(loc, f"'{method}' is {what}, and an adapter is one static difference")
 
 
 def _match_faults(origin: Origin, match: Any, loc: Loc) -> Iterator[Fault]:

@@ -177,8 +177,7 @@ class ModelRef(Strict):
 
     source: Source = Field(description="Hub id (org/name@revision), path, or a nested recipe.")
     adapter: Adapters = Field(
-        default=(),
-        description="A LoRA adapter on it (a source, or {source: ..., weight: ...}), or a list.",
+        default=(), description="A LoRA on it: a source, {source: ..., weight: ...}, or a list."
     )
     parameters: Mapping[str, Any] = Field(default_factory=dict)
 
@@ -248,6 +247,15 @@ class Output(Strict):
     )
     shard_size: Bytes = Field(
         default=5_000_000_000, description="Largest weight file: 5GB, 500MB, 1GiB, or bytes."
+    )
+    format: Literal["checkpoint", "adapter"] = Field(
+        default="checkpoint", description="adapter: what differs from the base, as a LoRA for peft."
+    )
+    rank: Annotated[StrictInt, Field(ge=1)] | None = Field(
+        default=None, description="Of an adapter: the rank that updates are cut to."
+    )
+    energy: Annotated[StrictFloat, Field(gt=0, le=1)] | None = Field(
+        default=None, description="Of an adapter: the kept share of an update's squared norm."
     )
 
 

@@ -1,0 +1,318 @@
+"""The difference between a model and its base, written as a LoRA adapter that peft loads."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mowmerge import __version__
+from mowmerge.checkpoint import heads, lowrank, modules, naming, source, writer
+from mowmerge.checkpoint.lowrank import Factors
+from mowmerge.checkpoint.peft import PREFIX
+from mowmerge.errors import CheckpointError
+from mowmerge.plan import Stored
+from mowmerge.tensors import DTYPES, Tensor, TensorReader, TensorSpec, torch
+
+PARTS = {"embedding": ("lora_embedding_A", "lora_embedding_B")}
+LINEAR_PARTS = ("lora_A.weight", "lora_B.weight")
+STEP = 1 << 22  # elements read or compared at a time
+
+Joined = Callable[[str], Factors | None]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How far low-rank updates are cut: to a rank, or to the rank that keeps a share of energy."""
+
+    rank: int | None = None
+    energy: float | None = None
+
+
+@dataclass
+class Difference:
+    """A model and its base, name by name (the base's), and what is known of their difference.
+
+    `joined` gives the factors of a tensor whose update is known as such, and `same` says of which
+    tensors the model's are the base's without reading them.
+    """
+
+    model: TensorReader
+    base: TensorReader
+    origin: Stored
+    joined: Joined = lambda name: None
+    same: Callable[[str], bool] = lambda name: False
+
+    def __post_init__(self) -> None:
+        self.modules = modules.of(source.config(self.origin.folder), self.base.specs)
+        self.memory = {spec.name: name for name, spec in self.modules.names.items()}
+        aligned = naming.aligned(self.model.specs, self.base.specs)
+        self.held = {
+            name: aligned.get(name) or naming.tied_to(name, aligned) for name in self.base.specs
+        }
+        ties = [n for n in aligned if n not in self.base.specs]
+        self.extra = {n: aligned[n] for n in ties if not naming.tied_to(n, self.base.specs)}
+        for name, ours in self.held.items():
+            theirs = self.base.specs[name]
+            if ours is None or ours.shape != theirs.shape:
+                found = list(ours.shape) if ours else "not there"
+                raise CheckpointError(
+                    f"'{name}' is {list(theirs.shape)} in the base, and in the model {found}",
+                    where=self.origin.origin,
+                    hint="an adapter is for a base of the same architecture and vocabulary",
+                )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the base's matrices, which are worked on one after another."""
+        named = self.base.specs.items()
+        return sum(spec.nbytes for name, spec in named if self.kind(name) != "other")
+
+    def kind(self, name: str) -> modules.Kind:
+        """What sort of module has this tensor as its weight; other where it is no weight, or is
+        tied: peft keeps a tie between modules that are saved, and not between updates."""
+        memory = self.memory.get(name)
+        if memory is None or memory in self.modules.ties or memory in self.modules.ties.values():
+            return "other"
+        return self.modules.kind(memory)
+
+    def module(self, name: str) -> str:
+        """The path of the tensor's module in memory."""
+        return self.memory.get(name, name).rpartition(".")[0]
+
+    def delta(self, name: str) -> Tensor:
+        """Model minus base in fp32, as a matrix [out, in]."""
+        ours = self.held[name]
+        assert ours is not None
+        value = _whole(self.model, ours).sub_(_whole(self.base, self.base.specs[name])).flatten(1)
+        return value.T.contiguous() if self.kind(name) in ("conv1d", "embedding") else value
+
+    def differs(self, name: str) -> bool:
+        """Whether any value of the tensor is another."""
+        ours = self.held[name]
+        if ours is None or self.same(name):
+            return False
+        spec = self.base.specs[name]
+        with closing(self.model.open(ours.name)) as one, closing(self.base.open(name)) as two:
+            for start in range(0, spec.numel, STEP):
+                stop = min(start + STEP, spec.numel)
+                pair = [_piece(h, s, start, stop) for h, s in ((one, ours), (two, spec))]
+                if not torch.equal(*(value.double() for value in pair)):
+                    return True
+        return False
+
+
+def write(
+    difference: Difference, folder: Path, cut: Cut, workers: int, advance: Callable[[int], None]
+) -> dict[str, Any]:
+    """Writes adapter_model.safetensors and adapter_config.json; what the report says of them."""
+    specs = difference.base.specs
+    targets = [n for n in specs if difference.kind(n) != "other"]
+    names = [key for n in targets for key in _keys(difference, n)]
+    names += [f"{PREFIX}{difference.memory.get(n, n)}" for n in (*specs, *difference.extra)]
+    names += [key for n in specs for key in _copies(difference, n)]
+    names += [_bias_key(difference.memory[n]) for n in specs if n.endswith(".bias")]
+    found: dict[str, dict[str, Any]] = {}
+    lines: list[dict[str, Any]] = []
+    saved, biases, lost = _rest(difference, targets)
+    metadata = {"format": "pt", "mowmerge": __version__}
+    file = folder / "adapter_model.safetensors"
+    with writer.Appender(file, names, metadata) as out:
+        left = [n for n in targets if not _within(difference.module(n), saved)]
+        for name, factors in _in_order(partial(_factors, difference, cut=cut), left, workers):
+            if factors is not None:
+                found[name] = _line(difference, name, factors)
+                _append(out, difference, name, factors)
+            advance(specs[name].nbytes)
+        whole = [(n, f"{PREFIX}{difference.memory.get(n, n)}") for n in _saved(difference, saved)]
+        whole += [(n, key) for n, _ in whole for key in _copies(difference, n)]
+        whole += [(n, _own_bias(difference, n, found)) for n in biases]
+        held = {n: difference.held.get(n) or difference.extra[n] for n, _ in whole}
+        for name, key in sorted(whole, key=lambda pair: -held[pair[0]].itemsize):
+            spec = held[name]
+            pieces = (data for _, data in heads.pieces(difference.model, spec.name))
+            out.append(TensorSpec(key, spec.dtype, spec.shape), pieces)
+            action = "bias" if name in biases else "modules_to_save"
+            lines.append({"name": name, "action": action, "kept": 1.0})
+    for name, why in lost.items():
+        lines.append({"name": name, "action": "lost", "kept": 0.0, "rule": why})
+    if not found and not whole:
+        raise CheckpointError(
+            "nothing differs from the base" if not lost else "all that differs would be lost",
+            where=difference.origin.origin, hint="an adapter would be empty",
+        )  # fmt: skip
+    config = _config(difference, found, saved, bool(biases))
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    return _report([*found.values(), *lines])
+
+
+def _factors(difference: Difference, name: str, cut: Cut) -> Factors | None:
+    """The update of one matrix; None where it is zero."""
+    factors = difference.joined(name)
+    if factors is not None or difference.same(name):
+        return factors if factors is None or factors.total else None
+    delta = difference.delta(name)
+    if not bool(torch.isfinite(delta).all()):
+        raise CheckpointError(f"'{name}' holds NaN or Inf", where=difference.origin.origin)
+    return lowrank.factor(delta, cut.rank, cut.energy) if bool(delta.any()) else None
+
+
+def _rest(
+    difference: Difference, targets: Sequence[str]
+) -> tuple[set[str], list[str], dict[str, str]]:
+    """What differs and is no matrix: modules to save, biases, and what is lost by which rule."""
+    saved: set[str] = {n.rpartition(".")[0] for n in difference.extra if "." in n}
+    biases: list[str] = []
+    lost = {
+        n: "a tensor that the base lacks, in no module" for n in difference.extra if "." not in n
+    }
+    owners = {difference.module(n): n for n in targets}
+    for name, spec in difference.base.specs.items():
+        if name in targets or not difference.differs(name):
+            continue
+        module = difference.module(name)
+        below = [n for m, n in owners.items() if m.startswith(f"{module}.")]
+        if spec.kind != "float":
+            lost[name] = "not a float tensor"
+        elif module in owners:
+            biases.append(name)
+        elif not module:
+            lost[name] = "a tensor of the model itself, which modules_to_save cannot name"
+        elif any(naming.stack(n) and naming.stack(n) != naming.stack(name) for n in below):
+            lost[name] = f"its module '{module}' holds whole layers"
+        else:
+            saved.add(module)
+    return saved, biases, lost
+
+
+def _within(module: str, saved: set[str]) -> bool:
+    """Whether a module is one that is saved whole, or inside one."""
+    return any(f"{module}.".startswith(f"{whole}.") for whole in saved)
+
+
+def _saved(difference: Difference, saved: set[str]) -> Iterator[str]:
+    """Every tensor of the modules that are saved whole."""
+    for name in (*difference.base.specs, *difference.extra):
+        if _within(difference.module(name), saved):
+            yield name
+
+
+def _copies(difference: Difference, name: str) -> Iterator[str]:
+    """The names under which peft wants a saved tensor again: those that are tied to it."""
+    for copy, original in difference.modules.ties.items():
+        if original == difference.memory.get(name) and copy not in difference.modules.names:
+            yield f"{PREFIX}{copy}"
+
+
+def _keys(difference: Difference, name: str) -> tuple[str, str]:
+    """The names of A and B."""
+    a, b = PARTS.get(difference.kind(name), LINEAR_PARTS)
+    module = f"{PREFIX}{difference.module(name)}"
+    return f"{module}.{a}", f"{module}.{b}"
+
+
+def _bias_key(memory: str) -> str:
+    """The name of the bias of a module that has an update."""
+    return f"{PREFIX}{memory.removesuffix('.bias')}.base_layer.bias"
+
+
+def _own_bias(difference: Difference, name: str, found: Mapping[str, Mapping[str, Any]]) -> str:
+    updated = {difference.module(n) for n in found}
+    memory = difference.memory[name]
+    return _bias_key(memory) if difference.module(name) in updated else f"{PREFIX}{memory}"
+
+
+def _append(out: writer.Appender, difference: Difference, name: str, factors: Factors) -> None:
+    a, b = factors.a, factors.b
+    spec = difference.base.specs[name]
+    if difference.kind(name) == "conv":
+        a, b = a.view(-1, *spec.shape[1:]), b.view(*b.shape, 1, 1)
+    for key, value in zip(_keys(difference, name), (a, b), strict=True):
+        held = value.contiguous()
+        data = held.view(-1).view(torch.uint8).numpy().data
+        out.append(TensorSpec(key, "F32", tuple(held.shape)), [data])
+
+
+def _line(difference: Difference, name: str, factors: Factors) -> dict[str, Any]:
+    return {
+        "name": name, "action": "low rank", "module": difference.module(name),
+        "rank": factors.rank, "kept": factors.energy, "error": factors.error,
+        "norm": factors.total**0.5, "how": factors.how,
+    }  # fmt: skip
+
+
+def _config(
+    difference: Difference, found: Mapping[str, Mapping[str, Any]], saved: set[str], biased: bool
+) -> dict[str, Any]:
+    """adapter_config.json: full paths as targets, alpha equal to r so that the scale is one."""
+    ranks = {line["module"]: line["rank"] for line in found.values()}
+    counted = list(ranks.values())
+    r = max(set(counted), key=lambda rank: (counted.count(rank), rank)) if counted else 1
+    pattern = {path: rank for path, rank in ranks.items() if rank != r}
+    kinds = {difference.kind(name) for name in found}
+    ties = difference.modules.ties
+    tied = any(f"{path}.weight" in (*ties, *ties.values()) for path in saved)
+    return {
+        "peft_type": "LORA", "base_model_name_or_path": shown(difference.origin),
+        "revision": difference.origin.revision, "task_type": None, "inference_mode": True,
+        "r": r, "lora_alpha": r, "rank_pattern": pattern, "alpha_pattern": pattern,
+        "target_modules": list(ranks), "modules_to_save": sorted(saved) or None,
+        "bias": "all" if biased else "none", "fan_in_fan_out": "conv1d" in kinds,
+        "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "init_lora_weights": True,
+        "ensure_weight_tying": tied,
+    }  # fmt: skip
+
+
+def shown(origin: Stored) -> str:
+    """The base as the adapter names it: a Hub id, or the folder's name without where it lies."""
+    return origin.origin.partition("@")[0] if origin.revision else Path(origin.folder).name
+
+
+def _report(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The lines, and the energy that all low-rank updates keep together."""
+    low = [line for line in lines if line["action"] == "low rank"]
+    total = sum(line["norm"] ** 2 for line in low)
+    kept = sum(line["norm"] ** 2 * line["kept"] for line in low)
+    return {
+        "kept_energy": kept / total if total else 1.0,
+        "ranks": sorted({line["rank"] for line in low}),
+        "lost": [line["name"] for line in lines if line["action"] == "lost"],
+        "tensors": list(lines),
+    }
+
+
+def _in_order(
+    function: Callable[[str], Factors | None], names: Sequence[str], workers: int
+) -> Iterator[tuple[str, Factors | None]]:
+    """Each name with what the function gives for it, a few ahead of time."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting: deque[tuple[str, Future[Factors | None]]] = deque()
+        for name in names:
+            waiting.append((name, pool.submit(function, name)))
+            if len(waiting) > workers:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        for name, future in waiting:
+            yield name, future.result()
+
+
+def _whole(reader: TensorReader, spec: TensorSpec) -> Tensor:
+    """A tensor in fp32."""
+    value = torch.empty(spec.numel, dtype=torch.float32)
+    with closing(reader.open(spec.name)) as handle:
+        for start in range(0, spec.numel, STEP):
+            stop = min(start + STEP, spec.numel)
+            value[start:stop] = _piece(handle, spec, start, stop)
+    return value.view(spec.shape)
+
+
+def _piece(handle: Any, spec: TensorSpec, start: int, stop: int) -> Tensor:
+    raw = torch.empty(stop - start, dtype=DTYPES[spec.dtype].torch)
+    handle.read(start, stop, raw.view(torch.uint8).numpy().data)
+    return raw
