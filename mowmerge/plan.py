@@ -27,19 +27,34 @@ class Location:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """What an fp8 weight is multiplied by: where that lies, how many rows and columns share a
+    number, and the dtype of the product."""
+
+    location: Location
+    block: tuple[int, int]
+    dtype: str
+
+
+@dataclass(frozen=True)
 class Stored:
-    """A checkpoint on disk: where it was found, at which revision, and where each tensor lies."""
+    """A checkpoint on disk: where it was found, at which revision, and where each tensor lies.
+
+    `scales` holds those of its fp8 weights, whose specs are those of the products.
+    """
 
     origin: str
     folder: str
     revision: str | None
     tensors: Mapping[str, Location]
     format: str = "safetensors"  # or "pickle", where it was asked for
+    scales: Mapping[str, Scale] = field(default_factory=dict)
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
         """Every tensor's spec, in file order."""
-        return {name: location.spec for name, location in self.tensors.items()}
+        held = {name: location.spec for name, location in self.tensors.items()}
+        return held | {n: replace(held[n], dtype=scale.dtype) for n, scale in self.scales.items()}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from mowmerge.checkpoint import fp8
 from mowmerge.errors import CheckpointError
 from mowmerge.plan import Location, Stored
 from mowmerge.tensors import Tensor, TensorHandle, TensorSpec, torch
@@ -30,6 +31,10 @@ class StoredReader:
         location = self._stored.tensors[name]
         if self._stored.format == "pickle":
             return _PickleHandle(self._pickles[location.file][name])
+        scale = self._stored.scales.get(name)
+        if scale is not None:
+            numbers = _FileHandle(scale.location)
+            return fp8.scaled(_FileHandle(location), location.spec, scale, numbers)
         return _FileHandle(location)
 
     @cached_property

@@ -46,12 +46,14 @@ def copy(donor: Path, others: Sequence[tuple[str, Path]], out: Path) -> list[str
 def write_config(donor: Path, out: Path, dtype: str | None, *, headless: bool = False) -> None:
     """Writes the donor's config.json with nothing changed but the dtype, where that changed.
 
-    `headless` makes it that of the bare backbone: its class, and no label map.
+    `headless` makes it that of the bare backbone: its class, and no label map. What says that the
+    donor was quantised goes: the weights that are written are not.
     """
     settings = config(donor)
     if not settings:
         return
-    if dtype is None and not headless:
+    quantised = settings.pop("quantization_config", None) is not None
+    if dtype is None and not headless and not quantised:
         shutil.copyfile(donor / "config.json", out / "config.json")
         return
     if dtype:
@@ -79,7 +81,7 @@ def front(donor: Path, manifest: Manifest) -> str:
 
 def write_dynamic_config(donor: Path, out: Path, dtype: str | None, manifest: Manifest) -> None:
     """Writes the config of a dynamic checkpoint, with the donor's whole in it."""
-    base = config(donor)
+    base = {k: v for k, v in config(donor).items() if k != "quantization_config"}
     settings = {
         "architectures": [front(donor, manifest)],
         "model_type": "mowmerge",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from mowmerge.checkpoint import fp8
 from mowmerge.errors import CheckpointError, MowmergeError, SourceError
-from mowmerge.plan import Location, Stored
+from mowmerge.plan import Location, Scale, Stored
 from mowmerge.tensors import DTYPES, TensorSpec
 
 SIDECARS = (
@@ -127,9 +128,10 @@ def _remote_headers(origin: str, repo: str, folder: Path, names: Sequence[str]) 
         }
         found, _ = _locations(folder / name, entries, 0)
         tensors |= {location.spec.name: location for location in found}
-    _refuse_packed(origin, tensors.values())
     _check_index(origin, folder, tensors)
-    return Stored(origin, str(folder), folder.name, tensors)
+    tensors, scales = fp8.paired(tensors, config(folder))
+    _refuse_packed(origin, tensors.values(), scales)
+    return Stored(origin, str(folder), folder.name, tensors, scales=scales)
 
 
 def _hub_error(repo: str, revision: str, error: Exception) -> SourceError:
@@ -172,11 +174,12 @@ def _stored(
                     hint="remove the file that does not belong to this checkpoint",
                 )
             tensors[name] = location
-    _refuse_packed(origin, tensors.values())
     if path.is_dir() and not adapter:
         _check_index(origin, path, tensors)
+    tensors, scales = fp8.paired(tensors, config(folder))
+    _refuse_packed(origin, tensors.values(), scales)
     form = "pickle" if pickled else "safetensors"
-    return Stored(origin, str(folder), revision, tensors, form)
+    return Stored(origin, str(folder), revision, tensors, form, scales)
 
 
 def _weight_files(origin: str, path: Path, allow_pickle: bool) -> list[Path]:
@@ -361,18 +364,19 @@ def refuse_dynamic(stored: Stored) -> None:
 
 def _refuse_quantised(origin: str, folder: Path) -> None:
     settings = config(folder).get("quantization_config")
-    if settings:
+    if settings and not (isinstance(settings, dict) and fp8.understood(settings)):
         method = (
             settings.get("quant_method", "quantised") if isinstance(settings, dict) else "quantised"
         )
         raise _quantised(origin, f"config.json says it is quantised ({method})")
 
 
-def _refuse_packed(origin: str, locations: Iterable[Location]) -> None:
-    for location in locations:
-        spec = location.spec
+def _refuse_packed(origin: str, locations: Iterable[Location], scales: Mapping[str, Scale]) -> None:
+    left = [location.spec for location in locations if location.spec.name not in scales]
+    for spec in left:
         if spec.kind == "packed":
-            raise _quantised(origin, f"tensor '{spec.name}' is {spec.dtype}")
+            raise _quantised(origin, f"tensor '{spec.name}' is {spec.dtype} without a scale")
+    for spec in left:
         if _QUANTISED.search(spec.name):
             raise _quantised(origin, f"tensor '{spec.name}' belongs to a quantised weight")
 

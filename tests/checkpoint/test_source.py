@@ -170,7 +170,9 @@ def test_fp8_is_refused(zoo: Zoo, dtype: str) -> None:
     header = {"w": {"dtype": dtype, "shape": [4], "data_offsets": [0, 4]}}
     rewrite(file, lambda h: (h.clear(), h.update(header)), b"\0" * 4)
     refused(
-        file.parent, f"is quantised: tensor 'w' is {dtype}", "merge the bf16 or fp16 checkpoint"
+        file.parent,
+        f"is quantised: tensor 'w' is {dtype} without a scale",
+        "merge the bf16 or fp16 checkpoint",
     )
 
 
@@ -186,9 +188,16 @@ def test_quantised_weights_are_refused(zoo: Zoo, name: str) -> None:
     refused(folder, f"tensor '{name}' belongs to a quantised weight", "merge the bf16 or fp16")
 
 
-def test_a_quantisation_config_is_refused(zoo: Zoo) -> None:
-    folder = zoo.save("m", TENSORS, config={"quantization_config": {"quant_method": "gptq"}})
-    refused(folder, "config.json says it is quantised (gptq)", "merge the bf16 or fp16")
+@pytest.mark.parametrize("settings", [
+    {"quant_method": "gptq"}, {"quant_method": "awq"}, {"quant_method": "bitsandbytes"},
+    {"quant_method": "mxfp4"}, {"quant_method": "modelopt"}, {"quant_method": "hqq"},
+    {"quant_method": "compressed-tensors",
+     "config_groups": {"group_0": {"weights": {"type": "int", "num_bits": 4}}}},
+])  # fmt: skip
+def test_a_quantisation_config_is_refused(zoo: Zoo, settings: dict[str, Any]) -> None:
+    folder = zoo.save("m", TENSORS, config={"quantization_config": settings})
+    named = settings["quant_method"]
+    refused(folder, f"config.json says it is quantised ({named})", "merge the bf16 or fp16")
 
 
 def test_other_formats_are_refused_with_advice(zoo: Zoo) -> None:

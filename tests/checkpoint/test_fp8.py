@@ -1,0 +1,165 @@
+"""fp8 checkpoints with scales, as they are published, de-quantised as they are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft_models import adapt, held, quiet, save
+from safetensors.torch import load_file
+from torch import Tensor
+from zoo import Zoo
+
+from mowmerge import planner
+from mowmerge.checkpoint import fp8, source
+from mowmerge.errors import MowmergeError
+
+E4M3 = torch.float8_e4m3fn
+DEEPSEEK = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
+            "weight_block_size": [128, 128]}  # fmt: skip
+EIGHT_BITS = {"targets": ["Linear"], "weights": {"type": "float", "num_bits": 8}}
+COMPRESSED = {"quant_method": "compressed-tensors", "config_groups": {"group_0": EIGHT_BITS}}
+
+
+def config(settings: Any, dtype: str = "bfloat16") -> dict[str, Any]:
+    return {"model_type": "llama", "torch_dtype": dtype, "quantization_config": settings}
+
+
+def fp8_of(*shape: int, seed: int = 0) -> Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 50).to(E4M3)
+
+
+def scales(*shape: int, seed: int = 9) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) + 0.01
+
+
+def read(zoo: Zoo, folder: str, **options: Any) -> dict[str, Tensor]:
+    return zoo.merge({"models": {"m": f"./{folder}"}, "method": "passthrough"}, "out", **options)[0]
+
+
+def test_blocks_by_hand(zoo: Zoo) -> None:
+    """130 by 129: a grid of 2 by 2, whose last blocks are two rows and one column."""
+    weight = torch.full((130, 129), 2.0).to(E4M3)
+    scale = torch.tensor([[1.0, 3.0], [5.0, 7.0]])
+    tensors = {"x.q_proj.weight": weight, "x.q_proj.weight_scale_inv": scale,
+               "x.norm.weight": torch.ones(4, dtype=torch.bfloat16)}  # fmt: skip
+    zoo.save("m", tensors, config=config(DEEPSEEK))
+    got = read(zoo, "m")
+    assert got.keys() == {"x.q_proj.weight", "x.norm.weight"}
+    value = got["x.q_proj.weight"]
+    assert value.dtype == torch.bfloat16
+    assert [value[0, 0], value[127, 127], value[0, 128], value[128, 0], value[129, 128]] == [
+        2, 2, 6, 10, 14,
+    ]  # fmt: skip
+    settings = json.loads((zoo.folder / "out" / "config.json").read_text())
+    assert settings == {"model_type": "llama", "torch_dtype": "bfloat16"}
+
+
+def expanded(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    """W = fp8 * scale in fp64, one element at a time in effect."""
+    rows = torch.arange(weight.shape[-2]) // block[0]
+    columns = torch.arange(weight.shape[-1]) // block[1]
+    return weight.double() * scale.double()[..., rows, :][..., columns]
+
+
+@pytest.mark.parametrize(
+    ("shape", "scale", "block", "suffix", "settings"),
+    [
+        ((300, 517), (3, 5), (128, 128), "_scale_inv", DEEPSEEK),
+        ((300, 517), (10, 9), (32, 64), "_scale_inv", {**DEEPSEEK, "weight_block_size": [32, 64]}),
+        ((3, 200, 140), (3, 2, 2), (128, 128), "_scale_inv", DEEPSEEK),
+        ((300, 517), (1,), (300, 517), "_scale", COMPRESSED),
+        ((300, 517), (), (300, 517), "_scale", COMPRESSED),
+        ((300, 517), (300, 1), (1, 517), "_scale", COMPRESSED),
+        ((300, 517), (300,), (1, 517), "_scale", COMPRESSED),
+        ((3, 200, 140), (3, 200, 1), (1, 140), "_scale", COMPRESSED),
+        ((300, 517), (3, 5), (128, 128), "_scale_inv", None),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_every_layout_of_scales(
+    zoo: Zoo, shape: tuple[int, ...], scale: tuple[int, ...], block: tuple[int, int], suffix: str,
+    settings: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(planner, "BLOCK", 65_536)
+    weight, numbers = fp8_of(*shape), scales(*scale)
+    grid = numbers
+    if block[0] == 1:
+        grid = numbers.view(*shape[:-1], 1)
+    elif suffix == "_scale":
+        grid = numbers.view(1, 1)
+    want = expanded(weight, grid, block)
+    for dtype, name in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
+        tensors = {"x.q_proj.weight": weight, f"x.q_proj.weight{suffix}": numbers,
+                   "x.q_proj.input_scale": torch.ones(1)}  # fmt: skip
+        zoo.save("m", tensors, config=config(settings, name))
+        got = read(zoo, "m", force=True)
+        assert list(got) == ["x.q_proj.weight"]
+        torch.testing.assert_close(got["x.q_proj.weight"], want.to(dtype), rtol=1e-6, atol=0)
+
+
+def test_fp8_models_merge_with_plain_ones_and_take_adapters(zoo: Zoo) -> None:
+    """A de-quantised base under an expert in bf16, and under a LoRA."""
+    base = save(zoo.folder / "base", "llama", torch.bfloat16)
+    tensors = load_file(base / "model.safetensors")
+    packed: dict[str, Tensor] = {}
+    for name, value in tensors.items():
+        packed[name] = value
+        if "_proj" in name:
+            scale = value.float().abs().amax() / 448
+            packed[name] = (value.float() / scale).to(E4M3)
+            packed[f"{name}_scale_inv"] = scale.view(1, 1)
+    settings = json.loads((base / "config.json").read_text())
+    zoo.save("fp8", packed, config={**settings, "quantization_config": DEEPSEEK})
+    zoo.merge({"models": {"m": "./fp8"}, "method": "passthrough"}, "plain")
+    adapter = adapt(base, zoo.folder / "a")
+    one, two = (
+        zoo.merge(
+            {"base": f"./{name}", "method": "task_arithmetic",
+             "models": {"x": "./base", "y": {"source": "base", "adapter": str(adapter)}}},
+            f"from-{name}",
+        )[0]
+        for name in ("fp8", "plain")
+    )  # fmt: skip
+    for name, value in two.items():
+        assert torch.equal(one[name], value), name
+    with quiet():
+        held(zoo.folder / "from-fp8")
+
+
+@pytest.mark.parametrize("scale", [(2, 2), (299,), (4, 5, 1)], ids=str)
+def test_a_scale_of_another_shape_is_refused(zoo: Zoo, scale: tuple[int, ...]) -> None:
+    tensors = {"x.weight": fp8_of(300, 517), "x.weight_scale_inv": scales(*scale)}
+    folder = zoo.save("m", tensors, config=config(DEEPSEEK))
+    with pytest.raises(MowmergeError, match="'x.weight' is F8_E4M3 without a scale"):
+        source.find(str(folder))
+
+
+def test_a_nan_is_told(zoo: Zoo) -> None:
+    weight = fp8_of(4, 4)
+    weight.view(torch.uint8)[1, 1] = 0x7F
+    zoo.save("m", {"x.weight": weight, "x.weight_scale": torch.ones(1)}, config=config(COMPRESSED))
+    with pytest.raises(MowmergeError, match="'x.weight' holds NaN or Inf"):
+        read(zoo, "m")
+
+
+def test_what_counts_as_fp8() -> None:
+    assert fp8.understood(DEEPSEEK)
+    assert fp8.understood(COMPRESSED)
+    assert fp8.understood({"quant_method": "fbgemm_fp8"})
+    assert not fp8.understood({"quant_method": "compressed-tensors", "config_groups": {}})
+    assert not fp8.understood({"quant_method": "gptq"})
+
+
+def test_the_plan_says_what_is_written(zoo: Zoo) -> None:
+    from mowmerge import api
+
+    tensors = {"x.q_proj.weight": fp8_of(256, 256), "x.q_proj.weight_scale_inv": scales(2, 2)}
+    zoo.save("m", tensors, config=config(DEEPSEEK))
+    plan = api.plan(zoo.recipe({"models": {"m": "./m"}, "method": "passthrough"}))
+    (job,) = plan.jobs
+    assert (job.output.dtype, plan.data_bytes) == ("BF16", 2 * 256 * 256)
+    assert Path(plan.sources["m"].folder).name == "m"  # type: ignore[union-attr]
