@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mowmerge import __version__, scoring
-from mowmerge.checkpoint import heads, sidecars, writer
+from mowmerge.checkpoint import fp8, heads, sidecars, writer
 from mowmerge.checkpoint.contents import contents
 from mowmerge.checkpoint.contents import planned as specs_of
 from mowmerge.checkpoint.dynamic import held
@@ -128,7 +128,8 @@ def merge(
     with Staging(target, force=force, keep=keep) as staging:
         staging.allocate(planned.files)
         planned, learned = _fitted(parsed, planned, staging.path, tell)
-        with writer.ShardSink(staging.path, planned.files, begin(planned)) as sink:
+        advance = begin(planned)
+        with writer.ShardSink(staging.path, planned.files, advance, planned.packings) as sink:
             engine = Engine(planned)
             tensors = engine.run(sink)
             _write_dynamic(planned, engine.readers, sink)
@@ -358,29 +359,26 @@ def _write_sidecars(planned: Plan, recipe: Recipe, folder: Path) -> dict[str, An
 
 def _finish(planned: Plan, folder: Path, hashes: bool) -> None:
     """Hashes and the config: last, so that a folder that is not whole never looks loadable."""
-    dtypes = {job.output.dtype for job in planned.jobs if job.output.kind == "float"}
-    changed = any(
-        job.output.dtype != planned_dtype
-        for job in planned.jobs
-        if (planned_dtype := _donor_dtype(planned, job.output.name)) is not None
-    )
+    plain = [job for job in planned.jobs if not job.packing]
+    dtypes = {job.output.dtype for job in plain if job.output.kind == "float"}
+    before = planned.sources[planned.donor].specs
+    known = [job.output for job in plain if job.output.name in before]
+    changed = any(spec.dtype != before[spec.name].dtype for spec in known)
     dtype = DTYPES[next(iter(dtypes))].torch_name if changed and len(dtypes) == 1 else None
     if hashes:
         lines = writer.sums(folder)
     if planned.manifest:
         sidecars.write_dynamic_config(_donor(planned), folder, dtype, planned.manifest)
     else:
-        sidecars.write_config(_donor(planned), folder, dtype, headless=bool(planned.heads))
+        donor = _donor(planned)
+        quantised = fp8.quantization_config(planned, config(donor))
+        sidecars.write_config(
+            donor, folder, dtype, headless=bool(planned.heads), quantised=quantised
+        )
     if hashes:
         if (folder / "config.json").exists():
             lines.append(f"{writer.sha256(folder / 'config.json')}  config.json")
         _write(folder / "SHA256SUMS", "\n".join(lines) + "\n")
-
-
-def _donor_dtype(planned: Plan, name: str) -> str | None:
-    origin = planned.sources[planned.donor]
-    spec = origin.specs.get(name)
-    return spec.dtype if spec else None
 
 
 def _write(file: Path, text: str) -> None:

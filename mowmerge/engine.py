@@ -114,7 +114,7 @@ class Engine:
             action="merged" if merged else "copied",
             method=job.method if merged else None,
             read_bytes=job.read_bytes,
-            written_bytes=job.output.nbytes,
+            written_bytes=sum(spec.nbytes for spec in job.stored),
             seconds=time.perf_counter() - began,
             figures=figures,
             notes=notes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from mowmerge.errors import ResourceError
@@ -54,6 +55,9 @@ def working_bytes(job: TensorJob, block: int) -> int:
     counted = HISTOGRAM * len(job.models) if job.scope in ("tensor", "model") and not whole else 0
     coding = _coding_bytes(job, length, wide) if job.code else 0
     held = sum(i.held for one in (job, job.anchor) if one for i in one.inputs)
+    if job.packing is not None:  # rows wait until all that share a scale are there
+        rows = min(job.packing.block[0], math.prod(job.output.shape[:-1]))
+        held += 4 * wide * rows * job.output.shape[-1]
     return read + length * (wide * (2 * n + 4) + job.output.itemsize) + counted + coding + held
 
 

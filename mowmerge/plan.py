@@ -112,6 +112,16 @@ class Input:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """How an output tensor is stored in fp8: the weight, its scales, and the rows and columns that
+    share one."""
+
+    weight: TensorSpec
+    scale: TensorSpec
+    block: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class TensorJob:
     """One output tensor: what is read, by which method, with which parameters, at which scope.
 
@@ -129,6 +139,12 @@ class TensorJob:
     group: int | None = None
     code: Code | None = None
     anchor: TensorJob | None = None
+    packing: Packing | None = None
+
+    @property
+    def stored(self) -> tuple[TensorSpec, ...]:
+        """What the output is on disk: itself, or an fp8 weight and its scales."""
+        return (self.packing.weight, self.packing.scale) if self.packing else (self.output,)
 
     @property
     def parts(self) -> tuple[TensorSpec, ...]:
@@ -230,6 +246,11 @@ class Plan:
         return {job.output.name: job.output for job in self.jobs}
 
     @property
+    def packings(self) -> Mapping[str, Packing]:
+        """How each tensor that goes to fp8 is stored, by name."""
+        return {job.output.name: job.packing for job in self.jobs if job.packing}
+
+    @property
     def checkpoints(self) -> list[tuple[str, Stored]]:
         """Every checkpoint that is read, adapters and those of nested recipes too, by model."""
         return [pair for name, source in self.sources.items() for pair in _stored(name, source)]
@@ -282,7 +303,7 @@ class Plan:
         """A digest of what decides the output's bytes: same plan, same inputs, same bytes."""
         jobs = [
             (j.output.name, j.output.dtype, j.output.shape, j.method, dict(j.parameters), j.scope,
-             [(i.model, i.spec.name) for i in j.inputs], str(j.code),
+             [(i.model, i.spec.name) for i in j.inputs], str(j.code), str(j.packing),
              (j.anchor.method, dict(j.anchor.parameters)) if j.anchor else None)
             for j in self.jobs
         ]  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mowmerge import __version__, memory
-from mowmerge.checkpoint import naming, source, tokenizers
+from mowmerge.checkpoint import fp8, naming, source, tokenizers
 from mowmerge.checkpoint.adapter import held_bytes
 from mowmerge.checkpoint.writer import layout, shard_of
 from mowmerge.errors import CheckpointError, Problem, RecipeError
@@ -19,6 +19,7 @@ from mowmerge.plan import (
     RUN,
     Adapted,
     Input,
+    Packing,
     Plan,
     Shard,
     Source,
@@ -71,6 +72,7 @@ class _Planner:
         self.rules_used: set[int] = set()
         self.upcycling: Upcycling | None = None
         self.sources: Mapping[str, Source] = {}
+        self.packings: Mapping[str, Packing] = {}
 
     def plan(self) -> Plan:
         search = Search(self.recipe, self.options.download, self.options.allow_pickle, self._nested)
@@ -82,6 +84,9 @@ class _Planner:
         if registry.get(self.recipe.method).dynamic:
             self._compare_tokenizers(donor, sources)
             self.upcycling = Upcycling(self.recipe, specs[donor], self.options.surveyed)
+        if self.recipe.output.dtype == "fp8":
+            held = config_source(sources[donor])
+            self.packings = fp8.packings(specs[donor], held, source.config(held.folder))
         jobs = self._jobs(donor, base, specs)
         self._raise_problems()
         jobs = self._grouped(jobs)
@@ -222,6 +227,8 @@ class _Planner:
         """The tensor as it is stored."""
         output = self.recipe.output
         dtype = "float32" if output.format == "adapter" else output.dtype
+        if dtype == "fp8":
+            dtype = "float32" if spec.name in self.packings else None
         if dtype and spec.kind == "float":
             return replace(spec, dtype=dtype_named(dtype).code)
         return spec
@@ -246,6 +253,7 @@ class _Planner:
             method=method.name if spec.kind == "float" else None,
             parameters=chosen.parameters if spec.kind == "float" else {},
             scope=method.scope(chosen.parameters) if spec.kind == "float" else "element",
+            packing=self.packings.get(spec.name),
         )
 
     def _input(
@@ -390,4 +398,4 @@ class _Planner:
 
     def _layout(self, jobs: Sequence[TensorJob]) -> list[Shard]:
         size = self.recipe.output.shard_size or SHARD_SIZE
-        return layout([job.output for job in jobs], size, self._metadata)
+        return layout([spec for job in jobs for spec in job.stored], size, self._metadata)

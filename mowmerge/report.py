@@ -83,7 +83,7 @@ def report(
         "tensors": [
             {
                 "name": t.name,
-                "dtype": jobs[t.name].output.dtype,
+                "dtype": jobs[t.name].stored[0].dtype,
                 "shape": list(jobs[t.name].output.shape),
                 "action": t.action,
                 "method": t.method,

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
-from mowmerge.plan import Location, Scale
+from mowmerge.checkpoint import naming
+from mowmerge.errors import CheckpointError
+from mowmerge.plan import Location, Packing, Plan, Scale, Stored, config_source
 from mowmerge.tensors import DTYPES, Tensor, TensorHandle, TensorSpec, dtype_named, torch
 
 BLOCK = (128, 128)
@@ -126,3 +128,110 @@ class _ScaledHandle:
 
     def close(self) -> None:
         self._weight.close()
+
+
+def packings(
+    specs: Mapping[str, TensorSpec], donor: Stored, config: Mapping[str, Any]
+) -> dict[str, Packing]:
+    """How each tensor that goes to fp8 is stored: as the donor has it where that is in fp8, else
+    the matrices of attention and mlp in e4m3 with scales for blocks of 128 by 128.
+
+    Raises:
+        CheckpointError: the donor's activations have fixed scales, measured on it alone.
+    """
+    if donor.scales:
+        scheme = (config.get("quantization_config") or {}).get("activation_scheme")
+        if scheme == "static":
+            raise CheckpointError(
+                "its activations have fixed scales, which do not hold for a merge",
+                where=donor.origin, hint="write bfloat16, and calibrate the result",
+            )  # fmt: skip
+        return {
+            name: Packing(donor.tensors[name].spec, scale.location.spec, scale.block)
+            for name, scale in donor.scales.items()
+            if name in specs
+        }
+    found = {}
+    for name, spec in specs.items():
+        matrix = len(spec.shape) == 2 and spec.kind == "float" and name.endswith(".weight")
+        if matrix and naming.role(name) in ("attention", "mlp"):
+            grid = tuple(-(-n // b) for n, b in zip(spec.shape, BLOCK, strict=True))
+            weight, scale = (TensorSpec(name, "F8_E4M3", spec.shape),
+                             TensorSpec(f"{name}_scale_inv", "F32", grid))  # fmt: skip
+            found[name] = Packing(weight, scale, BLOCK)
+    return found
+
+
+def quantization_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What config.json says of the fp8 tensors that a plan writes; None without any. `config` is
+    the donor's."""
+    packed = plan.packings
+    if not packed:
+        return None
+    own = config.get("quantization_config")
+    if config_source(plan.sources[plan.donor]).scales and isinstance(own, dict):
+        return dict(own)
+    others = [
+        name.removesuffix(".weight")
+        for name, spec in plan.specs.items()
+        if name not in packed and len(spec.shape) == 2 and name.endswith(".weight")
+        and naming.role(name) != "embedding"
+    ]  # fmt: skip
+    return {
+        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
+        "weight_block_size": list(BLOCK), "modules_to_not_convert": others or ["lm_head"],
+    }  # fmt: skip
+
+
+class Packer:
+    """One tensor on its way to fp8: rows wait until all that share a scale are there.
+
+    scale = max |W| over the block / the largest fp8 number, rounded to the scale's dtype; 1 where
+    the block is zero. W / scale is rounded to the nearest fp8 number.
+    """
+
+    def __init__(self, how: Packing) -> None:
+        self._how, self._columns = how, how.weight.shape[-1]
+        rows = math.prod(how.weight.shape[:-1])
+        self._matrix = rows if how.scale.numel == 1 else how.weight.shape[-2]
+        self._waiting: list[Tensor] = []
+        self._row, self._scaled = 0, 0
+
+    def packed(self, start: int, data: memoryview) -> Iterator[tuple[str, int, memoryview]]:
+        """The pieces of weight and scale that fp32 bytes from `start` on complete."""
+        if not start:
+            self._waiting, self._row, self._scaled = [], 0, 0
+        self._waiting.append(torch.frombuffer(data, dtype=torch.float32).clone())
+        held = sum(len(piece) for piece in self._waiting)
+        while held >= (length := self._group() * self._columns) > 0:
+            flat = torch.cat(self._waiting)
+            self._waiting, held = [flat[length:]], held - length
+            yield from self._pack(flat[:length].view(-1, self._columns))
+
+    def _group(self) -> int:
+        """Rows that share the next scales; 0 after the last."""
+        if self._row == math.prod(self._how.weight.shape[:-1]):
+            return 0
+        return min(self._how.block[0], self._matrix - self._row % self._matrix)
+
+    def _pack(self, value: Tensor) -> Iterator[tuple[str, int, memoryview]]:
+        weight, scale = self._how.weight, self._how.scale
+        across = self._how.block[1]
+        dtype, narrow = DTYPES[weight.dtype].torch, DTYPES[scale.dtype].torch
+        most = torch.finfo(dtype).max
+        padded = torch.nn.functional.pad(value, (0, -self._columns % across))
+        blocks = padded.view(len(value), -1, across)
+        numbers = blocks.abs().amax(dim=(0, 2)).div_(most).to(narrow).float()
+        numbers[numbers == 0] = 1.0
+        small = (blocks / numbers[:, None]).clamp_(-most, most).to(dtype)
+        held = small.view(len(value), -1)[:, : self._columns].contiguous()
+        kept = numbers.to(narrow)
+        size = weight.itemsize
+        yield weight.name, self._row * self._columns * size, _bytes(held)
+        yield scale.name, self._scaled * scale.itemsize, _bytes(kept)
+        self._row, self._scaled = self._row + len(value), self._scaled + len(kept)
+
+
+def _bytes(value: Tensor) -> memoryview:
+    data: memoryview = value.reshape(-1).view(torch.uint8).numpy().data
+    return data

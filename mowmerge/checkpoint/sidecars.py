@@ -43,17 +43,22 @@ def copy(donor: Path, others: Sequence[tuple[str, Path]], out: Path) -> list[str
     return sorted(f.name for f in rest if f.suffix not in _WEIGHTS and not f.name.startswith("."))
 
 
-def write_config(donor: Path, out: Path, dtype: str | None, *, headless: bool = False) -> None:
+def write_config(
+    donor: Path, out: Path, dtype: str | None, *, headless: bool = False,
+    quantised: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Writes the donor's config.json with nothing changed but the dtype, where that changed.
 
-    `headless` makes it that of the bare backbone: its class, and no label map. What says that the
-    donor was quantised goes: the weights that are written are not.
+    `headless` makes it that of the bare backbone: its class, and no label map. `quantised`
+    takes the place of what says that the donor was.
     """
     settings = config(donor)
     if not settings:
         return
-    quantised = settings.pop("quantization_config", None) is not None
-    if dtype is None and not headless and not quantised:
+    same = settings.pop("quantization_config", None) == quantised
+    if quantised:
+        settings["quantization_config"] = dict(quantised)
+    if dtype is None and not headless and same:
         shutil.copyfile(donor / "config.json", out / "config.json")
         return
     if dtype:

@@ -17,8 +17,9 @@ from pathlib import Path
 from threading import Lock
 from types import TracebackType
 
+from mowmerge.checkpoint import fp8
 from mowmerge.errors import ResourceError
-from mowmerge.plan import Shard
+from mowmerge.plan import Packing, Shard
 from mowmerge.tensors import TensorSpec
 
 ALIGN = 64  # the data section of a shard starts at a multiple of this
@@ -75,7 +76,7 @@ def index(shards: Sequence[Shard], specs: Mapping[str, TensorSpec]) -> str | Non
         return None
     totals = {
         "total_parameters": sum(s.numel for s in specs.values()),
-        "total_size": sum(s.nbytes for s in specs.values()),
+        "total_size": sum(shard.nbytes - len(shard.header) for shard in shards),
     }
     where = {name: shard.file for shard in shards for name in shard.offsets}
     return (
@@ -259,11 +260,16 @@ class Appender:
 
 
 class ShardSink:
-    """Puts bytes at their planned offsets in the staged shards."""
+    """Puts bytes at their planned offsets in the staged shards, those to be packed as fp8."""
 
     def __init__(
-        self, folder: Path, shards: Sequence[Shard], advance: Callable[[int], None]
+        self,
+        folder: Path,
+        shards: Sequence[Shard],
+        advance: Callable[[int], None],
+        packings: Mapping[str, Packing] | None = None,
     ) -> None:
+        self._packers = {name: fp8.Packer(how) for name, how in (packings or {}).items()}
         self._places = {name: (s.file, at) for s in shards for name, at in s.offsets.items()}
         self._folder, self._advance, self._closing = folder, advance, ExitStack()
         self._fds: dict[str, int] = {}
@@ -278,7 +284,14 @@ class ShardSink:
         self._closing.close()
 
     def write(self, name: str, start: int, data: memoryview) -> None:
-        """Takes a tensor's bytes from byte `start` on; called from any worker."""
+        """Takes a tensor's bytes from byte `start` on; called from any worker. Those of a tensor
+        that is packed come in order."""
+        packer = self._packers.get(name)
+        pieces = packer.packed(start, data) if packer else [(name, start, data)]
+        for piece in pieces:
+            self._put(*piece)
+
+    def _put(self, name: str, start: int, data: memoryview) -> None:
         file, offset = self._places[name]
         try:
             write_at(self._fds[file], data, offset + start)

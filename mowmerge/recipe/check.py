@@ -198,6 +198,11 @@ def _fits_by_default(data: Mapping[str, Any]) -> bool:
     return data.get("rest") is None and how is not None and bool(how.learned)
 
 
+def _dynamic(data: Mapping[str, Any]) -> bool:
+    method = data.get("method")
+    return method in registry.names() and registry.get(str(method)).dynamic is not None
+
+
 def _output(data: Mapping[str, Any]) -> Iterator[Fault]:
     """What does not go with an adapter as output, or only with one."""
     output = as_map(data.get("output"))
@@ -205,6 +210,8 @@ def _output(data: Mapping[str, Any]) -> Iterator[Fault]:
         for key in ("rank", "energy"):
             if output.get(key) is not None:
                 yield Fault(("output", key), f"output.{key} is for output.format: adapter")
+        if output.get("dtype") == "fp8" and _dynamic(data):
+            yield Fault(("output", "dtype"), "a dynamic checkpoint cannot be stored in fp8")
         return
     loc: Loc = ("output", "format")
     if data.get("base") is None:

@@ -242,8 +242,8 @@ class Output(Strict):
     """Where the result goes, and how it is stored."""
 
     path: str | None = Field(default=None, description="Folder; ./merged/<recipe name> if absent.")
-    dtype: Literal["float64", "float32", "float16", "bfloat16"] | None = Field(
-        default=None, description="Element type of merged tensors; that of the inputs if absent."
+    dtype: Literal["float64", "float32", "float16", "bfloat16", "fp8"] | None = Field(
+        default=None, description="Element type of merged tensors; absent that of the inputs."
     )
     shard_size: Bytes = Field(
         default=5_000_000_000, description="Largest weight file: 5GB, 500MB, 1GiB, or bytes."

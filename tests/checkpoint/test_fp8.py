@@ -154,6 +154,81 @@ def test_what_counts_as_fp8() -> None:
     assert not fp8.understood({"quant_method": "gptq"})
 
 
+def ulp(value: Tensor) -> Tensor:
+    """Half the distance between e4m3 numbers at this size, at least that of subnormal ones."""
+    return torch.exp2(value.abs().clamp_min(2.0**-6).log2().floor() - 4)
+
+
+def test_fp8_is_written_in_blocks(zoo: Zoo) -> None:
+    """DeepSeek's layout; each element within half a step of its block's scale."""
+    names = {"x.q_proj.weight": (300, 517), "x.up_proj.weight": (64, 40), "lm_head.weight": (8, 8)}
+    draws = torch.Generator().manual_seed(0)
+    tensors = {n: torch.randn(s, generator=draws).bfloat16() for n, s in names.items()}
+    tensors["x.norm.weight"] = torch.ones(8).bfloat16()
+    tensors["x.up_proj.weight"].zero_()
+    zoo.save("m", tensors, config={"model_type": "llama", "torch_dtype": "bfloat16"})
+    recipe = {"models": {"m": "./m"}, "method": "passthrough", "output": {"dtype": "fp8"}}
+    got, report = zoo.merge(recipe, "out")
+    assert set(got) == {*tensors, "x.q_proj.weight_scale_inv", "x.up_proj.weight_scale_inv"}
+    weight, scale = got["x.q_proj.weight"], got["x.q_proj.weight_scale_inv"]
+    assert (weight.dtype, scale.dtype, scale.shape) == (E4M3, torch.float32, (3, 5))
+    want = tensors["x.q_proj.weight"].double()
+    for i in range(3):
+        for j in range(5):
+            part = slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128)
+            assert scale[i, j] == pytest.approx(float(want[part].abs().max()) / 448, rel=1e-6)
+            exact = want[part] / scale[i, j].double()
+            off = (weight[part].double() - exact).abs()
+            assert (off <= ulp(exact) * (1 + 1e-5)).all()
+    assert got["x.up_proj.weight_scale_inv"].tolist() == [[1.0]]
+    settings = json.loads((zoo.folder / "out" / "config.json").read_text())
+    assert settings["quantization_config"] == {**DEEPSEEK, "modules_to_not_convert": ["lm_head"]}
+    assert settings["torch_dtype"] == "bfloat16"
+    assert report["written_bytes"] == (zoo.folder / "out" / "model.safetensors").stat().st_size
+    again = zoo.merge({"models": {"m": "./out"}, "method": "passthrough"}, "again")[0]
+    assert torch.equal(
+        again["x.q_proj.weight"], expanded(weight, scale, (128, 128)).float().bfloat16()
+    )
+
+
+@pytest.mark.parametrize("scale", [(1,), (300, 1), (3, 5), (3, 2, 2), (3, 200, 1)], ids=str)
+def test_fp8_goes_back_into_the_layout_it_came_in(zoo: Zoo, scale: tuple[int, ...]) -> None:
+    """And whatever blocks it was merged in, its bytes are the same."""
+    weight = fp8_of(3, 200, 140) if len(scale) == 3 else fp8_of(300, 517)
+    settings = DEEPSEEK if scale in ((3, 5), (3, 2, 2)) else COMPRESSED
+    suffix = "_scale_inv" if settings is DEEPSEEK else "_scale"
+    tensors = {"x.q_proj.weight": weight, f"x.q_proj.weight{suffix}": scales(*scale).bfloat16()}
+    zoo.save("m", tensors, config=config(settings))
+    recipe = {"models": {"m": "./m"}, "method": "passthrough", "output": {"dtype": "fp8"}}
+    found = []
+    for block in (65_536, 4 * 65_536):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(planner, "BLOCK", block)
+            found.append(zoo.merge(recipe, "out", force=True)[0])
+    one, two = found
+    assert {n: (v.dtype, v.shape) for n, v in one.items()} == {
+        n: (v.dtype, v.shape) for n, v in tensors.items()
+    }
+    assert all(torch.equal(v.view(torch.uint8), two[n].view(torch.uint8)) for n, v in one.items())
+    written = json.loads((zoo.folder / "out" / "config.json").read_text())
+    assert written["quantization_config"] == settings
+    before, after = read(zoo, "m", force=True), None
+    zoo.merge({"models": {"m": "./m"}, "method": "passthrough"}, "dense", force=True)
+    zoo.merge(recipe, "packed", force=True)
+    after = zoo.merge({"models": {"m": "./packed"}, "method": "passthrough"}, "back")[0]
+    value, back = before["x.q_proj.weight"].float(), after["x.q_proj.weight"].float()
+    assert float((back - value).norm() / value.norm()) < 0.03
+
+
+def test_fixed_activation_scales_are_not_written_again(zoo: Zoo) -> None:
+    settings = {**DEEPSEEK, "activation_scheme": "static"}
+    tensors = {"x.q_proj.weight": fp8_of(4, 4), "x.q_proj.weight_scale_inv": scales(1, 1)}
+    zoo.save("m", tensors, config=config(settings))
+    recipe = {"models": {"m": "./m"}, "method": "passthrough", "output": {"dtype": "fp8"}}
+    with pytest.raises(MowmergeError, match="activations have fixed scales"):
+        zoo.merge(recipe, "out")
+
+
 def test_the_plan_says_what_is_written(zoo: Zoo) -> None:
     from mowmerge import api
 
