@@ -378,14 +378,12 @@ def show_result(
 
 def _adapter(result: Result) -> str:
     """An adapter and what it keeps, in a line; what is lost on a second."""
-    told = result.report
-    did, ranks = Counter(t["action"] for t in told["tensors"]), told["ranks"]
-    low, high = min(ranks, default=0), max(ranks, default=0)
-    of = f" of rank {low}" if low == high else f" of ranks {low} to {high}"
+    told, ranks = result.report, result.report["ranks"]
+    did = Counter(t["action"] for t in told["tensors"])
+    of = " to ".join(dict.fromkeys(str(rank) for rank in (ranks[:1] + ranks[-1:])))
     head = (
-        f"{result.path}: {did['low rank']} low-rank updates{of},"
+        f"{result.path}: {did['low rank']} low-rank updates of rank {of or 0},"
         f" {did['bias'] + did['modules_to_save']} tensors as they are;"
         f" {told['kept_energy']:.2%} of the squared norm is kept, in {told['seconds']:.1f} s"
     )
-    lost = told["lost"]
-    return f"{head}\nlost: {', '.join(lost[:5])}{', ...' * (len(lost) > 5)}" if lost else head
+    return f"{head}\nlost: {', '.join(told['lost'])}" if told["lost"] else head

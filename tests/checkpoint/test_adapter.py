@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from zoo import Zoo
 
 from mowmerge import api
+from mowmerge.checkpoint import adapter as reading
+from mowmerge.checkpoint.reader import StoredReader
 from mowmerge.errors import MowmergeError
 from mowmerge.planner import Options
 
@@ -315,6 +318,37 @@ def test_bytes_do_not_depend_on_blocks_and_workers(
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
     assert not torch.equal(found[0], load_file(base / "model.safetensors")["h.c_attn.weight"])
+
+
+def test_runs_of_rows_are_the_same_wherever_reading_starts(
+    zoo: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A product's rounding may depend on its shape, so that shape must not depend on the reader."""
+    rows, columns = 1531, 517
+    base = zoo.save("base", {"x.q_proj.weight": torch.randn(rows, columns)})
+    adapter = write(zoo.folder / "a", low_rank(rows=rows, columns=columns))
+    (source,) = plan_of(zoo, base, adapter).sources.values()
+    seen: set[tuple[int, int]] = set()
+    real = reading._AdaptedHandle._original
+
+    def spied(self: Any, matrix: int, first: int, last: int) -> Tensor:
+        seen.add((first, last))
+        return real(self, matrix, first, last)
+
+    monkeypatch.setattr(reading._AdaptedHandle, "_original", spied)
+    reader = reading.AdaptedReader(StoredReader(source.model), source)
+    whole = torch.empty(rows * columns)
+    total = rows * columns
+    with closing(reader.open("x.q_proj.weight")) as handle:
+        handle.read(0, total, whole.view(torch.uint8).numpy().data)
+    runs = set(seen)
+    assert len(runs) > 3
+    for start, stop in ((1, 2), (200_001, 500_000), (total - 1, total), (131_000, 133_000)):
+        part = torch.empty(stop - start)
+        with closing(reader.open("x.q_proj.weight")) as handle:
+            handle.read(start, stop, part.view(torch.uint8).numpy().data)
+        assert torch.equal(part, whole[start:stop])
+    assert seen == runs
 
 
 GOLDEN = Path(__file__).parents[1] / "golden"
