@@ -68,7 +68,7 @@ CASES = [
     ("rules: [{match: {}, parameters: {weight: {cod: 1}}}]",
      "rules.0.parameters.weight.cod: there is no model 'cod'", "did you mean 'code'?"),
     ("output: {dtype: bf16}",
-     "output.dtype must be one of float64, float32, float16, bfloat16, not 'bf16'",
+     "output.dtype must be one of float64, float32, float16, bfloat16, fp8, not 'bf16'",
      "did you mean 'bfloat16'?"),
     ("output: {shard_size: big}",
      "output.shard_size must be a number of bytes such as 5GB, 500MB or 1GiB", ""),
