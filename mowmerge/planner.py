@@ -17,7 +17,6 @@ from mowmerge.methods import registry
 from mowmerge.methods.contracts import Extent, MethodError
 from mowmerge.plan import (
     RUN,
-    Adapted,
     Input,
     Packing,
     Plan,
@@ -292,9 +291,7 @@ class _Planner:
                     )
                 )
                 return None
-        origin = self.sources[model]
-        handle = held_bytes(origin, found.name) if isinstance(origin, Adapted) else 0
-        return Input(model, found, handle)
+        return Input(model, found, held_bytes(self.sources[model], found.name))
 
     def _extras(self, donor: str, specs: Mapping[str, Mapping[str, TensorSpec]]) -> None:
         """Tensors that only other models have: tied, dropped by a rule, or a problem."""

@@ -10,7 +10,7 @@ from threading import Lock
 from typing import Any
 
 from mowmerge.checkpoint.reader import StoredReader
-from mowmerge.plan import RUN, Adapted, Patch
+from mowmerge.plan import RUN, Adapted, Patch, Source
 from mowmerge.tensors import DTYPES, Tensor, TensorHandle, TensorReader, TensorSpec, torch
 
 WIDE = 2 * RUN  # elements in a run of rows, one row at least: fixed, so that no block changes bytes
@@ -224,11 +224,12 @@ def matrices(spec: TensorSpec, patches: Sequence[Patch]) -> tuple[int, int, int]
     return stack, shape[0] if shape else 1, math.prod(shape[1:])
 
 
-def held_bytes(adapted: Adapted, name: str) -> int:
-    """Bytes that an open handle on a tensor takes: the factors, and its run of rows."""
-    patches = adapted.patches.get(name, ())
-    if not patches or name in adapted.added:
+def held_bytes(adapted: Source, name: str) -> int:
+    """Bytes that an open handle on a tensor takes: the factors, and its run of rows; none where no
+    adapter is on it."""
+    if not isinstance(adapted, Adapted) or name in adapted.added or name not in adapted.patches:
         return 0
+    patches = adapted.patches[name]
     spec = adapted.specs[name]
     wide = 8 if spec.dtype == "F64" else 4
     _, rows, columns = matrices(spec, patches)
