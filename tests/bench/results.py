@@ -41,7 +41,6 @@ SUM = (
 )
 FIT = "weight: 0.05, balance: true, steps: 150"  # docs/learned.md says why
 ENTROPY = Options(objective="entropy")
-PRUNED = "density: 0.1, scale: 0.05"
 CASES = (
     Case("linear", "linear"),
     Case("task_arithmetic", "task_arithmetic", "scale: 0.05"),
@@ -53,8 +52,7 @@ CASES = (
     Case("mow, all", "mow", "blocks: 4, norms: all, embeddings: all", SUM, True, Options()),
     Case("wemoe", "wemoe", "scale: 0.05", "", True, Options()),
     Case("wemoe, entropy", "wemoe", "scale: 0.05", "", True, ENTROPY),
-    Case("e_wemoe, 90 % pruned", "e_wemoe", PRUNED, "", True, Options()),
-    Case("e_wemoe, 90 % pruned, entropy", "e_wemoe", PRUNED, "", True, ENTROPY),
+    Case("e_wemoe, 90 % pruned", "e_wemoe", "density: 0.1, scale: 0.05", "", True, Options()),
     Case("twin_merging, rank 25 %", "twin_merging", "density: 0.25", SUM, True, Options()),
     Case("one_bit", "one_bit", "", "", True, Options()),
     Case("smile", "smile", "rank: 16"),
