@@ -130,7 +130,7 @@ def merge(
                 where=parsed.file, hint="run it again from the start",
             )  # fmt: skip
         return Result(*lora.merge(parsed, planned, target, hashes=hashes, force=force, begin=begin))
-    how = merging.How(hashes, force, resume, locked, changed=bool(overrides))
+    how = merging.How(hashes, force, resume, locked)
     return Result(*merging.merge(parsed, planned, target, how, began, begin, tell))
 
 

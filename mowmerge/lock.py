@@ -102,13 +102,14 @@ def text(
 
     `folder` is what becomes `out`. Paths are relative to where the recipe lay, and where that is
     seen from `out` stands in the lock: so they hold wherever the lock is read from, as long as both
-    lie as they lay. There is no clock in it, no host and no absolute path.
+    lie as they lay. Coefficients are those beside the lock. There is no clock in it, no host and no
+    absolute path.
     """
     home = Path(os.path.realpath(recipe.folder))
     data = _pinned(recipe, plan, lambda path: _relative(path, recipe, home))
     del data["output"]["path"]
     if (folder / "coefficients.json").exists():
-        data["coefficients"] = os.path.relpath(os.path.realpath(out / "coefficients.json"), home)
+        data["coefficients"] = "coefficients.json"
     for task in data["tasks"].values():
         for part in ("data", "options"):
             task[part] = _paths(task.get(part, {}), lambda path: _relative(path, recipe, home))

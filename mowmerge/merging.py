@@ -30,13 +30,12 @@ Tell = Callable[[str], None]
 
 @dataclass(frozen=True)
 class How:
-    """What a caller asks of a merge; see `mowmerge.api.merge`. `changed`: by overrides."""
+    """What a caller asks of a merge; see `mowmerge.api.merge`."""
 
     hashes: bool
     force: bool
     resume: bool
     locked: bool
-    changed: bool
 
 
 def merge(
@@ -49,7 +48,7 @@ def merge(
     tell: Tell,
 ) -> tuple[Path, dict[str, Any]]:
     """Runs the final plan of a recipe; the folder, and the report. `began` is when it all did."""
-    again = replay.begin(recipe, planned, hashed=how.hashes, strict=how.locked, changed=how.changed)
+    again = replay.begin(recipe, planned, hashed=how.hashes, strict=how.locked)
     if again:
         planned = replace(planned, warnings=(*planned.warnings, *again.drift))
     keep = [folder for _, folder in _inputs(planned)]

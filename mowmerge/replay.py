@@ -40,17 +40,15 @@ class Replay:
         return {"drift": list(self.drift), **told}
 
 
-def begin(
-    recipe: Recipe, plan: Plan, *, hashed: bool, strict: bool, changed: bool
-) -> Replay | None:
-    """The replay that a merge is, if its recipe is a lock and nothing in it was `changed`.
+def begin(recipe: Recipe, plan: Plan, *, hashed: bool, strict: bool) -> Replay | None:
+    """The replay that a merge is, if its recipe is a lock without overrides.
 
     Raises:
         RecipeError: `strict`, and it is none, or one without digests.
         CheckpointError: `strict`, and an input is not the file that the lock names.
     """
     locked = recipe.lock
-    if locked is None or changed:
+    if locked is None or recipe.overridden:
         if strict:
             raise RecipeError(
                 "--locked runs a recipe.lock.yaml again, as it is", where=recipe.file,

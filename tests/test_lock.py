@@ -142,7 +142,7 @@ def test_a_fitted_path_and_tasks_are_found_from_the_output(family: Zoo) -> None:
     content = {"method": "linear", "models": {"a": "../a", "b": "../b"}, "tasks": {"t": task}}
     (where / "r.yaml").write_text(json.dumps(content))
     out = api.merge(where / "r.yaml", family.folder / "out").path
-    recipe = api._tasks(out, None)
+    recipe = api.tasks_of(out, None)
     found = recipe.tasks["t"].data["data_files"]
     assert found == "./data"
     assert Path(recipe.locate(found)).samefile(where / "data")
@@ -155,7 +155,7 @@ def test_a_task_of_every_type_may_stand_in_it(family: Zoo, kind: str) -> None:
     if TYPES[kind].columns:
         task["data"] = {"path": "json", "data_files": "./data"}
     out = merged(family, {**WAYS["linear"], "tasks": {"t": task}})
-    assert api._tasks(out, None).tasks == api.check(out / "recipe.yaml").tasks
+    assert api.tasks_of(out, None).tasks == api.check(out / "recipe.yaml").tasks
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda f: f.stem)

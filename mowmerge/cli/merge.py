@@ -77,15 +77,15 @@ def merge(
         plan = planned(recipe, overrides=set_ or [], options=options)
         output.show_plan(plan, as_json=json_)
         return
-    parsed = api.check(recipe, set_ or []) if eval_ else None
-    if parsed and not parsed.tasks:
+    parsed = api.check(recipe, set_ or [])
+    if eval_ and not parsed.tasks:
         raise RecipeError("--eval needs tasks, and the recipe has none", where=parsed.file)
     with output.Progress(quiet or json_) as progress:
         result = api.merge(
-            recipe, out, overrides=set_ or [], options=options, hashes=hash_, force=force,
-            resume=resume, locked=locked, begin=progress.begin, tell=progress.tell,
+            parsed, out, options=options, hashes=hash_, force=force, resume=resume, locked=locked,
+            begin=progress.begin, tell=progress.tell,
         )  # fmt: skip
-    if parsed is None:
+    if not eval_:
         results.show(result, as_json=json_, quiet=quiet)
         return
     report = _scored(result, parsed, quiet or json_)

@@ -108,6 +108,7 @@ class Origin:
     text: str = ""
     file: str = "<recipe>"
     lines: Mapping[Loc, int | str] = field(default_factory=dict)
+    overridden: bool = False
 
     def known(self, loc: Loc) -> Loc:
         """The longest part of `loc` that stands in the text."""
@@ -369,6 +370,11 @@ class Recipe(Strict):
     def text(self) -> str:
         """The YAML as run: verbatim, or with the overrides in it."""
         return self._origin.text
+
+    @property
+    def overridden(self) -> bool:
+        """Whether overrides changed what the file says."""
+        return self._origin.overridden
 
     @property
     def file(self) -> str:

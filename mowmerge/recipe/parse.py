@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -53,9 +54,12 @@ def loads(
     if overrides:
         override(document, overrides)
         text = dump(document.data)
-    origin = Origin(name, folder or Path(), text, file, document.lines)
+    origin = Origin(name, folder or Path(), text, file, document.lines, bool(overrides))
     lock = document.data.get("lock") if isinstance(document.data, Mapping) else None
     if isinstance(lock, Mapping):
+        found = document.data.get("coefficients")
+        if isinstance(found, str):  # those of the run: beside the lock
+            document.data["coefficients"] = os.path.abspath(origin.folder / found)
         place = origin.folder / str(lock.get("folder", "."))
         origin = replace(origin, name=str(lock.get("name", name)), folder=place)
     return _recipe(document.data, origin, document.problems, above)
