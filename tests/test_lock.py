@@ -21,6 +21,7 @@ from mowmerge.recipe import parse
 from mowmerge.recipe.complete import completed
 from mowmerge.recipe.task_types import TYPES
 from mowmerge.recipe.text import read
+from tests import peft_models
 
 INNER = {"method": "ties", "base": "./base", "models": {"a": "./a", "b": "./b"}}
 RULES = [
@@ -101,7 +102,7 @@ def test_what_stands_in_it(family: Zoo) -> None:
     assert str(family.folder) not in text
     assert data["parameters"] == registry.get("ties").complete({})
     assert data["models"] == {name: {"source": f"./{name}"} for name in "abc"}
-    assert data["output"] == {"shard_size": 5_000_000_000}
+    assert data["output"] == {"format": "checkpoint", "shard_size": 5_000_000_000}
     held = data["lock"]
     assert held["folder"] == "../.."
     assert held["torch"] == torch.__version__
@@ -259,3 +260,24 @@ def test_a_faulty_lock_is_a_faulty_recipe(family: Zoo) -> None:
         faulty.write_text(text.replace(before, after))
         with pytest.raises(RecipeError, match=says):
             api.check(faulty)
+
+
+def test_a_lock_names_the_files_of_adapters(zoo: Zoo) -> None:
+    """Shards and config of each adapter; it runs again, and another scale is drift."""
+    base = peft_models.save(zoo.folder / "base", "llama")
+    for seed, name in enumerate(("one", "two")):
+        peft_models.adapt(base, zoo.folder / name, seed)
+    both = {"source": "./base", "adapter": ["./one", {"source": "./two", "weight": 0.5}]}
+    out = merged(zoo, {"method": "linear", "models": {"m": both, "n": "./base"}})
+    file = out / "recipe.lock.yaml"
+    told = read(file.read_text("utf-8"), "lock").data
+    assert {"m", "m-adapter-0", "m-adapter-1", "n"} == set(told["lock"]["inputs"])
+    names = {"adapter_config.json", "adapter_model.safetensors"}
+    assert set(told["lock"]["inputs"]["m-adapter-1"]) == names
+    again = api.merge(file, zoo.folder / "again", locked=True)
+    assert again.report["replay"]["outcome"] == "same bytes"
+    config = zoo.folder / "two/adapter_config.json"
+    settings = json.loads(config.read_text("utf-8"))
+    config.write_text(json.dumps(settings | {"lora_alpha": 99}), "utf-8")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
+        api.merge(file, zoo.folder / "third", locked=True)
