@@ -2,30 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mowmerge import __version__, scoring
-from mowmerge.checkpoint import heads, sidecars, writer
+from mowmerge import scoring
 from mowmerge.checkpoint.contents import contents
 from mowmerge.checkpoint.contents import planned as specs_of
 from mowmerge.checkpoint.dynamic import held
-from mowmerge.checkpoint.source import config
-from mowmerge.checkpoint.writer import Staging
-from mowmerge.dynamic import remote
-from mowmerge.hub import lineage
-from mowmerge.hub.card import card
 from mowmerge.methods import registry
-from mowmerge.plan import Plan, Stored
+from mowmerge.plan import Plan
 from mowmerge.planner import Options, build
 from mowmerge.recipe import parse
 from mowmerge.recipe.model import Recipe
-from mowmerge.report import report
 from mowmerge.scoring import (
     compare,
     evaluate,
@@ -34,10 +25,9 @@ from mowmerge.scoring import (
     tasks_of,
     tell_card,
 )
-from mowmerge.tensors import DTYPES, TensorReader, torch
 
 if TYPE_CHECKING:
-    from mowmerge.engine import Sink
+    from mowmerge.checkpoint.verify import Verified
     from mowmerge.evals.schema import Report as EvalReport
     from mowmerge.hub.card import Results
     from mowmerge.hub.package import Package
@@ -47,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check", "compare", "demo", "evaluate", "extract", "inspect", "load", "merge", "plan",
     "plan_push", "plan_training", "push", "report_folder", "report_on",
-    "survey", "tasks_of", "tell_card", "train_router",
+    "survey", "tasks_of", "tell_card", "train_router", "verify",
 ]  # fmt: skip
 Advance = Callable[[int], None]
 Tell = Callable[[str], None]
@@ -105,6 +95,8 @@ def merge(
     options: Options | None = None,
     hashes: bool = True,
     force: bool = False,
+    resume: bool = False,
+    locked: bool = False,
     begin: Callable[[Plan], Advance] = lambda plan: lambda nbytes: None,
     tell: Tell = lambda line: None,
 ) -> Result:
@@ -112,37 +104,38 @@ def merge(
 
     `out` defaults to the recipe's output.path, then to ./merged/<recipe name>. `begin` is given the
     plan and returns what is called with the number of bytes written, for progress; `tell` is given
-    a line now and then while coefficients are fitted.
+    a line now and then while coefficients are fitted. With `resume` the work of a merge that was
+    cut off is taken up, and should this one be, its work is left for the next. A recipe.lock.yaml
+    replays its run, and the report says how that went; with `locked` its inputs must be the files
+    that it names, and its weights what they were.
+
+    Raises:
+        CheckpointError: an input is not whole, or is not what `locked` asks for.
+        ResourceError: `out` is taken or cannot be written; or the merge that was cut off was
+            another one, or `resume` was not asked for.
     """
-    from mowmerge.engine import Engine
+    from mowmerge import merging
 
     began = time.perf_counter()
     parsed = recipe if isinstance(recipe, Recipe) else check(recipe, overrides)
     planned = survey(parsed, options=options)
     target = Path(out or parsed.output.path or Path("merged") / parsed.name)
-    keep = [folder for _, folder in _inputs(planned)]
-    with Staging(target, force=force, keep=keep) as staging:
-        staging.allocate(planned.files)
-        planned, learned = _fitted(parsed, planned, staging.path, tell)
-        with writer.ShardSink(staging.path, planned.files, begin(planned)) as sink:
-            engine = Engine(planned)
-            tensors = engine.run(sink)
-            _write_dynamic(planned, engine.readers, sink)
-        try:
-            for model, shard in planned.heads.items():
-                heads.write(engine.readers[model], shard, staging.path / shard.file)
-                settings = config(_folder(planned, model))
-                label_map = (staging.path / shard.file).with_suffix(".json")
-                _write(label_map, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
-            extra = _write_sidecars(planned, parsed, staging.path) | learned
-            content = report(planned, tensors, time.perf_counter() - began, extra)
-            _write(staging.path / "report.json", json.dumps(content, indent=1) + "\n")
-            _finish(planned, staging.path, hashes)
-            _write(staging.path / "README.md", card(staging.path).text)
-        except OSError as error:
-            raise writer.denied(error, staging.path) from error
-        staging.commit()
-    return Result(staging.out, content)
+    how = merging.How(hashes, force, resume, locked)
+    return Result(*merging.merge(parsed, planned, target, how, began, begin, tell))
+
+
+def verify(
+    folder: str | Path, *, begin: Callable[[int], Advance] = lambda total: lambda nbytes: None
+) -> Verified:
+    """What is wrong with a merged folder: its files by SHA256SUMS, every tensor in its place, and
+    finite. `begin` is given the bytes to read and returns what is called with those that were.
+
+    Raises:
+        SourceError: there is no such folder.
+    """
+    from mowmerge.checkpoint import verify as checks
+
+    return checks.verify(Path(folder), finite=True, begin=begin)
 
 
 def load(folder: str | Path, *, task: str | None = None) -> Any:
@@ -283,105 +276,3 @@ def demo(folder: str | Path, tell: Callable[[str], None] = lambda line: None) ->
     from mowmerge.demo import tour
 
     return tour.run(Path(folder), lambda recipe, out: merge(recipe, out, force=True), tell)
-
-
-def _write_dynamic(planned: Plan, readers: Mapping[str, TensorReader], sink: Sink) -> None:
-    """Writes a dynamic checkpoint's heads, as they are, and its untrained routers."""
-    if planned.manifest is None:
-        return
-    from mowmerge.upcycle import initial_routers
-
-    for name, (model, source) in planned.head_names.items():
-        for start, data in heads.pieces(readers[model], source):
-            sink.write(name, start, data)
-    for name, value in initial_routers(planned.manifest):
-        if value.numel():
-            sink.write(name, 0, value.detach().reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _fitted(recipe: Recipe, planned: Plan, folder: Path, tell: Tell) -> tuple[Plan, dict[str, Any]]:
-    """The plan with its coefficients fitted, written to the folder; facts for the report."""
-    file = folder / "coefficients.json"
-    if planned.fit is None:
-        if recipe.coefficients is not None:
-            shutil.copyfile(recipe.locate(recipe.coefficients), file)
-        return planned, {}
-    from mowmerge.training import fit
-
-    began = time.perf_counter()
-    found = fit.fit(recipe, planned.static, tell)
-    _write(file, found.coefficients.model_dump_json(indent=1) + "\n")
-    facts = found.coefficients.model_dump(mode="json", exclude={"tensors"})
-    seconds = round(time.perf_counter() - began, 3)
-    return planned.anchored(found.plan), {
-        "fit": {**facts, "tasks": found.tasks, "seconds": seconds}
-    }
-
-
-def _inputs(planned: Plan) -> list[tuple[str, Path]]:
-    """Every model that is read, those of nested recipes too: its name and its folder."""
-    found: list[tuple[str, Path]] = []
-    for name, origin in planned.sources.items():
-        if isinstance(origin, Stored):
-            found.append((name, Path(origin.folder)))
-        else:
-            found += [(f"{name}-{inner}", folder) for inner, folder in _inputs(origin)]
-    return found
-
-
-def _folder(planned: Plan, model: str) -> Path:
-    """The folder that a model's config and tokenizer come from; a nested plan's are its donor's."""
-    origin = planned.sources[model]
-    return Path(origin.folder) if isinstance(origin, Stored) else _donor(origin)
-
-
-def _donor(planned: Plan) -> Path:
-    """The folder that config and tokenizer come from: the base's, or the first model's."""
-    return _folder(planned, planned.donor)
-
-
-def _write_sidecars(planned: Plan, recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """Writes what goes beside the weights, but for the config; returns facts for the report."""
-    left = sidecars.copy(_donor(planned), _inputs(planned), folder)
-    body = [shard for shard in planned.files if shard not in planned.heads.values()]
-    listing = writer.index(body, planned.specs)
-    if listing:
-        _write(folder / "model.safetensors.index.json", listing)
-    _write(folder / "recipe.yaml", recipe.text)
-    if planned.manifest:
-        remote.bundle(folder)
-    return {
-        "mowmerge": __version__, "recipe": recipe.name, "inputs": lineage.inputs(planned),
-        "files_left_behind": left,
-    }  # fmt: skip
-
-
-def _finish(planned: Plan, folder: Path, hashes: bool) -> None:
-    """Hashes and the config: last, so that a folder that is not whole never looks loadable."""
-    dtypes = {job.output.dtype for job in planned.jobs if job.output.kind == "float"}
-    changed = any(
-        job.output.dtype != planned_dtype
-        for job in planned.jobs
-        if (planned_dtype := _donor_dtype(planned, job.output.name)) is not None
-    )
-    dtype = DTYPES[next(iter(dtypes))].torch_name if changed and len(dtypes) == 1 else None
-    if hashes:
-        lines = writer.sums(folder)
-    if planned.manifest:
-        sidecars.write_dynamic_config(_donor(planned), folder, dtype, planned.manifest)
-    else:
-        sidecars.write_config(_donor(planned), folder, dtype, headless=bool(planned.heads))
-    if hashes:
-        if (folder / "config.json").exists():
-            lines.append(f"{writer.sha256(folder / 'config.json')}  config.json")
-        _write(folder / "SHA256SUMS", "\n".join(lines) + "\n")
-
-
-def _donor_dtype(planned: Plan, name: str) -> str | None:
-    origin = planned.sources[planned.donor]
-    spec = origin.specs.get(name)
-    return spec.dtype if spec else None
-
-
-def _write(file: Path, text: str) -> None:
-    file.write_text(text, encoding="utf-8")

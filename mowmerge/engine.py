@@ -1,18 +1,22 @@
 """Runs a plan: settles statistics, then streams every tensor through its method into a sink.
 
 Workers share nothing but the plan. Blocks are multiples of 65,536 elements and reductions add up
-runs of that size in index order, so the bytes do not depend on workers, block size or shards.
+runs of that size in index order, so the bytes do not depend on workers, block size or shards, nor
+on how often a run was cut off and taken up.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict
 from threading import Event, Lock
 from typing import Any, Protocol
 
+from mowmerge.checkpoint.journal import Journal
 from mowmerge.checkpoint.reader import StoredReader
 from mowmerge.errors import CheckpointError, ResourceError
 from mowmerge.methods import registry
@@ -47,17 +51,30 @@ class Engine:
         self._states: dict[int, Any] = {}
         self._lock = Lock()
 
-    def run(self, sink: Sink) -> list[TensorReport]:
-        """Streams every tensor of the plan into the sink; one report a tensor, in plan order."""
+    def run(self, sink: Sink, journal: Journal | None = None) -> list[TensorReport]:
+        """Streams every tensor of the plan into the sink; one report a tensor, in plan order.
+
+        What the journal says is done is not done again, and what gets done is told to it.
+        """
         _try_device(self.plan.device)
-        done: dict[str, TensorReport] = {}
-        largest_first = sorted(self.plan.jobs, key=lambda job: -job.read_bytes)
+        held = journal.done if journal else {}
+        done = {name: TensorReport(**entry) for name, entry in held.items()}
+        rest = [job for job in self.plan.jobs if job.output.name not in done]
+        largest_first = sorted(rest, key=lambda job: -job.read_bytes)
+        each = [one for job in rest for one in (job, job.anchor) if one is not None]
         _keep_freed_memory()
+
+        def write(job: TensorJob) -> TensorReport:
+            told = self._write(job, sink)
+            if journal:
+                journal.finished(told.name, asdict(told), told.written_bytes)
+            return told
+
         with _one_thread_each(), self._pool() as pool:
-            for group in sorted({j.group for j in self.plan.each if j.group is not None}):
-                self._states[group] = self._settle_group(group, pool)
+            for group in sorted({job.group for job in each if job.group is not None}):
+                self._states[group] = self._group_state(group, pool, journal)
             self._check_ties()
-            futures = [pool.submit(self._write, job, sink) for job in largest_first]
+            futures = [pool.submit(write, job) for job in largest_first]
             for future in as_completed(futures):
                 done[future.result().name] = future.result()
         return [done[job.output.name] for job in self.plan.jobs]
@@ -157,6 +174,18 @@ class Engine:
             numel, codec = job.output.numel, job.code.codec if job.code else ""
             rounds = opened.spec.reduce([Extent(numel, job.parameters, codec)])
             opened.state = _drive(rounds, lambda fold: opened.observe(fold.fresh(), 0, numel))
+
+    def _group_state(self, group: int, pool: ThreadPoolExecutor, journal: Journal | None) -> Any:
+        """A group's state: the one kept, or found in a pass over the whole model and kept."""
+        method = next(job.method for job in self.plan.each if job.group == group)
+        home = sys.modules[registry.get(str(method)).function.__module__]
+        classes = [kind for kind in vars(home).values() if isinstance(kind, type)]
+        state = journal.state(group, classes) if journal else None
+        if state is None:
+            state = self._settle_group(group, pool)
+            if journal:
+                journal.keep_state(group, state)
+        return state
 
     def _settle_group(self, group: int, pool: ThreadPoolExecutor | None) -> Any:
         """Runs a reduction over every job of a group, in tasks that are merged in plan order."""

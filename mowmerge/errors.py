@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,23 @@ class ThresholdError(MowmergeError):
     """An evaluation is below what `--fail-under` asked for; its report is written all the same."""
 
     exit_code = 7
+
+
+def denied(error: OSError, path: Path) -> ResourceError:
+    """What the system refused, as an error that says what to do."""
+    hints = {
+        errno.ENOSPC: "free some space, or write to another disk",
+        errno.EDQUOT: "the quota is used up: free some space, or write to another disk",
+        errno.EACCES: "write somewhere you may, or change the folder's permissions",
+        errno.EPERM: "write somewhere you may, or change the folder's permissions",
+        errno.EROFS: "the file system is read-only: write to another",
+    }
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return ResourceError(
+        f"cannot write: {reason}",
+        where=str(path),
+        hint=hints.get(error.errno or 0, "see the reason above"),
+    )
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

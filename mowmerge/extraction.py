@@ -202,7 +202,7 @@ def _pieces(source: DynamicCheckpoint, wanted: Wanted) -> list[_Piece]:
 
 def _recipe(folder: Path, given: Path | None, *, needed: bool = True) -> Recipe | None:
     """The recipe that names tasks and sources; None where there is none, or none that reads."""
-    file = given or folder / "recipe.yaml"
+    file = given or parse.kept(folder)
     if given is None and not file.exists():
         return None
     try:

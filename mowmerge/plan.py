@@ -41,6 +41,11 @@ class Stored:
         """Every tensor's spec, in file order."""
         return {name: location.spec for name, location in self.tensors.items()}
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files that are read, in order of name."""
+        return tuple(sorted({location.file for location in self.tensors.values()}))
+
 
 @dataclass(frozen=True)
 class Input:
@@ -185,6 +190,17 @@ class Plan:
         return replace(self, jobs=jobs, fit=static.fit, warnings=static.warnings)
 
     @property
+    def checkpoints(self) -> list[tuple[str, Stored]]:
+        """Every checkpoint that is read, those of nested recipes too, by model."""
+        found: list[tuple[str, Stored]] = []
+        for name, source in self.sources.items():
+            if isinstance(source, Stored):
+                found.append((name, source))
+            else:
+                found += [(f"{name}-{inner}", stored) for inner, stored in source.checkpoints]
+        return found
+
+    @property
     def each(self) -> tuple[TensorJob, ...]:
         """Every job, those that make anchors too."""
         return tuple(one for job in self.jobs for one in (job, job.anchor) if one is not None)
@@ -225,7 +241,8 @@ class Plan:
             for name, source in self.sources.items()
         }
         heads = {model: list(shard.offsets) for model, shard in self.heads.items()}
-        text = json.dumps([jobs, inner, heads], sort_keys=True, default=str)
+        fit = replace(self.fit, held=False, nbytes=0) if self.fit else None
+        text = json.dumps([jobs, inner, heads, str(fit)], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

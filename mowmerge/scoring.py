@@ -106,4 +106,4 @@ def tasks_of(folder: str | Path, recipe: str | Path | Recipe | None) -> Recipe:
     """The recipe that names the tasks."""
     if isinstance(recipe, Recipe):
         return recipe
-    return parse.load(recipe if recipe is not None else Path(folder) / "recipe.yaml")
+    return parse.load(recipe if recipe is not None else parse.kept(Path(folder)))

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from mowmerge import __version__
+from mowmerge.checkpoint import identity
 from mowmerge.engine import Engine
 from mowmerge.errors import RecipeError
 from mowmerge.methods import registry
-from mowmerge.plan import Plan, Stored
+from mowmerge.plan import Plan
 from mowmerge.recipe.model import Recipe
 from mowmerge.upcycle import sites_of
 
@@ -28,8 +25,8 @@ def survey(recipe: Recipe, plan: Plan) -> Mapping[str, Any] | None:
     dynamic = registry.get(recipe.method).dynamic
     if dynamic is None or dynamic.survey is None:
         return None
-    file = _cache() / f"{_key(plan)}.json"
-    known = _known(file)
+    file = identity.cache("surveys") / f"{_key(plan)}.json"
+    known = identity.known(file)
     if known is not None:
         return known
     sites = sites_of(recipe, plan)
@@ -44,36 +41,12 @@ def survey(recipe: Recipe, plan: Plan) -> Mapping[str, Any] | None:
             where=recipe.where("rules"),
             hint="give those parameters the same value for all tensors",
         )
-    with suppress(OSError):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        staged = file.with_suffix(f".{os.getpid()}")
-        staged.write_text(json.dumps(decided), "utf-8")
-        staged.replace(file)
+    identity.keep(file, decided)
     return decided
-
-
-def _known(file: Path) -> Mapping[str, Any] | None:
-    """What an earlier survey of the same plan and files decided."""
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "mowmerge" / "surveys"
 
 
 def _key(plan: Plan) -> str:
     """A digest of the plan, and of the files it reads as they are now."""
-    seen = [__version__, plan.fingerprint]
-    for source in plan.sources.values():
-        files = {p.file for p in source.tensors.values()} if isinstance(source, Stored) else ()
-        for file in sorted(files):
-            facts = os.stat(file)
-            seen.append(f"{file} {facts.st_size} {facts.st_mtime_ns} {facts.st_ino}")
-        if isinstance(source, Plan):
-            seen.append(_key(source))
+    files = sorted({file for _, stored in plan.checkpoints for file in stored.files})
+    seen = [__version__, plan.fingerprint, *(f"{file} {identity.of(file)}" for file in files)]
     return hashlib.sha256("\n".join(seen).encode()).hexdigest()[:32]

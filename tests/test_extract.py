@@ -332,6 +332,7 @@ def test_tasks_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"(?s)no task 'skys'.*did you mean 'skies'"):
         api.extract(out, tmp_path / "x", task="skys")
     (out / "recipe.yaml").unlink()
+    (out / "recipe.lock.yaml").unlink()
     with pytest.raises(CheckpointError, match=r"(?s)no task 'skies'.*--recipe"):
         api.extract(out, tmp_path / "x", task="skies")
     other = recipe(tmp_path, KINDS["bert"], "wemoe", tasks={"t": {**TASK, "expert": "sky"}})

@@ -76,7 +76,7 @@ def test_ctrl_c_says_so_and_leaves_nothing(zoo: Zoo) -> None:
     )  # fmt: skip
     stage = zoo.folder / ".out.partial"
     waited = time.monotonic() + 60
-    while not list(stage.glob("*.safetensors")) and time.monotonic() < waited:
+    while not list(stage.rglob("*.safetensors")) and time.monotonic() < waited:
         time.sleep(0.01)
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=60)

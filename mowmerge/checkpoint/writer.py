@@ -1,7 +1,8 @@
 """Writes a checkpoint header first: every byte has its place before a tensor is computed.
 
 The output is staged beside its final place and renamed there when it is whole, so that at any
-moment there is either nothing under the final name or a finished checkpoint.
+moment there is either nothing under the final name or a finished checkpoint. Beside the staged
+checkpoint lies the journal by which a merge that was cut off is taken up.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ from contextlib import ExitStack
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
+from typing import Any
 
+from mowmerge.checkpoint.journal import Journal, sync, sync_folder
 from mowmerge.errors import ResourceError
+from mowmerge.errors import denied as denied
 from mowmerge.plan import Shard
 from mowmerge.tensors import TensorSpec
 
 ALIGN = 64  # the data section of a shard starts at a multiple of this
 _SEEKING = Lock()  # held between seek and write where there is no pwrite
 NOT_HASHED = ("report.json", "README.md")
+KEPT = ("journal-", "state-")  # what starts so in a stage says what is done
 SPARE = 16 << 20  # bytes left free beside the weights, for config, tokenizer and report
 
 
@@ -84,9 +89,21 @@ def index(shards: Sequence[Shard], specs: Mapping[str, TensorSpec]) -> str | Non
 
 
 class Staging:
-    """A folder that becomes `out` on commit and vanishes otherwise."""
+    """A folder that becomes `out` on commit and vanishes otherwise.
 
-    def __init__(self, out: Path, *, force: bool = False, keep: Sequence[Path] = ()) -> None:
+    `key` is what decides the output, for merges that keep a journal. With `resume` what a merge
+    with that key left is taken up, and what is done is left for the next one where this one fails.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        force: bool = False,
+        keep: Sequence[Path] = (),
+        key: Mapping[str, Any] | None = None,
+        resume: bool = False,
+    ) -> None:
         self.out = Path(os.path.abspath(out))
         if os.path.islink(self.out):
             self.out = self.out.resolve()
@@ -96,24 +113,28 @@ class Staging:
                     f"the output folder {self.out} holds one of the inputs",
                     where=str(path), hint="write somewhere else",
                 )  # fmt: skip
-        self.path = self.out.with_name(f".{self.out.name}.partial")
+        self.stage = self.out.with_name(f".{self.out.name}.partial")
+        self.path = self.stage / "checkpoint"
+        self.journal = Journal(self.stage)
         self._old = self.out.with_name(f".{self.out.name}.replaced")
-        self._force, self._ours = force, False
+        self._force, self._key, self._resume = force, key or {}, resume
+        self._vanishes = False
         self._lock: int | None = None
 
     def __enter__(self) -> Staging:
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.path.mkdir(exist_ok=True)
+            self.stage.mkdir(exist_ok=True)
             self._take_lock()
-            self._ours = True
+            self.journal.read()
+            self._vanishes = not self.journal.holds
             self._restore()
             self._check()
-            self._clear()
+            self._take_up()
         except BaseException as error:
-            self.__exit__(None, None, None)
+            self.__exit__(type(error), error, None)
             if isinstance(error, OSError):
-                raise denied(error, self.path) from error
+                raise denied(error, self.stage) from error
             raise
         return self
 
@@ -132,6 +153,26 @@ class Staging:
         elif self.out.exists() and not self.out.is_dir():
             raise ResourceError(f"{self.out} is a file", hint="name a folder")
 
+    def _take_up(self) -> None:
+        """Keeps what the journal vouches for, if that is wanted and it can be used."""
+        held, done = self.journal.holds, len(self.journal.done)
+        if held and not self._resume and not self._force:
+            raise ResourceError(
+                f"a merge to {self.out} was cut off when {done} tensor(s) were done",
+                where=str(self.stage), hint="--resume takes it up, --force starts afresh",
+            )  # fmt: skip
+        if held and self._resume:
+            self.journal.check(self._key)
+        else:
+            self.journal.forget()
+        self._vanishes = True
+        self.path.mkdir(exist_ok=True)
+        for entry in (*self.stage.iterdir(), *self.path.iterdir(), *self.path.glob("heads/*")):
+            kept = entry.name.startswith(KEPT) or entry.suffix == ".safetensors"
+            if entry in (self.path, self.path / "heads") or (self.journal.holds and kept):
+                continue
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+
     def _restore(self) -> None:
         """Ends a replacement that was cut off: before its second rename the old folder returns."""
         if self.out.exists():
@@ -144,10 +185,10 @@ class Staging:
             return
         import fcntl
 
-        self._lock = os.open(self.path, os.O_RDONLY)
+        self._lock = os.open(self.stage, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.path.samestat(os.fstat(self._lock), self.path.stat())  # not renamed since
+            ours = os.path.samestat(os.fstat(self._lock), self.stage.stat())  # not removed since
         except (BlockingIOError, FileNotFoundError):
             ours = False
         if not ours:
@@ -156,20 +197,24 @@ class Staging:
                 hint="wait for it, or name another folder",
             )
 
-    def _clear(self) -> None:
-        for entry in self.path.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-
     def allocate(self, shards: Sequence[Shard]) -> None:
-        """Creates every shard at full size, with its header; ResourceError if there is no room."""
-        needed = sum(s.nbytes for s in shards) + SPARE
+        """Creates every shard at full size, with its header; ResourceError if there is no room.
+
+        What is there already from a merge that is taken up stays; without all of it none counts.
+        """
+        if self.journal.holds and all(self._stands(shard) for shard in shards):
+            lacking: Sequence[Shard] = ()
+        else:
+            self.journal.forget()
+            lacking = shards
+        needed = sum(s.nbytes for s in lacking) + SPARE
         free = shutil.disk_usage(self.path).free
         if needed > free:
             raise ResourceError(
                 f"the disk is too small: {needed:,} bytes are needed, {free:,} are free",
                 where=str(self.out.parent), hint="free some space, or write to another disk",
             )  # fmt: skip
-        for shard in shards:
+        for shard in lacking:
             file = self.path / shard.file
             try:
                 file.parent.mkdir(exist_ok=True)
@@ -181,15 +226,29 @@ class Staging:
                     os.close(fd)
             except OSError as error:
                 raise denied(error, file) from error
+        if self._key:
+            self.journal.begin(self._key, [self.path / shard.file for shard in shards])
+
+    def _stands(self, shard: Shard) -> bool:
+        """Whether the shard is there, whole but for its data."""
+        file = self.path / shard.file
+        if not file.is_file() or file.stat().st_size != shard.nbytes:
+            return False
+        with file.open("rb") as stream:
+            return stream.read(len(shard.header)) == shard.header
 
     def commit(self) -> None:
-        """Puts the folder under its final name."""
+        """Puts the folder under its final name, when all that is in it is on disk."""
         try:
+            for file in sorted(self.path.rglob("*")):
+                sync(file) if file.is_file() else sync_folder(file)
+            sync_folder(self.path)
             replacing = self.out.is_dir() and any(self.out.iterdir())
             if replacing:
                 self.out.rename(self._old)
             self.path.rename(self.out)
-            self._ours = False
+            self._resume = False
+            sync_folder(self.out.parent)
         except OSError as error:
             raise denied(error, self.out) from error
         finally:
@@ -201,8 +260,9 @@ class Staging:
         error: BaseException | None,
         tb: TracebackType | None,
     ) -> None:
-        if self._ours:
-            shutil.rmtree(self.path, ignore_errors=True)
+        self.journal.close()
+        if self._vanishes and not (self._resume and self.journal.holds):
+            shutil.rmtree(self.stage, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -258,23 +318,6 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
                 os.lseek(fd, offset, os.SEEK_SET)
                 done = os.write(fd, data)
         data, offset = data[done:], offset + done
-
-
-def denied(error: OSError, path: Path) -> ResourceError:
-    """What the system refused, as an error that says what to do."""
-    hints = {
-        errno.ENOSPC: "free some space, or write to another disk",
-        errno.EDQUOT: "the quota is used up: free some space, or write to another disk",
-        errno.EACCES: "write somewhere you may, or change the folder's permissions",
-        errno.EPERM: "write somewhere you may, or change the folder's permissions",
-        errno.EROFS: "the file system is read-only: write to another",
-    }
-    reason = os.strerror(error.errno) if error.errno else str(error)
-    return ResourceError(
-        f"cannot write: {reason}",
-        where=str(path),
-        hint=hints.get(error.errno or 0, "see the reason above"),
-    )
 
 
 def sha256(file: Path) -> str:

@@ -19,6 +19,7 @@ from mowmerge.cli.methods import methods
 from mowmerge.cli.push import push
 from mowmerge.cli.schema import schema
 from mowmerge.cli.train_router import train_router
+from mowmerge.cli.verify import verify
 from mowmerge.errors import MowmergeError, ResourceError
 
 app = typer.Typer(
@@ -30,7 +31,9 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 a bug, 2 usage, 3 recipe, 4 checkpoint, 5 source or Hub,"
     " 6 disk, memory or permission, 7 below --fail-under, 130 interrupted.",
 )
-COMMANDS = (merge, train_router, inspect, extract, eval, push, check, methods, schema, demo)
+COMMANDS = (
+    merge, verify, train_router, inspect, extract, eval, push, check, methods, schema, demo,
+)  # fmt: skip
 for command in COMMANDS:
     app.command()(command)
 

@@ -31,6 +31,12 @@ def merge(
         bool, typer.Option(help="With --dry-run: measure what a dynamic layout depends on.")
     ] = False,
     force: Annotated[bool, typer.Option(help="Replace the output folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Take up a merge that was cut off; leave the work if this one is.")
+    ] = False,
+    locked: Annotated[
+        bool, typer.Option(help="Of a recipe.lock.yaml: fail if an input or the result differs.")
+    ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Tensors worked on at once.")] = None,
     max_memory: Annotated[str | None, typer.Option(help="Peak memory, such as 2GB.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")] = "cpu",
@@ -56,6 +62,10 @@ def merge(
       mowmerge merge recipe.yaml merged/demo --eval
 
       mowmerge merge recipe.yaml merged/demo --set parameters.density=0.3 --force
+
+      mowmerge merge recipe.yaml merged/demo --resume
+
+      mowmerge merge merged/demo/recipe.lock.yaml merged/again --locked
     """
     from mowmerge import api
 
@@ -72,8 +82,8 @@ def merge(
         raise RecipeError("--eval needs tasks, and the recipe has none", where=parsed.file)
     with output.Progress(quiet or json_) as progress:
         result = api.merge(
-            parsed, out, options=options, hashes=hash_, force=force, begin=progress.begin,
-            tell=progress.tell,
+            parsed, out, options=options, hashes=hash_, force=force, resume=resume, locked=locked,
+            begin=progress.begin, tell=progress.tell,
         )  # fmt: skip
     if not eval_:
         output.show_result(result, as_json=json_, quiet=quiet)

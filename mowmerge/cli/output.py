@@ -363,6 +363,8 @@ def show_result(
         return
     if quiet:
         return
+    if "replay" in summary:
+        print(replayed(summary["replay"]), file=sys.stderr)
     tensors = result.report["tensors"]
     did = Counter(t["action"] for t in tensors)
     dynamic = f"{did['dynamic']} tensors dynamic, " if did["dynamic"] else ""
@@ -371,3 +373,19 @@ def show_result(
         f"{result.path}: {dynamic}{merged}, {did['copied']} copied,"
         f" {size(summary['written_bytes'])} in {summary['seconds']:.1f} s"
     )
+
+
+def replayed(told: dict[str, Any]) -> str:
+    """How a lock's second run compares with the first, in a line."""
+    here, then = (f"torch {told[k]['torch']} on {told[k]['device']}" for k in ("here", "then"))
+    where = f"as on {then}" if told["same_build"] else f"on {here}, where {then} made the lock"
+    if told["outcome"] == "not compared":
+        return (
+            f"replayed {where}: not compared, for the first run's weights are not beside the lock"
+        )
+    if "distance" in told:
+        far = f", '{told['tensor']}' is {told['distance']:.2g} of its norm away"
+        alarm = "warning: " if told["same_build"] or told["outcome"] == "beyond tolerance" else ""
+        return f"{alarm}replayed {where}: {told['outcome']}{far}"
+    alarm = "warning: " if told["outcome"] == "beyond tolerance" else ""
+    return f"{alarm}replayed {where}: {told['outcome']}"

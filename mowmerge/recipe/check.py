@@ -13,8 +13,10 @@ from mowmerge.errors import Problem
 from mowmerge.methods import registry
 from mowmerge.recipe.model import (
     NAME,
+    Digest,
     Heads,
     Loc,
+    Lock,
     Match,
     Origin,
     Output,
@@ -105,6 +107,10 @@ def _model(loc: Loc) -> type[BaseModel]:
             return Heads
         case ("output",):
             return Output
+        case ("lock",):
+            return Lock
+        case ("lock", *_):
+            return Digest
     return Match if loc[-1:] == ("match",) else Recipe
 
 

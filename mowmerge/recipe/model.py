@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     PrivateAttr,
     StrictBool,
+    StrictInt,
     WithJsonSchema,
     model_validator,
 )
@@ -105,6 +106,7 @@ class Origin:
     text: str = ""
     file: str = "<recipe>"
     lines: Mapping[Loc, int | str] = field(default_factory=dict)
+    overridden: bool = False
 
     def known(self, loc: Loc) -> Loc:
         """The longest part of `loc` that stands in the text."""
@@ -227,6 +229,27 @@ class Output(Strict):
     )
 
 
+class Digest(Strict):
+    """One file: its length, and its sha256 where that was taken."""
+
+    bytes: StrictInt
+    sha256: str | None = None
+
+
+class Lock(Strict):
+    """What a recipe.lock.yaml says of the run that wrote it."""
+
+    name: str = Field(description="The recipe's name.")
+    folder: str = Field(
+        default=".", description="Where the recipe lay, seen from the lock: its paths start there."
+    )
+    mowmerge: str = Field(description="Version that made the merge.")
+    torch: str = Field(description="Build of torch that made the merge.")
+    device: str = Field(description="Device type that made the merge.")
+    inputs: Mapping[str, Mapping[str, Digest]] = Field(description="The files read, by model.")
+    outputs: Mapping[str, Digest] = Field(description="The weight files written.")
+
+
 class Recipe(Strict):
     """A merge: models, a method, its parameters, and exceptions by rule."""
 
@@ -262,6 +285,9 @@ class Recipe(Strict):
         description="coefficients.json of an earlier fit: replayed, and nothing is fitted.",
     )
     output: Output = Field(default=Output(), description="Where the result goes, and how.")
+    lock: Lock | None = Field(
+        default=None, description="In a recipe.lock.yaml: the run that it replays."
+    )
     _origin: Origin = PrivateAttr(default_factory=Origin)
 
     def __hash__(self) -> int:
@@ -313,6 +339,11 @@ class Recipe(Strict):
     def text(self) -> str:
         """The YAML as run: verbatim, or with the overrides in it."""
         return self._origin.text
+
+    @property
+    def overridden(self) -> bool:
+        """Whether overrides changed what the file says."""
+        return self._origin.overridden
 
     @property
     def file(self) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from mowmerge.recipe.model import Loc, Origin, Recipe, existing
 from mowmerge.recipe.text import dump, override, read
 
 SUFFIXES = (".yaml", ".yml")
+LOCK = "recipe.lock.yaml"
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -21,6 +24,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         return loads(sys.stdin.read(), overrides=overrides, file="<stdin>")
     file = Path(path)
     return loads(_text(file), file.stem, file.parent, overrides, str(path), (file.resolve(),))
+
+
+def kept(folder: Path) -> Path:
+    """An output folder's recipe: the lock, whose paths hold from anywhere, where there is one."""
+    lock = folder / LOCK
+    return lock if lock.exists() else folder / "recipe.yaml"
 
 
 def loads(
@@ -45,7 +54,14 @@ def loads(
     if overrides:
         override(document, overrides)
         text = dump(document.data)
-    origin = Origin(name, folder or Path(), text, file, document.lines)
+    origin = Origin(name, folder or Path(), text, file, document.lines, bool(overrides))
+    lock = document.data.get("lock") if isinstance(document.data, Mapping) else None
+    if isinstance(lock, Mapping):
+        found = document.data.get("coefficients")
+        if isinstance(found, str):  # those of the run: beside the lock
+            document.data["coefficients"] = os.path.abspath(origin.folder / found)
+        place = origin.folder / str(lock.get("folder", "."))
+        origin = replace(origin, name=str(lock.get("name", name)), folder=place)
     return _recipe(document.data, origin, document.problems, above)
 
 

@@ -146,7 +146,7 @@ def dynamic(folder: Path, dtype: Any = "auto", device_map: str | None = None) ->
 def _head_file(folder: Path, task: str, expert: str | None) -> Path:
     """heads/<model>.safetensors of a task, or of a model."""
     names = sorted(file.stem for file in (folder / "heads").glob("*.safetensors"))
-    recipe = folder / "recipe.yaml"
+    recipe = parse.kept(folder)
     tasks = parse.load(recipe).tasks if recipe.exists() and not expert else {}
     model = expert or (tasks[task].expert if task in tasks else task)
     if model not in names:

@@ -8,9 +8,9 @@ No task vector is in the graph, and any method that is linear in its coefficient
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import islice
 from math import fsum, isfinite, log
@@ -29,6 +29,7 @@ from mowmerge.tasks import heads, inputs
 from mowmerge.tasks.data import digest
 from mowmerge.tasks.splits import load_apart
 from mowmerge.tensors import DTYPES, Tensor, torch
+from mowmerge.training.fitted import Fitted, placed
 from mowmerge.training.objectives import entropy
 
 Tell = Callable[[str], None]
@@ -37,15 +38,6 @@ ENDS = 10  # steps at either end over which the entropy is reported
 COLLAPSED = 0.95  # share of one class among them that is a warning
 ONE_LABEL = "single_label_classification"
 TOLD = 20  # lines of progress
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A plan with its coefficients in place, what they are, and how the fit went, by task."""
-
-    plan: Plan
-    coefficients: Coefficients
-    tasks: Mapping[str, Mapping[str, Any]]
 
 
 def fit(recipe: Recipe, plan: Plan, tell: Tell = lambda line: None) -> Fitted:
@@ -57,7 +49,7 @@ def fit(recipe: Recipe, plan: Plan, tell: Tell = lambda line: None) -> Fitted:
         RecipeError: data that cannot be used, or splits that share samples.
         CheckpointError: an expert that does not load, or an entropy that is not finite.
     """
-    wanted = plan.fit
+    wanted, began = plan.fit, time.perf_counter()
     assert wanted is not None
     merged = Merged(plan, wanted)
     tasks = []
@@ -75,9 +67,6 @@ def fit(recipe: Recipe, plan: Plan, tell: Tell = lambda line: None) -> Fitted:
         if (step + 1) % max(1, wanted.steps // TOLD) == 0:
             mean = sum(task.entropies[-1] for task in tasks) / len(tasks)
             tell(f"fit: step {step + 1} of {wanted.steps}, mean entropy {mean:.4f}")
-    rows = merged.rows()
-    jobs = [coefficients.applied(j, rows[j.output.name]) if j.output.name in rows else j
-            for j in plan.jobs]  # fmt: skip
     found = _found(wanted, plan.jobs, merged, tasks)
     warnings = [
         f"model '{model}' has no task: its coefficients serve the tasks of the others"
@@ -85,11 +74,9 @@ def fit(recipe: Recipe, plan: Plan, tell: Tell = lambda line: None) -> Fitted:
         if all(task.expert != model for task in tasks)
     ]
     warnings += [text for task in tasks for text in task.warnings()]
-    return Fitted(
-        replace(plan, jobs=tuple(jobs), fit=None, warnings=(*plan.warnings, *warnings)),
-        found,
-        {task.name: task.figures() for task in tasks},
-    )
+    figures = {task.name: task.figures() for task in tasks}
+    seconds = round(time.perf_counter() - began, 3)
+    return Fitted(placed(plan, found, warnings), found, figures, seconds)
 
 
 class Merged:

@@ -71,6 +71,11 @@ def test_models_are_taken_from_the_cache_without_network(zoo: Zoo, shards: int) 
     assert "base_model:\n- org/base\n- org/a\nbase_model_relation: merge\n" in card
     link = f"[org/a](https://huggingface.co/org/a/tree/{SHA})"
     assert f"| a | {link} | {SHA[:12]} |" in card
+    lock = (zoo.folder / "out" / "recipe.lock.yaml").read_text()
+    for line in (f"base: org/base@{SHA}\n", f"a: {{source: org/a@{SHA}}}", "b: {source: ./b}"):
+        assert line in lock
+    zoo.recipe(lock)
+    assert hub(zoo, "again", "-q", "--locked", **OFFLINE) == Ran(0, "", "")
 
 
 def test_a_commit_names_a_snapshot(zoo: Zoo) -> None:

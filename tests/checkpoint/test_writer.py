@@ -201,7 +201,7 @@ def test_a_rename_that_fails_leaves_what_was_there(
     wanted, rename = raw(load(two.folder / "out")), Path.rename
 
     def denied(self: Path, target: Path) -> Path:
-        if self.name == ".out.partial":
+        if self.parent.name == ".out.partial":
             raise PermissionError(errno.EACCES, "Permission denied")
         return rename(self, target)
 

@@ -7,6 +7,7 @@ import math
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ from transformers import (
 
 import mowmerge
 from mowmerge import api
-from mowmerge.cli.check import completed
+from mowmerge.engine import Engine
 from mowmerge.errors import CheckpointError, RecipeError, ResourceError
 from mowmerge.planner import Options
+from mowmerge.recipe.complete import completed
 from mowmerge.training import fit
 from tests.zoo import Zoo, load, raw
 
@@ -271,7 +273,7 @@ def test_reading_task_vectors_again_each_step_changes_nothing(
     plan = api.plan(recipe)
     assert plan.fit
     assert plan.fit.held
-    again = fit.replace(plan, fit=fit.replace(plan.fit, held=False))
+    again = replace(plan, fit=replace(plan.fit, held=False))
     one, two = (fit.fit(recipe, p).coefficients for p in (plan, again))
     assert one == two
 
@@ -390,6 +392,35 @@ def test_two_runs_and_a_replay_write_the_same_bytes(
     assert "fit" not in third.report
 
 
+def test_a_fit_that_was_done_is_not_done_again(
+    tmp_path: Path, zoo: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = written(tmp_path, zoo)
+    wanted = run(file, "wanted")
+
+    def cut(*args: Any) -> None:
+        raise RuntimeError("cut off")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "run", cut)
+        with pytest.raises(RuntimeError, match="cut off"):
+            api.merge(file, tmp_path / "out", resume=True)
+    changed = written(tmp_path, zoo, "changed", parameters={"steps": 4})
+    with pytest.raises(ResourceError, match=r"parameters.steps was 3, is 4"):
+        api.merge(changed, tmp_path / "out", resume=True)
+    monkeypatch.setattr(fit, "fit", cut)
+    taken = api.merge(file, tmp_path / "out", resume=True)
+    assert raw(load(taken.path)) == raw(load(wanted.path))
+    name = "coefficients.json"
+    assert (taken.path / name).read_bytes() == (wanted.path / name).read_bytes()
+    for report in (taken.report, wanted.report):
+        report["fit"].pop("seconds")
+    assert taken.report["fit"] == wanted.report["fit"]
+    assert taken.report["warnings"] == wanted.report["warnings"]
+    again = api.merge(taken.path / "recipe.lock.yaml", tmp_path / "again", locked=True)
+    assert again.report["replay"]["outcome"] == "same bytes"
+
+
 def test_what_is_written_down(tmp_path: Path, zoo: dict[str, Any]) -> None:
     result = run(written(tmp_path, zoo))
     content = json.loads((result.path / "coefficients.json").read_text())
@@ -454,6 +485,10 @@ def test_the_rest_of_mow_is_fitted_where_the_tasks_have_data(
     replayed = run(again, "again").path
     for file in ("model-00001-of-00001.safetensors", "dynamic-00001-of-00001.safetensors"):
         assert (out / file).read_bytes() == (replayed / file).read_bytes()
+    for merge in (out, replayed):
+        locked = api.merge(merge / "recipe.lock.yaml", tmp_path / f"{merge.name}-2", locked=True)
+        assert locked.report["replay"]["outcome"] == "same bytes"
+        assert "fit" not in locked.report
     static = api.plan(_mow(tmp_path, tasks, rest={"method": "task_arithmetic"}))
     assert (static.rest, static.fit) == ("task_arithmetic", None)
 
