@@ -58,8 +58,8 @@ def rank_one_moe(
 
     Source: Rank-One MoE, reference code rankone_moe.py.
     Differs: the selection of the largest coefficients is exact, and soft, as the reference's, only
-    in training; a task vector that is zero has zero factors
-    where the reference stops.
+    in training; a task vector that is zero has zero factors where the reference stops; routers
+    are trained by distillation, as wemoe's.
     """
     from mowmerge.dynamic import codecs
 
