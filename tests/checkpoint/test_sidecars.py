@@ -80,7 +80,7 @@ def test_what_is_copied_and_what_is_reported(zoo: Zoo) -> None:
         for p in (zoo.folder / "out").rglob("*") if p.is_file()
     }  # fmt: skip
     ours = {"model.safetensors", "config.json", "recipe.yaml", "report.json", "README.md"}
-    assert written == copied | ours | {"LICENSE"}
+    assert written == copied | ours | {"LICENSE", "recipe.lock.yaml"}
     for name in copied:
         assert out(zoo, name) == f"the base's {name}"
     assert odd <= set(report["files_left_behind"])

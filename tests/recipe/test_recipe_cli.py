@@ -78,7 +78,9 @@ def test_one_method(capsys: pytest.CaptureFixture[str]) -> None:
     assert page.startswith("ties (base, 1+ models)\n\nThe trimmed, sign-elected")
     density = next(line for line in page.splitlines() if line.startswith("density "))
     assert density.split()[:5] == ["density", "number", "0..1", "0.2", "yes"]
-    assert page.endswith("Laws: permutation, scale\nPaper: arXiv:2306.01708\n")
+    assert page.endswith(
+        "Laws: permutation, scale, propagates (with elect: mass)\nPaper: arXiv:2306.01708\n"
+    )
     methods("linear", json_=True)
     described = json.loads(capsys.readouterr().out)
     assert described["models"] == {"exactly": None, "at_least": 1}

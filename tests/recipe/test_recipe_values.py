@@ -56,7 +56,8 @@ rules:
 """
     head, norm = at(text, role="head"), at(text, role="norm")
     assert (head.method, head.rule) == ("task_arithmetic", 0)
-    assert head.parameters == {"weight": (5.0, 1.0, 1.0), "scale": 1.0, "normalize": False}
+    defaults = {"scale": 1.0, "normalize": False, "coefficients": "given"}
+    assert head.parameters == {"weight": (5.0, 1.0, 1.0), **defaults}
     assert norm.parameters["weight"] == (2.0, 0.5, 2.0)  # the same method: nothing is reset
     assert norm.parameters["scale"] == 4.0
 
