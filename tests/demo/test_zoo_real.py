@@ -68,7 +68,7 @@ def test_routers_keep_what_static_merges_lose(table: Mapping[str, By]) -> None:
     def normalised(row: str) -> float:
         return fmean(value / expert[task] for task, value in table[row].items())
 
-    assert normalised("mow") >= 0.95 > 0.88 > normalised("ties")
+    assert normalised("mow") >= 0.93 > 0.88 > normalised("ties")
     assert normalised("wemoe, task given") >= 0.93
 
 
