@@ -87,10 +87,10 @@ def eval(
     thresholds.check(least, list(recipe.tasks))
     kept = None if no_cache else cache or out.resolve().parent / CACHE
     try:
-        with output.Items(quiet or json_) as progress:
+        with output.Progress(quiet or json_, "item") as progress:
             found = api.evaluate(
                 out, recipe, against=asked, options=Options(batch, device, dtype, kept),
-                begin=progress.begin,
+                begin=progress.start,
             )  # fmt: skip
     except KeyboardInterrupt:
         if kept is not None:

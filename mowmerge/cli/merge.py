@@ -99,8 +99,8 @@ def _scored(result: Result, recipe: Recipe, hidden: bool) -> Report:
     from mowmerge import api
 
     against = ["base", "experts"] if recipe.base is not None else ["experts"]
-    with output.Items(hidden) as progress:
-        found = api.evaluate(result.path, recipe, against=against, begin=progress.begin)
+    with output.Progress(hidden, "item") as progress:
+        found = api.evaluate(result.path, recipe, against=against, begin=progress.start)
     command = shlex.join(["mowmerge", "merge", str(recipe.file), str(result.path), "--eval"])
     report = api.report_on(found, result.path, recipe, command=command)
     api.tell_card(result.path)

@@ -205,10 +205,11 @@ def _parameters(job: TensorJob) -> str:
 
 
 class Progress:
-    """A bar in bytes on a terminal; nothing where there is none or it was not wanted."""
+    """Lines, and a bar on a terminal; nothing where it was not wanted."""
 
-    def __init__(self, hidden: bool) -> None:
-        self._hidden, self._bar = hidden, None
+    def __init__(self, hidden: bool, unit: str = "B") -> None:
+        self._hidden, self._unit = hidden, unit
+        self._bar: Any = None
 
     def __enter__(self) -> Progress:
         return self
@@ -220,84 +221,39 @@ class Progress:
         return self.start(plan.data_bytes)
 
     def start(self, total: int) -> Advance:
-        """Starts the bar for that many bytes; returns what moves it."""
+        """Starts the bar for that many units; returns what moves it."""
         if self._hidden:
-            return lambda nbytes: None
-        from tqdm import tqdm
+            return lambda units: None
+        bar = self._shown(total)
+        return lambda units: bar.update(units) and None
 
-        bar: Any = tqdm(total=total, unit="B", unit_scale=True, disable=None, file=sys.stderr)
-        self._bar = bar
-        return lambda nbytes: bar.update(nbytes) and None
+    def steps(self, total: int) -> Callable[[int, float], None]:
+        """Starts the bar for steps with a loss; without a terminal a line at each tenth."""
+        if self._hidden:
+            return lambda step, loss: None
+        bar, tenth = self._shown(total), max(1, total // 10)
+
+        def moved(step: int, loss: float) -> None:
+            if bar.disable and (step % tenth == 0 or step == total):
+                print(f"step {step} of {total}: loss {loss:.4g}", file=sys.stderr)
+            bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
+            bar.update(step - bar.n)
+
+        return moved
 
     def tell(self, line: str) -> None:
         """Prints a line about what goes on before bytes are written."""
         if not self._hidden:
             print(line, file=sys.stderr)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-class Items:
-    """Progress in items; nothing where there is no terminal or it was not wanted."""
-
-    def __init__(self, hidden: bool) -> None:
-        self._hidden, self._bar = hidden, None
-
-    def __enter__(self) -> Items:
-        return self
-
-    def begin(self, total: int) -> Advance:
-        """Starts the bar; returns what moves it."""
-        if self._hidden:
-            return lambda items: None
+    def _shown(self, total: int) -> Any:
         from tqdm import tqdm
 
-        bar: Any = tqdm(total=total, unit="item", disable=None, file=sys.stderr)
-        self._bar = bar
-        return lambda items: bar.update(items) and None
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-class Steps:
-    """Progress in steps with the loss: a bar on a terminal, else a line at each tenth."""
-
-    def __init__(self, hidden: bool) -> None:
-        self._hidden, self._bar = hidden, None
-
-    def __enter__(self) -> Steps:
-        return self
-
-    def begin(self, steps: int) -> Callable[[int, float], None]:
-        """Starts the bar; returns what moves it."""
-        if self._hidden:
-            return lambda step, loss: None
-        from tqdm import tqdm
-
-        bar: Any = tqdm(total=steps, unit="step", disable=None, file=sys.stderr)
-        self._bar, tenth = bar, max(1, steps // 10)
-
-        def moved(step: int, loss: float) -> None:
-            if bar.disable and (step % tenth == 0 or step == steps):
-                print(f"step {step} of {steps}: loss {loss:.4g}", file=sys.stderr)
-            bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
-            bar.update(step - bar.n)
-
-        return moved
+        self._bar = tqdm(
+            total=total, unit=self._unit, unit_scale=self._unit == "B", disable=None,
+            file=sys.stderr,
+        )  # fmt: skip
+        return self._bar
 
     def __exit__(
         self,

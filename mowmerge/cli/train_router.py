@@ -59,8 +59,8 @@ def train_router(
         output.show_training(api.plan_training(out, recipe, options), as_json=json_)
         return
     try:
-        with output.Steps(quiet or json_) as progress:
-            result = api.train_router(out, recipe, options, begin=progress.begin)
+        with output.Progress(quiet or json_, "step") as progress:
+            result = api.train_router(out, recipe, options, begin=progress.steps)
     except KeyboardInterrupt:
         print("the checkpoint is as it was; --resume goes on from the last save", file=sys.stderr)
         raise

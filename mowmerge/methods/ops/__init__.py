@@ -14,6 +14,7 @@ from mowmerge.methods.ops.blocks import (
     keep_above,
     l1_norms,
     restoring,
+    shares,
     spread,
     weighted_sum,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "majority",
     "restoring",
     "settle",
+    "shares",
     "spread",
     "trim_thresholds",
     "weighted_sum",

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from mowmerge.methods.contracts import MethodError
 from mowmerge.tensors import Tensor, torch
 
 Elect = Literal["none", "mass", "count", "normfrac", "normmass"]
@@ -23,6 +24,19 @@ def spread(value: Any, n: int) -> list[Any]:
             raise ValueError(f"{len(value)} values for {n} models")
         return list(value)
     return [value] * n
+
+
+def shares(weight: Any, normalize: bool, n: int) -> list[float]:
+    """The weight of each model, over their sum if they are normalized.
+
+    Raises:
+        MethodError: they sum to zero (below 1e-12) and are to be normalized.
+    """
+    each = [float(w) for w in spread(weight, n)]
+    total = math.fsum(each) if normalize else 1.0
+    if abs(total) < 1e-12:
+        raise MethodError(f"the weights {each} sum to zero, so they cannot be normalized")
+    return [w / total for w in each]
 
 
 def weighted_sum(values: Sequence[Tensor] | Tensor, weight: Sequence[float]) -> Tensor:

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-from mowmerge.methods.contracts import MethodError, PerModel
-from mowmerge.methods.ops import spread, weighted_sum
+from mowmerge.methods.contracts import PerModel
+from mowmerge.methods.ops import shares, weighted_sum
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor
 
 
-def _coefficients(weight: Any, normalize: bool, n: int) -> list[float]:
-    each = [float(w) for w in spread(weight, n)]
-    total = math.fsum(each) if normalize else 1.0
-    if abs(total) < 1e-12:
-        raise MethodError(f"the weights {each} sum to zero, so they cannot be normalized")
-    return [w / total for w in each]
-
-
 def _validate(parameters: Mapping[str, Any], n: int) -> None:
-    _coefficients(parameters["weight"], parameters["normalize"], n)
+    shares(parameters["weight"], parameters["normalize"], n)
 
 
 @merge_method(
@@ -51,4 +42,4 @@ def linear(models: Tensor, *, weight: PerModel[float] = 1.0, normalize: bool = T
     Differs: weights and sums are fp32 whatever the models' dtype; the reference scripts use the
     storage dtype, in which 0.3 is another number.
     """
-    return weighted_sum(models, _coefficients(weight, normalize, len(models)))
+    return weighted_sum(models, shares(weight, normalize, len(models)))

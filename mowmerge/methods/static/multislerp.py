@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from mowmerge.methods.contracts import Block, Extent, MethodError, PerModel, Reduction
-from mowmerge.methods.ops import Sum, directions, inner_products, settle, spread, weighted_sum
+from mowmerge.methods.contracts import Block, Extent, PerModel, Reduction
+from mowmerge.methods.ops import Sum, directions, inner_products, settle, shares, weighted_sum
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
@@ -22,25 +22,17 @@ def _inner_products(extents: Sequence[Extent]) -> Reduction:
     return found.total
 
 
-def _shares(weight: Any, normalize: bool, n: int) -> list[float]:
-    each = [float(w) for w in spread(weight, n)]
-    total = math.fsum(each) if normalize else 1.0
-    if abs(total) < 1e-12:
-        raise MethodError(f"the weights {each} sum to zero, so they cannot be normalized")
-    return [w / total for w in each]
-
-
 def _validate(parameters: Mapping[str, Any], n: int) -> None:
-    _shares(parameters["weight"], parameters["normalize"], n)
+    shares(parameters["weight"], parameters["normalize"], n)
 
 
-def _coefficients(products: Tensor, shares: list[float], mode: str) -> list[float]:
+def _coefficients(products: Tensor, weight: list[float], mode: str) -> list[float]:
     """What each vector is multiplied by: the result lies in their span."""
     norms, cosines = directions(products)
-    p = torch.tensor(shares, dtype=norms.dtype)
+    p = torch.tensor(weight, dtype=norms.dtype)
     length = (p @ cosines @ p).clamp(min=0.0).sqrt()
     if length <= CANCELLED * p.abs().sum():
-        return shares
+        return weight
     mean = p / length  # the mean direction, in the unit vectors
     if mode == "one_step":
         along = (cosines @ mean).clamp(-1.0, 1.0)
@@ -49,7 +41,7 @@ def _coefficients(products: Tensor, shares: list[float], mode: str) -> list[floa
         tangent = p - (p @ along) * mean
         turn = (tangent @ cosines @ tangent).clamp(min=0.0).sqrt()
         mean = mean * turn.cos() + tangent * torch.sinc(turn / math.pi)
-    size = torch.tensor(shares, dtype=norms.dtype) @ norms
+    size = torch.tensor(weight, dtype=norms.dtype) @ norms
     return list((size * mean / norms.where(norms > 0, 1.0)).tolist())
 
 
@@ -99,5 +91,5 @@ def multislerp(
     if state is None:
         state = settle(_inner_products, models, {}, base=base)
     vectors = models if base is None else models - base
-    out = weighted_sum(vectors, _coefficients(state, _shares(weight, normalize, len(models)), mode))
+    out = weighted_sum(vectors, _coefficients(state, shares(weight, normalize, len(models)), mode))
     return out if base is None else out.add_(base)
