@@ -12,7 +12,7 @@ from mowmerge import scoring
 from mowmerge.checkpoint.contents import contents
 from mowmerge.checkpoint.contents import planned as specs_of
 from mowmerge.checkpoint.dynamic import held
-from mowmerge.errors import RecipeError
+from mowmerge.errors import RecipeError, ResourceError
 from mowmerge.methods import registry
 from mowmerge.plan import Plan
 from mowmerge.planner import Options, build
@@ -30,15 +30,17 @@ from mowmerge.scoring import (
 if TYPE_CHECKING:
     from mowmerge.checkpoint.verify import Verified
     from mowmerge.evals.schema import Report as EvalReport
+    from mowmerge.evals.settings import Options as Scoring
     from mowmerge.hub.card import Results
     from mowmerge.hub.package import Package
     from mowmerge.hub.push import Pushed
+    from mowmerge.soup import Soup
     from mowmerge.training.settings import Options as Training
 
 __all__ = [
     "check", "compare", "demo", "evaluate", "extract", "inspect", "load", "merge", "plan",
     "plan_push", "plan_training", "push", "report_folder", "report_on",
-    "survey", "tasks_of", "tell_card", "train_router", "verify",
+    "soup", "survey", "tasks_of", "tell_card", "train_router", "verify",
 ]  # fmt: skip
 Advance = Callable[[int], None]
 Tell = Callable[[str], None]
@@ -132,6 +134,48 @@ def merge(
         return Result(*lora.merge(parsed, planned, target, hashes=hashes, force=force, begin=begin))
     how = merging.How(hashes, force, resume, locked)
     return Result(*merging.merge(parsed, planned, target, how, began, begin, tell))
+
+
+def soup(
+    recipe: str | Path | Recipe,
+    out: str | Path,
+    *,
+    scores: str | Path | None = None,
+    equal: bool = False,
+    most: int | None = None,
+    overrides: Sequence[str] = (),
+    options: Scoring | None = None,
+    hashes: bool = True,
+    force: bool = False,
+    tell: Tell = lambda line: None,
+) -> tuple[Result, Soup]:
+    """Merges the greedy soup of a recipe's models into `out`, and says how it was found.
+
+    Models are averaged, tried on the select splits of the recipe's tasks, and join while the score
+    rises; `scores` is a file with what is known already. All that was tried goes to OUT-soup.json,
+    which is such a file. `equal`, `most`: see `mowmerge.soup.choose`.
+
+    Raises:
+        RecipeError: no plain average, no tasks to choose by, or scores of other models.
+    """
+    from mowmerge import soup as soups
+
+    parsed = recipe if isinstance(recipe, Recipe) else check(recipe, overrides)
+    given = soups.known(Path(scores)) if scores is not None else {}
+    soups.check(parsed, given)
+    target = Path(out)
+    if target.exists() and not force:
+        raise ResourceError(f"'{target}' is there already", hint="--force replaces it")
+    kitchen = soups.Kitchen(
+        parsed, given,
+        lambda made, folder: merge(made, folder, hashes=False),
+        lambda folder, asked: scoring.evaluate(folder, asked, against=(), options=options),
+        target.resolve().parent, tell,
+    )  # fmt: skip
+    found, chosen = soups.find(parsed, kitchen, equal=equal, most=most)
+    result = merge(chosen, target, hashes=hashes, force=force)
+    result.path.with_name(f"{result.path.name}-soup.json").write_text(found.text(), "utf-8")
+    return result, found
 
 
 def verify(
