@@ -180,7 +180,7 @@ def check(folder: Path, cls: Any, given: dict[str, Any]) -> None:
 def test_merges_and_loads(zoo: Zoo, name: str) -> None:
     make, given = MODELS[name]
     cls = family(zoo.folder, make)
-    tensors, report = zoo.merge({"method": "ties", "parameters": {"density": 0.5}})
+    _, report = zoo.merge({"method": "ties", "parameters": {"density": 0.5}})
     check(zoo.folder / "out", cls, given)
     assert {t["action"] for t in report["tensors"] if "weight" in t["name"]} == {"merged"}
     settings = [json.loads((zoo.folder / n / "config.json").read_text()) for n in ("base", "out")]
