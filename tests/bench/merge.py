@@ -46,7 +46,9 @@ THEIRS: Mapping[str, Mapping[str, Any]] = {
     "della": {"merge_method": "della", "parameters": {"epsilon": 0.1}},
     "sce": {"merge_method": "sce", "parameters": {"select_topk": 0.5}},
 }
-LEAST = {"linear": 5, "ties": 10, "dare": 6, "breadcrumbs": 6, "della": 6, "sce": 6}  # times less CPU than mergekit
+LEAST = {  # times less CPU than mergekit
+    "linear": 5, "ties": 10, "dare": 6, "breadcrumbs": 6, "della": 6, "sce": 6,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
