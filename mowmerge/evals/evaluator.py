@@ -18,15 +18,15 @@ from random import Random
 from typing import Any
 
 from mowmerge import __version__
-from mowmerge.errors import RecipeError
-from mowmerge.evals import facts, kinds, models
+from mowmerge.errors import CheckpointError, RecipeError
+from mowmerge.evals import crossed, facts, kinds, models
 from mowmerge.evals.cache import Cache, Journal
 from mowmerge.evals.costs import Costs
 from mowmerge.evals.job import Answer, Job, Place
 from mowmerge.evals.models import Entry, Loaded
 from mowmerge.evals.runner import Batches
 from mowmerge.evals.score import Evaluation, Gates, Score
-from mowmerge.evals.settings import Advance, Options
+from mowmerge.evals.settings import ALL, Advance, Options
 from mowmerge.recipe.model import Recipe
 from mowmerge.recipe.task_types import TYPES
 from mowmerge.training import processes
@@ -45,9 +45,10 @@ def evaluate(
 ) -> Evaluation:
     """The scores of merged folders on each task, beside those of "base", "experts" and paths.
 
-    The base is scored with each expert's head; an expert on its own tasks; tasks without an expert
-    by all others. Everything that can be checked without a model is, before one is loaded. `begin`
-    is given the number of items, over all checkpoints, and returns what is called as they are done.
+    The base is scored with each expert's head; an expert on its own tasks, or with the option
+    `experts: all` on those of others too; tasks without an expert by all others. Everything that
+    can be checked without a model is, before one is loaded. `begin` is given the number of items,
+    over all checkpoints, and returns what is called as they are done.
 
     Raises:
         RecipeError: no tasks, one that cannot be scored, splits that share samples, an empty one,
@@ -61,6 +62,10 @@ def evaluate(
         raise RecipeError("the recipe has no tasks", where=recipe.file, hint="see docs/recipe.md")
     jobs = [_job(recipe, name) for name in recipe.tasks]
     found = models.entries(merged, recipe, jobs, against)
+    blank: crossed.Blank = {}
+    if asked.experts == ALL:
+        others = crossed.entries(found, recipe, jobs)
+        found += [crossed.able(entry, jobs, blank) for entry in others]
     truths = {entry: _truths(entry, jobs) for entry in found}
     cache = Cache(asked.cache, here.rank)
     data = {job.name: facts.data(job) for job in jobs}
@@ -77,22 +82,29 @@ def evaluate(
             for job in own
             for way in _ways(entry, job)
         }  # fmt: skip
-        _run(entry, own, recipe, asked, here, batches, journals, costs)
+        _run(entry, own, recipe, asked, here, batches, journals, costs, blank)
         for (way, task), journal in journals.items():
+            if crossed.told(blank, entry.expert, task) and entry.crossed:
+                continue
             job = next(job for job in own if job.name == task)
             answers = [journal.found[i] for i in range(len(job.items))]
             score = _scored(entry, way, job, truths[entry][task], answers)
             scores.append(score)
             if score.routed:
                 gates.setdefault(score.row, {})[task] = facts.gates(entry.manifest, answers)
+    scores.sort(key=partial(_order, [e.row for e in found], list(recipe.tasks)))
+    rows = [entry for entry in found if not entry.crossed]
+    beside = {entry.row for entry in found if entry.crossed}
     return Evaluation(
-        sorted(scores, key=partial(_order, [e.row for e in found], list(recipe.tasks))),
-        costs.table(found),
+        [score for score in scores if score.row not in beside],
+        costs.table(rows),
         gates,
         data,
-        facts.models(found, cache, asked.dtype),
+        facts.models(rows, cache, asked.dtype),
         _settings(asked, here, batches.size),
-        facts.flags(found, scores, recipe),
+        facts.flags(rows, scores, recipe),
+        [score for score in scores if score.row in beside],
+        blank,
     )
 
 
@@ -134,7 +146,7 @@ def _truths(entry: Entry, jobs: Sequence[Job]) -> dict[str, Sequence[Any]]:
 
 def _run(
     entry: Entry, jobs: Sequence[Job], recipe: Recipe, asked: Options, here: Processes,
-    batches: Batches, journals: Journals, costs: Costs,
+    batches: Batches, journals: Journals, costs: Costs, blank: crossed.Blank,
 ) -> None:  # fmt: skip
     """Answers what no journal has yet, and gathers the answers of all processes."""
     held: dict[Any, list[Loaded]] = {}
@@ -149,7 +161,14 @@ def _run(
         mine = [place for place in places[here.rank :: here.count] if _lacks(journals, ways, place)]
         batches.skip(len(places[here.rank :: here.count]) - len(mine))
         if mine and key not in held:
-            held[key] = models.load(entry, family, some, recipe, asked.dtype, device)
+            try:
+                held[key] = models.load(entry, family, some, recipe, asked.dtype, device)
+            except CheckpointError as error:
+                if not entry.crossed:
+                    raise
+                crossed.note(entry, [job.name for job in some], error, blank)
+                batches.skip(len(mine))
+                continue
             costs.size(entry, held[key][0].model)
         for loaded in held.get(key, []):
             own = [place for place in mine if place.job.name in loaded.truths]

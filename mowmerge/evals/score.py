@@ -99,7 +99,8 @@ class Evaluation:
 
     gates: by row, task and gate, for the rows whose router chose. data: by task. models: by row;
     an expert's is "expert NAME". settings: batch, seed, device, dtype, versions. flags: by row:
-    uses_test_inputs, needs_task_id, needs_data, tuned_on.
+    uses_test_inputs, needs_task_id, needs_data, tuned_on. crossed: the scores of "expert NAME" on
+    the tasks of others, where that was asked; blank: why there is none, by expert and task.
     """
 
     scores: Sequence[Score]
@@ -109,3 +110,5 @@ class Evaluation:
     models: Mapping[str, Model] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     flags: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    crossed: Sequence[Score] = ()
+    blank: Mapping[str, Mapping[str, str]] = field(default_factory=dict)

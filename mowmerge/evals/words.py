@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mowmerge.evals.figures import BASE, EXPERT, LOWER_IS_BETTER
-from mowmerge.evals.schema import Pair, Report, ScorePart, Summary, Test
+from mowmerge.evals.schema import CrossPart, Pair, Report, ScorePart, Summary, Test
 
 NONE = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -110,6 +110,14 @@ def part_of(report: Report, row: str, task: str) -> ScorePart | None:
 def test_of(report: Report, rival: str, task: str) -> Test | None:
     """The subject's test against a rival on a task."""
     return next((t for t in report.tests if t.rival == rival and t.task == task), None)
+
+
+def beside_base(cell: CrossPart) -> str:
+    """▲ or ▼ where an expert is better or worse than the base by more than the interval."""
+    if cell.over_base_interval is None or cell.own:
+        return ""
+    low, high = cell.over_base_interval
+    return "▲" if low > 0 else "▼" if high < 0 else ""
 
 
 def better(report: Report, test: Test) -> float:
