@@ -8,10 +8,12 @@ true task's expert alone.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import product
 from math import fsum
 from pathlib import Path
 from random import Random
@@ -19,12 +21,11 @@ from typing import Any
 
 from mowmerge import __version__
 from mowmerge.errors import CheckpointError, RecipeError
-from mowmerge.evals import crossed, facts, kinds, models
+from mowmerge.evals import costs, crossed, facts, kinds, models
 from mowmerge.evals.cache import Cache, Journal
-from mowmerge.evals.costs import Costs
-from mowmerge.evals.job import Answer, Job, Place
+from mowmerge.evals.job import Answer, Job, Place, Taken
 from mowmerge.evals.models import Entry, Loaded
-from mowmerge.evals.runner import Batches
+from mowmerge.evals.runner import Batches, Spent
 from mowmerge.evals.score import Evaluation, Gates, Score
 from mowmerge.evals.settings import ALL, Advance, Options
 from mowmerge.recipe.model import Recipe
@@ -69,7 +70,8 @@ def evaluate(
     truths = {entry: _truths(entry, jobs) for entry in found}
     cache = Cache(asked.cache, here.rank)
     data = {job.name: facts.data(job) for job in jobs}
-    costs, scores = Costs(), list[Score]()
+    taken: dict[tuple[Entry, str], list[Taken]] = {}
+    scores = list[Score]()
     batches = Batches(asked.batch, begin(_total(found, jobs)))
     gates: dict[str, dict[str, dict[str, Gates]]] = {}
     for entry in found:
@@ -82,8 +84,9 @@ def evaluate(
             for job in own
             for way in _ways(entry, job)
         }  # fmt: skip
-        _run(entry, own, recipe, asked, here, batches, journals, costs, blank)
+        _run(entry, own, recipe, asked, here, batches, journals, blank)
         for (way, task), journal in journals.items():
+            taken.setdefault((entry, way), []).extend(journal.taken)
             if crossed.told(blank, entry.expert, task) and entry.crossed:
                 continue
             job = next(job for job in own if job.name == task)
@@ -97,7 +100,7 @@ def evaluate(
     beside = {entry.row for entry in found if entry.crossed}
     return Evaluation(
         [score for score in scores if score.row not in beside],
-        costs.table(rows),
+        costs.table({key: held for key, held in taken.items() if key[0] in rows}),
         gates,
         data,
         facts.models(rows, cache, asked.dtype),
@@ -146,7 +149,7 @@ def _truths(entry: Entry, jobs: Sequence[Job]) -> dict[str, Sequence[Any]]:
 
 def _run(
     entry: Entry, jobs: Sequence[Job], recipe: Recipe, asked: Options, here: Processes,
-    batches: Batches, journals: Journals, costs: Costs, blank: crossed.Blank,
+    batches: Batches, journals: Journals, blank: crossed.Blank,
 ) -> None:  # fmt: skip
     """Answers what no journal has yet, and gathers the answers of all processes."""
     held: dict[Any, list[Loaded]] = {}
@@ -169,14 +172,27 @@ def _run(
                 crossed.note(entry, [job.name for job in some], error, blank)
                 batches.skip(len(mine))
                 continue
-            costs.size(entry, held[key][0].model)
         for loaded in held.get(key, []):
             own = [place for place in mine if place.job.name in loaded.truths]
             if own:
-                costs.spent(entry, batches.run(loaded, own, ways, journals), group[0].kind.WHOLE)
+                spent = batches.run(loaded, own, ways, journals)
+                on = costs.surroundings(here.device, here.count, batches.size)
+                _took(spent, own, ways, journals, costs.size(loaded.model), on)
     for theirs in here.gathered({key: journal.found for key, journal in journals.items()}):
         for key, answers in theirs.items():
             journals[key].found.update(answers)
+
+
+def _took(
+    spent: Spent, places: Sequence[Place], ways: Sequence[str], journals: Journals,
+    parameters: int, on: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Keeps what passes took with the answers that they gave, task by task."""
+    counts = Counter(place.job.name for place in places)
+    whole = places[0].job.kind.WHOLE
+    for way, (task, n) in product(ways, counts.items()):
+        if (way, task) in journals:
+            journals[way, task].took(costs.shared(spent, way, n, whole, parameters, on))
 
 
 def _groups(jobs: Sequence[Job]) -> Iterator[list[Job]]:

@@ -137,8 +137,10 @@ def _costs(report: Report) -> list[str]:
             "throughput": f"{cost.throughput:,.4g}",
         }  # fmt: skip
         cells = [f"{said} {_times(cost.ratios.get(name))}".rstrip() for name, said in told.items()]
-        rows.append([cost.row, *cells])
-    return table(rows, numbers_from=1) + (["", _plain(missing)] if missing else [])
+        name = f"{cost.row} (earlier)" if cost.earlier else cost.row
+        rows.append([name, *cells])
+    said = [f"- {_plain(line)}" for line in (*words.conditions(report), missing) if line]
+    return [*table(rows, numbers_from=1), "", *said]
 
 
 def _times(ratio: float | None) -> str:

@@ -222,7 +222,17 @@ class CostPart(Part):
     items: int = Field(description="Items scored in that time.")
     latency: float = Field(description="Seconds an item in batches of 1; 0 if not measured.")
     throughput: float = Field(description="Items a second.")
-    ratios: Mapping[str, float] = Field(description="Field -> value / the experts' mean.")
+    ratios: Mapping[str, float] = Field(
+        description="Field -> value / the experts' mean; of what was measured only where both ran"
+        " on the same."
+    )
+    on: Mapping[str, Any] = Field(
+        default_factory=dict,
+        description="What it was measured on: machine, device, threads, processes, batch.",
+    )
+    earlier: bool = Field(
+        default=False, description="Whether an earlier run measured it, whose answers were kept."
+    )
 
 
 class LayerPart(Part):

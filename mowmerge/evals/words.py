@@ -169,9 +169,26 @@ def uncosted(report: Report) -> str:
     if not missing:
         return ""
     return (
-        f"Not measured here, for what they answered was kept from an earlier run (--no-cache"
-        f" measures anew): {', '.join(missing)}."
+        "Not measured: what they answered was kept from an earlier run, and not what it took"
+        f" (--no-cache measures anew): {', '.join(missing)}."
     )
+
+
+def conditions(report: Report) -> list[str]:
+    """What the costs were measured on, a line for each set of rows that ran on the same."""
+    found: dict[str, list[str]] = {}
+    for cost in report.costs:
+        if cost.on:
+            what = ", ".join(f"{name} {flag(value)}" for name, value in cost.on.items())
+            when = "in an earlier run, whose answers were kept" if cost.earlier else "in this run"
+            found.setdefault(f"{what}, {when}", []).append(cost.row)
+    lines = [f"{', '.join(rows)}: measured on {what}." for what, rows in found.items()]
+    if len({json.dumps(dict(cost.on), sort_keys=True) for cost in report.costs}) > 1:
+        lines.append(
+            "Memory, latency and throughput are put beside the experts' only for rows that ran on"
+            " the same as they."
+        )
+    return lines
 
 
 def reading(report: Report) -> list[str]:
