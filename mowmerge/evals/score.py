@@ -103,8 +103,8 @@ class Evaluation:
 
     gates: by row, task and gate, for the rows whose router chose. data: by task. models: by row;
     an expert's is "expert NAME". settings: batch, seed, device, dtype, versions. flags: by row:
-    those of `facts.flags`. crossed: the scores of "expert NAME" on
-    the tasks of others, where that was asked; blank: why there is none, by expert and task.
+    those of `facts.flags`. crossed: the scores of "expert NAME" on the tasks of others, where that
+    was asked; blank: why there is none, by expert and task.
     """
 
     scores: Sequence[Score]

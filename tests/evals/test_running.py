@@ -165,6 +165,8 @@ def test_other_merges_stand_beside_it(tmp_path: Path, file: Path) -> None:
     assert all(len(g.mean) == 2 and g.entropy >= 0 for g in gates.values())
     assert sum(next(iter(gates.values())).mean) == pytest.approx(1.0, abs=1e-4)
     assert found.flags["mow, oracle"]["needs_task_id"] and not found.flags["mow"]["needs_task_id"]
+    assert found.flags["mow"]["output"] == "dynamic"
+    assert found.flags["mow"]["faithful"] == "variant (mow)"
     shutil.copytree(tmp_path / "out", tmp_path / "x/merged")
     with pytest.raises(RecipeError, match="two of the models to score are called 'merged'"):
         api.evaluate(tmp_path / "out", file, against=[str(tmp_path / "x/merged")])
@@ -186,7 +188,17 @@ def test_what_is_known_of_models_data_and_costs(tmp_path: Path, file: Path) -> N
         assert cost.throughput == pytest.approx(cost.items / cost.seconds)
     assert costs["merged"].items == 3 * N and costs["expert"].items == 2 * N
     assert {"torch", "transformers", "mowmerge"} <= set(found.settings["versions"])
-    assert not found.flags["merged"]["needs_data"]
+    flags = found.flags["merged"]
+    assert flags["needs_base"] and not flags["needs_data"] and not flags["needs_labels"]
+    assert (flags["heads"], flags["faithful"], flags["output"]) == ("merged", "yes", "static")
+    assert (
+        found.flags["expert"] | {"needs_base": False, "heads": "own", "faithful": None}
+        == (found.flags["expert"])
+    )
+    (tmp_path / "out/recipe.yaml").unlink()
+    (tmp_path / "out/recipe.lock.yaml").unlink()  # a folder that somebody else merged
+    unknown = api.evaluate(tmp_path / "out", file, against=()).flags["merged"]
+    assert unknown["needs_base"] is None and unknown["faithful"] is None
 
 
 def test_what_answers_cost_is_kept_with_them_and_with_what_they_ran_on(
