@@ -29,6 +29,7 @@ class Entry:
 
     experts: of each task the expert, where it has one. keeping: of a task where its head is, if
     not in the checkpoint: a folder with heads/, or an expert. expert: its name, if it is one.
+    crossed: whether the tasks are those of others; `match` are then the names of heads' tensors.
     """
 
     row: str
@@ -39,6 +40,8 @@ class Entry:
     experts: Mapping[str, str | None]
     keeping: Mapping[str, Path] = field(default_factory=dict)
     expert: str = ""
+    crossed: bool = False
+    match: tuple[str, ...] = ()
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -346,9 +349,12 @@ def _headed(
     """Models with the heads of these tasks; None where the checkpoint has its own in it."""
     if entry.dynamic or not any(entry.head(job.name) for job in jobs):
         return None
+    trunk = heads.load(entry.folder, None, **more) if entry.crossed else None
 
     def one(job: Job) -> Any:
         keeping = entry.keeping.get(job.name)
+        if trunk is not None and keeping is not None:
+            return heads.grafted(trunk, heads.load(keeping, None, **more), entry.match)
         return heads.load(entry.folder, job.name, entry.experts[job.name], keeping=keeping, **more)
 
     if len(jobs) > 1 and (both := heads.joined(one(job) for job in jobs)):

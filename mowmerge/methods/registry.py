@@ -116,6 +116,13 @@ class MethodSpec:
         """The whole docstring."""
         return inspect.getdoc(self.function) or ""
 
+    @property
+    def faithful(self) -> str:
+        """By the docstring's `Differs:`: yes (none), variant (some), or unverified (not there)."""
+        _, told, text = self.doc.partition("\nDiffers:")
+        words = text.split(maxsplit=1)
+        return "unverified" if not told else "yes" if words[0].strip(".;,") == "none" else "variant"
+
     def scope(self, parameters: Mapping[str, Any]) -> str:
         """The smallest unit on which the result is exact, for these parameters."""
         return self.scopes(parameters) if callable(self.scopes) else self.scopes
