@@ -218,7 +218,7 @@ def inspect(
     """
     if Path(target).is_dir():
         source = held(Path(target))
-        told = contents(source.manifest, source.specs)
+        told = contents(source.manifest, source.specs, source.encoder)
         return {
             "version": 1, "kind": "checkpoint", "path": str(target), "trained": source.trained,
             **told,
@@ -230,7 +230,8 @@ def inspect(
         return {**named, "dynamic": False}
     asked = replace(options or Options(), download=how.survey is not None)
     planned = survey(parsed, options=asked)
-    told = contents(planned.manifest, specs_of(planned)) if planned.manifest else {}
+    made, beside = planned.manifest, planned.encoder
+    told = contents(made, specs_of(planned), beside) if made else {}
     return {
         **named, "dynamic": True, "rest": planned.rest, "survey": planned.surveyed, **told,
         "write_bytes": planned.write_bytes, "warnings": list(planned.warnings),

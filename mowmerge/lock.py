@@ -152,6 +152,8 @@ def _pinned(recipe: Recipe, plan: Plan, relative: Callable[[str], str]) -> dict[
         if isinstance(read, Adapted):
             for told, found in zip(data["models"][name]["adapter"], read.adapters, strict=True):
                 told["source"] = _revision(found) or relative(told["source"])
+    if recipe.encoder is not None and plan.encoder:
+        data["encoder"] = _revision(plan.encoder) or relative(recipe.encoder)
     if recipe.coefficients is not None:
         data["coefficients"] = relative(recipe.coefficients)
     return data

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mowmerge import __version__, lock, replay
-from mowmerge.checkpoint import fp8, heads, sidecars, writer
+from mowmerge.checkpoint import encoder, fp8, heads, sidecars, writer
 from mowmerge.checkpoint.source import config
 from mowmerge.checkpoint.writer import ShardSink, Staging
 from mowmerge.dynamic import remote
@@ -145,6 +145,8 @@ def _write_sidecars(planned: Plan, recipe: Recipe, folder: Path) -> dict[str, An
     _write(folder / "recipe.yaml", recipe.text)
     if planned.manifest:
         remote.bundle(folder)
+    if planned.encoder and planned.manifest and planned.manifest.encoder:
+        encoder.copy(planned.encoder, planned.manifest.encoder, _donor(planned), folder)
     return {
         "mowmerge": __version__, "recipe": recipe.name, "inputs": lineage.inputs(planned),
         "files_left_behind": left,

@@ -218,8 +218,8 @@ class Plan:
     whose head is kept as it is. A dynamic merge has a manifest, files of codes and one of routers;
     `head_names` says of a head's tensor among the codes which model's it is; `surveyed` what was
     measured before, and while the plan is `undecided` it is still to be: more is planned than will
-    be written; `rest` is the static method of the rest, and why it is that one; `fit` is what is to
-    be fitted first.
+    be written; `rest` is the static method of the rest, and why it is that one; `encoder` is what
+    classifiers look at, copied whole; `fit` is what is to be fitted first.
     """
 
     name: str
@@ -242,6 +242,7 @@ class Plan:
     surveyed: Mapping[str, Any] | None = None
     undecided: bool = False
     rest: str = ""
+    encoder: Stored | None = None
     dropped: tuple[str, ...] = ()
     fit: Fit | None = None
     warnings: tuple[str, ...] = ()
@@ -258,8 +259,10 @@ class Plan:
 
     @property
     def checkpoints(self) -> list[tuple[str, Stored]]:
-        """Every checkpoint that is read, adapters and those of nested recipes too, by model."""
-        return [pair for name, source in self.sources.items() for pair in _stored(name, source)]
+        """Every checkpoint that is read, adapters and those of nested recipes too, by model; and
+        the encoder."""
+        found = [pair for name, source in self.sources.items() for pair in _stored(name, source)]
+        return [*found, ("encoder", self.encoder)] if self.encoder else found
 
     @property
     def static(self) -> Plan:
@@ -289,7 +292,8 @@ class Plan:
 
     @property
     def write_bytes(self) -> int:
-        """Bytes of the output's weight files, headers included: the exact size on disk."""
+        """Bytes of the output's weight files, headers included: the exact size on disk, without a
+        copied encoder's."""
         return sum(shard.nbytes for shard in self.files)
 
     @property
@@ -317,6 +321,8 @@ class Plan:
             name: source.revision if isinstance(source, Stored) else source.fingerprint
             for name, source in self.sources.items()
         }
+        if self.encoder:
+            inner["encoder"] = self.encoder.revision
         heads = {model: list(shard.offsets) for model, shard in self.heads.items()}
         fit = replace(self.fit, held=False, nbytes=0) if self.fit else None
         text = json.dumps([jobs, inner, heads, str(fit)], sort_keys=True, default=str)

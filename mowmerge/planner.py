@@ -81,7 +81,9 @@ class _Planner:
         specs, heads = self._bodies(donor, {name: s.specs for name, s in sources.items()})
         if registry.get(self.recipe.method).dynamic:
             self._compare_tokenizers(donor, sources)
-            self.upcycling = Upcycling(self.recipe, specs[donor], self.options.surveyed)
+            named = search.encoder(Path(config_source(sources[donor]).folder))
+            found = self.options.surveyed
+            self.upcycling = Upcycling(self.recipe, specs[donor], found, named)
         if self.recipe.output.dtype == "fp8":
             held = config_source(sources[donor])
             self.packings = fp8.packings(specs[donor], held, source.config(held.folder))

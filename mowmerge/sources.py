@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from mowmerge.checkpoint import peft, source
+from mowmerge.checkpoint import encoder, peft, source
 from mowmerge.errors import CheckpointError, Problem, SourceError
 from mowmerge.plan import Plan, Source, Stored
 from mowmerge.recipe.model import AdapterRef, ModelRef, Recipe
@@ -45,6 +46,16 @@ class Search:
             model = plain["base" if self._on_base(ref) else name]
             found[name] = self._adapted(name, model, ref.adapter) if ref.adapter else model
         return found
+
+    def encoder(self, donor: Path) -> encoder.Named | None:
+        """The model that classifiers look at, where the recipe names one, as it reads what is made
+        for the donor."""
+        if self.recipe.encoder is None:
+            return None
+        try:
+            return encoder.described(self._find(self.recipe.encoder), donor)
+        except (CheckpointError, SourceError) as error:
+            raise type(error)(_placed(self.recipe.where("encoder"), error.problems)) from error
 
     def _on_base(self, ref: ModelRef) -> bool:
         """Whether a model is adapters on the recipe's base, which `source: base` then means."""

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from mowmerge.checkpoint import naming
+from mowmerge.checkpoint.encoder import Named
 from mowmerge.checkpoint.writer import layout, shard_of
 from mowmerge.dynamic.format import HEADS, ROUTER, Code, Gate, Head, Manifest, Router
 from mowmerge.errors import RecipeError
@@ -23,14 +24,17 @@ UNMIXABLE = ("relative_attention_bias", ".experts.", "logit_scale", "rotary_emb"
 
 
 class Upcycling:
-    """The recipe's dynamic method, applied to the tensors of the donor."""
+    """The recipe's dynamic method, applied to the tensors of the donor; `encoder` is
+    what classifiers look at instead of the anchor."""
 
     def __init__(
         self,
         recipe: Recipe,
         specs: Mapping[str, TensorSpec],
         found: Mapping[str, Any] | None,
+        encoder: Named | None = None,
     ) -> None:
+        self.encoder = encoder
         self.recipe, self.method, self.found = recipe, registry.get(recipe.method), found
         self.sites: dict[str, Site] = {}
         self.skipped: list[str] = []
@@ -88,7 +92,7 @@ class Upcycling:
         heads, head_class, kept = self._heads(plan, config_of)
         manifest = Manifest(
             self.method.name, tuple(self.recipe.models), tuple(codes), gates, routers,
-            heads, head_class,
+            heads, head_class, self.encoder.reading if self.encoder else None,
         )  # fmt: skip
         parts = [part for job in plan.jobs for part in job.parts] + kept
         size = self.recipe.output.shard_size
@@ -114,7 +118,7 @@ class Upcycling:
             router=router, head_names=names, warnings=tuple(warnings),
             peak_bytes=plan.peak_bytes + 2 * largest,  # freed memory is kept, not given back
             undecided=self.dynamic.survey is not None and self.found is None,
-            rest=self._rest_told(),
+            rest=self._rest_told(), encoder=self.encoder and self.encoder.stored,
         )  # fmt: skip
 
     def _rest_told(self) -> str:
@@ -127,6 +131,8 @@ class Upcycling:
     def _routing(self, plan: Plan, codes: Sequence[Code]) -> Routing:
         """The gates and routers of all codes, each gate by the parameters of its own tensors."""
         sites = list(self.sites.values())
+        if self.encoder:  # it has a width of its own, and is looked at behind its last layer
+            sites = [replace(site, width=self.encoder.width, layers=0) for site in sites]
         gates: dict[str, Gate] = {}
         routers: dict[str, Router] = {}
         known: dict[tuple[Any, ...], Routing] = {}
@@ -150,6 +156,12 @@ class Upcycling:
                     where=self.recipe.where("rules"),
                     hint="change them for whole blocks, or for all tensors",
                 )
+        if self.encoder and any(gate.scope != "sample" for gate in gates.values()):
+            raise RecipeError(
+                f"{self.method.name} has no classifier that could look at an encoder",
+                where=self.recipe.where("encoder"),
+                hint="remove `encoder`, or have one: `router: deep` where the method takes it",
+            )
         return gates, routers
 
     def _heads(

@@ -8,22 +8,26 @@ from typing import Any
 
 from mowmerge.checkpoint import naming
 from mowmerge.dynamic.format import HEADS, ROUTER, Code, Head, Manifest
-from mowmerge.plan import Plan
+from mowmerge.plan import Plan, Stored
 from mowmerge.tensors import TensorSpec
 
 
-def contents(manifest: Manifest, specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
+def contents(
+    manifest: Manifest, specs: Mapping[str, TensorSpec], encoder: Stored | None = None
+) -> dict[str, Any]:
     """Method, experts, bytes by kind and as a multiple of the anchor, codes by role, gates,
-    routers and heads, as plain data. `specs` are all tensors by the manifest's names."""
+    routers, heads and what classifiers look at, as plain data. `specs` are all tensors by the
+    manifest's names."""
     sizes = {"anchor": 0, "codes": 0, "routers": 0, "heads": 0}
+    beside = {"encoder": sum(s.nbytes for s in encoder.specs.values())} if encoder else {}
     parts = {code.part_name(part) for code in manifest.codes for part in code.parts}
     for name, spec in specs.items():
         sizes[_kind(name, parts)] += spec.nbytes
-    total = sum(sizes.values())
+    total = sum(sizes.values()) + sum(beside.values())
     return {
         "method": manifest.method,
         "experts": list(manifest.experts),
-        "bytes": {**sizes, "total": total},
+        "bytes": {**sizes, **beside, "total": total},
         "multiple": round(total / max(1, sizes["anchor"]), 4),
         "codes": _codes(manifest.codes, specs),
         "gates": {
@@ -31,6 +35,7 @@ def contents(manifest: Manifest, specs: Mapping[str, TensorSpec]) -> dict[str, A
             for name, gate in manifest.gates.items()
         },
         "routers": {name: asdict(router) for name, router in manifest.routers.items()},
+        **({"encoder": asdict(manifest.encoder)} if manifest.encoder else {}),
         "heads": [
             {"expert": h.expert, "class": manifest.head_class, "labels": labels(h)}
             for h in manifest.heads

@@ -22,7 +22,8 @@ class DynamicCheckpoint:
     """What a folder holds: its config and manifest, its files, and each tensor by the name that
     the manifest gives it (`specs[name].name` is the one on disk).
 
-    trained: whether `train-router` wrote the routers; None where the files do not say.
+    trained: whether `train-router` wrote the routers; None where the files do not say. encoder:
+    what its classifiers look at, where that is not the anchor.
     """
 
     folder: Path
@@ -31,6 +32,7 @@ class DynamicCheckpoint:
     stored: Stored
     specs: Mapping[str, TensorSpec]
     trained: bool | None
+    encoder: Stored | None = None
 
     @property
     def anchor(self) -> dict[str, TensorSpec]:
@@ -84,7 +86,8 @@ def held(folder: Path) -> DynamicCheckpoint:
             )
     file = folder / ROUTER_FILE
     trained = metadata(file).get("trained") == "true" if file.exists() else None
-    return DynamicCheckpoint(folder, settings, manifest, stored, specs, trained)
+    encoder = find(str(folder / "encoder")) if manifest.encoder else None
+    return DynamicCheckpoint(folder, settings, manifest, stored, specs, trained, encoder)
 
 
 def _promised(manifest: Manifest) -> dict[str, tuple[int, ...]]:

@@ -59,17 +59,18 @@ def verify(
         raise SourceError(f"there is no folder '{folder}'", hint="name a merged folder")
     sums, problems = _listed(folder)
     problems += _whole(folder)
-    stored, found = _weights(folder)
+    stored, encoder, found = _weights(folder)
+    looked = [one for one in (stored, encoder) if one]
     problems += found
     sizes = {name: (folder / name).stat().st_size for name in sums if (folder / name).is_file()}
-    floats = [s for s in stored.specs.values() if s.kind == "float"] if stored and finite else []
-    advance = begin(sum(sizes.values()) + sum(spec.nbytes for spec in floats))
+    floats = [s for one in looked for s in one.specs.values() if s.kind == "float"]
+    advance = begin(sum(sizes.values()) + finite * sum(spec.nbytes for spec in floats))
     problems += _differing(folder, sums, sizes, advance)
-    if stored and finite:
-        problems += _not_finite(stored, advance)
+    for one in looked if finite else ():
+        problems += _not_finite(one, advance)
     there = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     unlisted = sorted(n for n in there if n not in sums and n not in UNHASHED)
-    tensors = len(stored.tensors) if stored else 0
+    tensors = sum(len(one.tensors) for one in looked)
     return Verified(sums, tuple(unlisted), tensors, sum(sizes.values()), tuple(problems))
 
 
@@ -152,8 +153,9 @@ def _imported(folder: Path, modules: set[str]) -> set[str]:
     return found
 
 
-def _weights(folder: Path) -> tuple[Stored | None, list[Problem]]:
-    """The folder's weights where they are whole, and what is wrong with them otherwise."""
+def _weights(folder: Path) -> tuple[Stored | None, Stored | None, list[Problem]]:
+    """The folder's weights and its encoder's, if any, where they are whole, and what is wrong with
+    them otherwise."""
     problems: list[Problem] = []
     for file in sorted(folder.glob("heads/*.safetensors")):
         try:
@@ -161,10 +163,13 @@ def _weights(folder: Path) -> tuple[Stored | None, list[Problem]]:
         except MowmergeError as error:
             problems += error.problems
     try:
-        dynamic = config(folder).get("model_type") == "mowmerge"
-        stored = held(folder).stored if dynamic else find(str(folder))
+        if config(folder).get("model_type") == "mowmerge":
+            whole = held(folder)
+            stored, encoder = whole.stored, whole.encoder
+        else:
+            stored, encoder = find(str(folder)), None
     except MowmergeError as error:
-        return None, [*problems, *error.problems]
+        return None, None, [*problems, *error.problems]
     for index in sorted(folder.glob("*.safetensors.index.json")):
         placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         for name, location in stored.tensors.items():
@@ -172,7 +177,7 @@ def _weights(folder: Path) -> tuple[Stored | None, list[Problem]]:
                 what = f"tensor '{name}' is in {Path(location.file).name}"
                 says = placed.get(name) or "no file"
                 problems.append(Problem(f"{what}, and the index says {says}", str(index)))
-    return stored, problems
+    return stored, encoder, problems
 
 
 def _not_finite(stored: Stored, advance: Advance) -> Iterator[Problem]:

@@ -113,9 +113,16 @@ def _routing(told: Mapping[str, Any]) -> str:
         lines.append(f"{count} gate(s) of scope {scope}, {slots} slots{rest}")
     for name, router in told["routers"].items():
         lines.append(f"router {name}: {_router(router, trained)}")
+    if "encoder" in told:
+        lines.append(f"classifiers look at an encoder of its own, which reads {_reads(told)}")
     for head in told["heads"]:
         lines.append(f"head {head['expert']}: {head['class']}, {head['labels']} labels")
     return "\n".join(lines)
+
+
+def _reads(told: Mapping[str, Any]) -> str:
+    read = told["encoder"]
+    return " x ".join(map(str, read["size"])) + " pixels" if read["size"] else str(read["reads"])
 
 
 def _router(router: Mapping[str, Any], trained: str) -> str:

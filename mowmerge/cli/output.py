@@ -71,6 +71,9 @@ def show_plan(plan: Plan, *, as_json: bool) -> None:
     )
     if plan.rest:
         print(f"the rest: {plan.rest}")
+    if plan.encoder:
+        weighs = size(sum(spec.nbytes for spec in plan.encoder.specs.values()))
+        print(f"copied whole, as what the classifier looks at: {plan.encoder.origin}, {weighs}")
     if plan.fit:
         fit, drawn = plan.fit, plan.fit.steps * plan.fit.batch
         each = "tensor and model" if fit.granularity == "tensor" else "model"

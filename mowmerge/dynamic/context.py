@@ -154,3 +154,13 @@ class Context:
         """What a copy keeps: nothing of the last pass."""
         blank = Context(self.gates, self.slots, self.routers, self.decoder)
         return dict(blank.__dict__)
+
+
+def batch_of(args: Sequence[Any], inputs: Mapping[str, Any]) -> int:
+    """How many samples there are, from the first tensor given."""
+    for value in (*args, *inputs.values()):
+        if isinstance(value, Tensor) and value.dim() > 1:
+            return len(value)
+        if hasattr(value, "last_hidden_state"):
+            return len(value.last_hidden_state)
+    raise ValueError("a dynamic model needs a batch of inputs: [B, ...]")

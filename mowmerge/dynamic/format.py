@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass, field, fields
 from math import prod
 from typing import Any
 
-FORMAT = 2  # the newest
+FORMAT = 3  # the newest
 ROUTER = "mow_router"  # module and name prefix of what train-router may change
 HEADS = "mow_heads"  # module and name prefix of the heads, one a task
 CODECS = ("full", "full_abs", "low_rank", "sparse", "row_sparse", "mask", "one_bit")
 SCOPES = ("sample", "block", "module", "task")
 POOLS = ("mean", "statistics")
+READS = ("texts", "pixels")
 
 
 class FormatError(ValueError):
@@ -199,6 +200,20 @@ class Head:
 
 
 @dataclass(frozen=True)
+class Encoder:
+    """The model in the folder `encoder` on whose last hidden states classifiers look.
+
+    reads: texts, which the base's tokenizer spells out for the encoder's own, or pixels, which are
+    taken as scale x + shift (a number a channel) at `size`, rows and columns.
+    """
+
+    reads: str
+    scale: tuple[float, ...] = ()
+    shift: tuple[float, ...] = ()
+    size: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything `config.json` holds under "mowmerge"; the order of experts is that of slots."""
 
@@ -209,11 +224,14 @@ class Manifest:
     routers: Mapping[str, Router] = field(default_factory=dict)
     heads: tuple[Head, ...] = ()
     head_class: str = ""
+    encoder: Encoder | None = None
 
     @property
     def format(self) -> int:
         """The oldest format that can say this: 2 where a router sees statistics, or keeps its
-        largest outputs as they are."""
+        largest outputs as they are; 3 where classifiers look at an encoder."""
+        if self.encoder:
+            return 3
         newer = (
             r.pool != "mean" or (r.top_k and r.activation == "none") for r in self.routers.values()
         )
@@ -239,6 +257,7 @@ class Manifest:
             "routers": {name: _lean(router) for name, router in self.routers.items()},
             "heads": [asdict(head) for head in self.heads],
             "head_class": self.head_class,
+            **({"encoder": _lean(self.encoder)} if self.encoder else {}),
             "tensors": [_lean(code) for code in self.codes],
         }
 
@@ -269,6 +288,7 @@ class Manifest:
                     for head in held["heads"]
                 ),
                 head_class=held["head_class"],
+                encoder=_encoder(held.get("encoder")),
             )
         except (KeyError, TypeError) as error:
             raise FormatError(f"the manifest in config.json is damaged: {error}") from error
@@ -308,6 +328,16 @@ class Manifest:
                 )
         if len(self.heads) not in (0, len(self.experts)):
             raise FormatError(f"{len(self.heads)} heads for {len(self.experts)} experts")
+        if self.encoder and self.encoder.reads not in READS:
+            raise FormatError(f"an encoder that reads '{self.encoder.reads}' is not known")
+
+
+def _encoder(held: Mapping[str, Any] | None) -> Encoder | None:
+    """What `to_json` wrote of an encoder; JSON has lists for tuples."""
+    if held is None:
+        return None
+    numbers = {name: tuple(value) for name, value in held.items() if name != "reads"}
+    return Encoder(held["reads"], **numbers)
 
 
 def _lean(item: Any) -> dict[str, Any]:

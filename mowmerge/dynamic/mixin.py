@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from .configuration import MowmergeConfig, taken_for_base
-from .context import Context
+from .context import Context, batch_of
 from .embedding import MixedEmbedding
+from .encoder import LoadedEncoder
 from .format import HEADS, ROUTER
 from .heads import Heads, made, width
 from .layers import install
@@ -70,6 +71,7 @@ class MowMixin(nn.Module):
         encoder = {c.gate for c in manifest.codes if "decoder" not in located(c.name).split(".")}
         decoder = set(manifest.gates) - encoder if config.is_encoder_decoder else set[str]()
         self.mow_router = nn.ModuleDict(routers)
+        self._encoder: LoadedEncoder | None = None
         self._context = Context(manifest.gates, slots, dict(routers), frozenset(decoder))
         install(self, manifest, self._context, located)
         self._tie()
@@ -152,10 +154,21 @@ class MowMixin(nn.Module):
         module = self.mow_router[router]
         assert isinstance(module, RouterModule)
         self._context.begin(batch, masks, active=False)
-        tokens = self.features(module.router.layer, *args, **inputs)
-        valid = next((m for m in masks if m.shape == tokens.shape[:2]), None)
-        raw: Tensor = module(tokens, valid)
+        raw: Tensor = module(*self.seen(module.router.layer, args, inputs, masks))
         return raw, module.coefficients(raw)
+
+    def seen(
+        self, layer: int, args: Any, inputs: Mapping[str, Any], masks: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """What a classifier looks at: tokens [B,T,d], and which of them count [B,T], None if all
+        do. They are the encoder's last hidden states where there is one, else the anchor's after
+        `layer` layers."""
+        if self._manifest.encoder:
+            if self._encoder is None:
+                raise ValueError("this model has no encoder for its classifier: load a checkpoint")
+            return self._encoder.states(args, inputs, next(iter(masks), None))
+        tokens = self.features(layer, *args, **inputs)
+        return tokens, next((m for m in masks if m.shape == tokens.shape[:2]), None)
 
     def _classified(
         self, args: Any, inputs: Mapping[str, Any], batch: int, masks: Sequence[Tensor]
@@ -186,7 +199,7 @@ class MowMixin(nn.Module):
     ) -> None:  # fmt: skip
         """Begins a pass: how many samples, which tokens count, and the gates that are known."""
         manifest, context = self._manifest, self._context
-        batch = _batch(args, inputs)
+        batch = batch_of(args, inputs)
         mask = inputs.get("attention_mask") if routing_mask is None else routing_mask
         masks = [mask] if isinstance(mask, Tensor) and mask.dim() == 2 else []
         chosen: dict[str, Tensor] = {}
@@ -287,6 +300,8 @@ class MowMixin(nn.Module):
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(damaged(folder) or f"{folder} does not load: {error}") from error
         complain(folder, cls.__name__, info)
+        if config.manifest.encoder:
+            model._encoder = LoadedEncoder.load(folder, config.manifest.encoder, kwargs)
         if Path(folder).is_dir() and not (Path(folder) / "generation_config.json").exists():
             model._generate_as_base()
         freeze(model)
@@ -303,6 +318,8 @@ class MowMixin(nn.Module):
             raise ValueError(f"{folder} is a merged checkpoint: save into another folder")
         self.config.auto_map = auto_map()
         super().save_pretrained(folder, *args, **kwargs)  # type: ignore[misc]
+        if self._encoder is not None:
+            self._encoder.save(Path(folder))
         bundle(Path(folder))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -335,16 +352,6 @@ def _states(result: Any) -> Tensor:
         result = result.get("last_hidden_state", next(iter(result.values())))
     found: Tensor = result if isinstance(result, Tensor) else result[0]
     return found.detach()
-
-
-def _batch(args: Any, inputs: Mapping[str, Any]) -> int:
-    """How many samples there are, from the first tensor given."""
-    for value in (*args, *inputs.values()):
-        if isinstance(value, Tensor) and value.dim() > 1:
-            return len(value)
-        if hasattr(value, "last_hidden_state"):
-            return len(value.last_hidden_state)
-    raise ValueError("a dynamic model needs a batch of inputs: [B, ...]")
 
 
 _classes: dict[Any, Any] = {}

@@ -7,8 +7,8 @@ from pathlib import Path
 
 FILES = (
     "format.py", "codecs.py", "routers.py", "context.py", "mixable.py", "linear.py",
-    "embedding.py", "layers.py", "heads.py", "configuration.py", "loading.py", "remote.py",
-    "mixin.py", "modeling.py",
+    "embedding.py", "layers.py", "heads.py", "encoder.py", "configuration.py", "loading.py",
+    "remote.py", "mixin.py", "modeling.py",
 )  # fmt: skip
 AUTO = (
     "Model", "ForCausalLM", "ForSequenceClassification", "ForImageClassification",

@@ -19,8 +19,16 @@ from mowmerge.errors import ResourceError
 from mowmerge.evals.job import Answer, Taken
 
 SHA256 = 64  # letters of a digest
-WEIGHTS = ("*.safetensors", "heads/*.safetensors")
-REST = ("*.json", "*.jinja", "*.model", "*.txt", "heads/*.json")
+WEIGHTS = ("*.safetensors", "heads/*.safetensors", "encoder/*.safetensors")
+REST = (
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.txt",
+    "heads/*.json",
+    "encoder/**/*.json",
+    "encoder/**/*.txt",
+)
 MADE = ("report.json",)  # says nothing of what a model answers
 
 

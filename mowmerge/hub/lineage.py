@@ -16,7 +16,7 @@ def inputs(plan: Plan, within: str = "") -> list[dict[str, Any]]:
     """A row for each model and adapter that is read: name, source, revision where it is the Hub's,
     and licence, languages, data sets and pipeline of its card. No row names a folder of this
     machine."""
-    sources = plan.sources.items()
+    sources = [*plan.sources.items(), *([("encoder", plan.encoder)] if plan.encoder else [])]
     return [row for name, origin in sources for row in _rows(f"{within}{name}", origin)]
 
 

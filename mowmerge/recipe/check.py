@@ -130,6 +130,13 @@ def _names(data: Mapping[str, Any]) -> Iterator[Fault]:
     if "base" in models and data.get("base") is not None:
         message = "a model cannot be named 'base' where the recipe names a base"
         yield Fault(("models", "base"), message, "give it another name")
+    if data.get("encoder") is not None:
+        if "encoder" in models:
+            message = "a model cannot be named 'encoder' where the recipe names an encoder"
+            yield Fault(("models", "encoder"), message, "give it another name")
+        if not _dynamic(data):
+            message = "an encoder is for classifiers, and a static method has none"
+            yield Fault(("encoder",), message, "remove it")
     for i, rule in enumerate(map(as_map, as_list(data.get("rules")))):
         named = rule.get("models")
         for j, name in enumerate(as_list(named)):

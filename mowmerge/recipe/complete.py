@@ -40,6 +40,7 @@ def completed(recipe: Recipe) -> dict[str, Any]:
         "parameters": get(recipe.method).complete(recipe.parameters),
         "rules": rules,
         "rest": _rest(recipe),
+        "encoder": recipe.encoder,
         "missing": recipe.missing,
         "heads": recipe.heads and recipe.heads.model_dump(mode="json"),
         "tasks": {name: _task(task) for name, task in recipe.tasks.items()},

@@ -307,6 +307,9 @@ class Recipe(Strict):
         default=None,
         description="With a dynamic method: the static one for what stays static.",
     )
+    encoder: str | None = Field(
+        default=None, description="Hub id or path of a model that classifiers look at instead."
+    )
     heads: Heads | None = Field(default=None, description="Tensors that are not merged.")
     tasks: Mapping[str, Task] = Field(
         default_factory=dict, description="Tasks for fitting, router training and evaluation."

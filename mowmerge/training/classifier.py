@@ -145,7 +145,8 @@ def features(
     model: Any, processors: Mapping[str, Any], samples: Sequence[Samples],
     widths: Mapping[Place, int], use: str, asked: Settings, processes: Processes,
 ) -> dict[Place, list[Tensor]]:  # fmt: skip
-    """(Layer, pool) -> each task's pooled features of the frozen anchor [n,d], fp32 on the CPU.
+    """(Layer, pool) -> each task's pooled features of the frozen anchor, or encoder, [n,d], fp32 on
+    the CPU.
 
     `widths` has the places and their d. The processes share the work; each gets all of it.
     """
@@ -160,12 +161,11 @@ def features(
             some = [items.input(i) for i in range(start, min(start + size, len(items)))]
             given = encode(processors[sample.type], some, model.config, LONGEST)
             given = {k: v.to(processes.device) for k, v in given.items()}
-            mask = given.get("attention_mask")
+            masks = [given["attention_mask"]] if "attention_mask" in given else []
             for (layer, how), values in made.items():
                 with torch.autocast(processes.device.type, torch.bfloat16, enabled=asked.bf16):
-                    tokens = model.features(layer, **given).float()
-                fits = mask is not None and mask.shape == tokens.shape[:2]
-                pooled = pool(tokens, mask if fits else None, how)
+                    tokens, mask = model.seen(layer, (), given, masks)
+                pooled = pool(tokens.float(), mask, how)
                 values[start : start + len(some)] = pooled.cpu()
         for where, values in made.items():
             found[where].append(processes.total(values))

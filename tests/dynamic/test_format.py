@@ -53,7 +53,7 @@ def _edit(where: str, **values: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (_edit("", format=3), "upgrade mowmerge"),
+        (_edit("", format=4), "upgrade mowmerge"),
         (_edit("", format=None), "upgrade mowmerge"),
         (_edit("tensors.0", codec="zip"), "'a.weight' has codec 'zip'"),
         (_edit("tensors.0", colour=1), "damaged"),
@@ -66,6 +66,7 @@ def _edit(where: str, **values: Any) -> Callable[[dict[str, Any]], None]:
         (_edit("gates.g", router="none"), "gate 'g' has an unknown scope or router"),
         (_edit("gates", spare={"scope": "task"}), "gate 'spare' has no tensor"),
         (_edit("", heads=[{"expert": "x", "config": {}}]), "1 heads for 2 experts"),
+        (_edit("", encoder={"reads": "minds"}), "an encoder that reads .minds."),
     ],
 )
 def test_contradiction_is_refused(edit: Callable[[dict[str, Any]], None], says: str) -> None:
