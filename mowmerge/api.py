@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ from mowmerge.errors import RecipeError, ResourceError
 from mowmerge.methods import registry
 from mowmerge.plan import Plan
 from mowmerge.planner import Options, build
+from mowmerge.ranks import Ranks, joined
 from mowmerge.recipe import parse
 from mowmerge.recipe.model import Recipe
 from mowmerge.scoring import (
@@ -58,10 +61,12 @@ class Trained:
 
 @dataclass(frozen=True)
 class Result:
-    """Where the merged checkpoint is, and its report."""
+    """Where the merged checkpoint is, its report, and whether this process is the one of several
+    that speaks for all."""
 
     path: Path
     report: dict[str, Any]
+    speaks: bool = True
 
 
 def check(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -82,12 +87,18 @@ def survey(
 ) -> Plan:
     """The plan, final: what a dynamic method's layout depends on is measured in the weights."""
     parsed = recipe if isinstance(recipe, Recipe) else check(recipe, overrides)
-    planned = plan(parsed, options=options)
+    return _surveyed(parsed, options or Options(), Ranks())
+
+
+def _surveyed(recipe: Recipe, options: Options, ranks: Ranks) -> Plan:
+    """The final plan, which all ranks make."""
+    planned = ranks.together(lambda: build(recipe, options))
     if not planned.undecided:
         return planned
     from mowmerge.survey import survey as measure
 
-    return build(parsed, replace(options or Options(), surveyed=measure(parsed, planned)))
+    found = replace(options, surveyed=measure(recipe, planned, ranks))
+    return ranks.together(lambda: build(recipe, found))
 
 
 def merge(
@@ -100,6 +111,7 @@ def merge(
     force: bool = False,
     resume: bool = False,
     locked: bool = False,
+    timeout: float = 60.0,
     begin: Callable[[Plan], Advance] = lambda plan: lambda nbytes: None,
     tell: Tell = lambda line: None,
 ) -> Result:
@@ -110,30 +122,53 @@ def merge(
     a line now and then while coefficients are fitted. With `resume` the work of a merge that was
     cut off is taken up, and should this one be, its work is left for the next. A recipe.lock.yaml
     replays its run, and the report says how that went; with `locked` its inputs must be the files
-    that it names, and its weights what they were.
+    that it names, and its weights what they were. Under torchrun every rank calls this, and they
+    share the work; one waits for another `timeout` minutes.
 
     Raises:
         CheckpointError: an input is not whole, or is not what `locked` asks for.
-        ResourceError: `out` is taken or cannot be written; or the merge that was cut off was
-            another one, or `resume` was not asked for.
+        ResourceError: `out` is taken or cannot be written; the merge that was cut off was another
+            one, or `resume` was not asked for; another rank is gone, or is about to merge something
+            else.
     """
     from mowmerge import merging
 
     began = time.perf_counter()
     parsed = recipe if isinstance(recipe, Recipe) else check(recipe, overrides)
-    planned = survey(parsed, options=options)
     target = Path(out or parsed.output.path or Path("merged") / parsed.name)
-    if parsed.output.format == "adapter":
-        from mowmerge import lora
+    with _joined(options or Options(), timeout) as (ranks, asked):
+        planned = _surveyed(parsed, asked, ranks)
+        if parsed.output.format != "adapter":
+            how = merging.How(hashes, force, resume, locked)
+            if not ranks.first:
+                begin, tell = (lambda plan: lambda nbytes: None), (lambda line: None)
+            made = merging.merge(parsed, planned, target, how, began, begin, tell, ranks)
+            return Result(*made, speaks=ranks.first)
+    from mowmerge import lora
 
-        if resume or locked:
-            raise RecipeError(
-                "--resume and --locked are for checkpoints, and output.format is adapter",
-                where=parsed.file, hint="run it again from the start",
-            )  # fmt: skip
-        return Result(*lora.merge(parsed, planned, target, hashes=hashes, force=force, begin=begin))
-    how = merging.How(hashes, force, resume, locked)
-    return Result(*merging.merge(parsed, planned, target, how, began, begin, tell))
+    if resume or locked or ranks.count > 1:
+        raise RecipeError(
+            "--resume, --locked and ranks are for checkpoints, and output.format is adapter",
+            where=parsed.file, hint="run it from the start, in one process",
+        )  # fmt: skip
+    return Result(*lora.merge(parsed, planned, target, hashes=hashes, force=force, begin=begin))
+
+
+@contextmanager
+def _joined(options: Options, timeout: float) -> Iterator[tuple[Ranks, Options]]:
+    """The ranks that torchrun or accelerate started, and the options as they are for this one: its
+    device, and its share of the processors."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield Ranks(), options
+        return
+    from mowmerge.training import processes
+
+    one = processes.begin(options.device, "merge")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))  # unknown: as on several hosts
+    workers = options.workers or max(1, min(8, (os.cpu_count() or 1) // max(1, here)))
+    device = options.device if options.device == "cpu" else str(one.device)
+    with joined(one.rank, one.count, here, timeout) as ranks:
+        yield ranks, replace(options, workers=workers, device=device)
 
 
 def soup(

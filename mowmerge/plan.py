@@ -161,6 +161,11 @@ class TensorJob:
         return tuple(TensorSpec(name(n), p.dtype, p.shape) for n, p in self.code.parts.items())
 
     @property
+    def each(self) -> tuple[TensorJob, ...]:
+        """The job, and the one that makes its anchor."""
+        return (self,) if self.anchor is None else (self, self.anchor)
+
+    @property
     def inputs(self) -> tuple[Input, ...]:
         """Every tensor the job reads, the base first."""
         return ((self.base,) if self.base else ()) + self.models
@@ -283,7 +288,7 @@ class Plan:
     @property
     def each(self) -> tuple[TensorJob, ...]:
         """Every job, those that make anchors too."""
-        return tuple(one for job in self.jobs for one in (job, job.anchor) if one is not None)
+        return tuple(one for job in self.jobs for one in job.each)
 
     @property
     def read_bytes(self) -> int:

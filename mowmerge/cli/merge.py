@@ -38,6 +38,9 @@ def merge(
         bool, typer.Option(help="Of a recipe.lock.yaml: fail if an input or the result differs.")
     ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Tensors worked on at once.")] = None,
+    timeout: Annotated[
+        float, typer.Option(min=0.01, help="Under torchrun: minutes a rank waits for another.")
+    ] = 60.0,
     max_memory: Annotated[str | None, typer.Option(help="Peak memory, such as 2GB.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")] = "cpu",
     stats: Annotated[bool, typer.Option(help="Measure task vectors for report.json.")] = True,
@@ -66,6 +69,8 @@ def merge(
       mowmerge merge recipe.yaml merged/demo --resume
 
       mowmerge merge merged/demo/recipe.lock.yaml merged/again --locked
+
+      torchrun --nproc_per_node 4 -m mowmerge merge recipe.yaml merged/demo --resume
     """
     from mowmerge import api
 
@@ -83,24 +88,30 @@ def merge(
     with output.Progress(quiet or json_) as progress:
         result = api.merge(
             parsed, out, options=options, hashes=hash_, force=force, resume=resume, locked=locked,
-            begin=progress.begin, tell=progress.tell,
+            timeout=timeout, begin=progress.begin, tell=progress.tell,
         )  # fmt: skip
     if not eval_:
-        results.show(result, as_json=json_, quiet=quiet)
+        if result.speaks:
+            results.show(result, as_json=json_, quiet=quiet)
         return
     report = _scored(result, parsed, quiet or json_)
+    if report is None:
+        return
     results.show(result, as_json=json_, quiet=quiet, evaluation=report)
     if not json_ and not quiet:
         reports.show(report, api.report_folder(result.path), as_json=False)
 
 
-def _scored(result: Result, recipe: Recipe, hidden: bool) -> Report:
-    """Scores a merge beside what it was made of, and has its card tell of it."""
+def _scored(result: Result, recipe: Recipe, hidden: bool) -> Report | None:
+    """Scores a merge beside what it was made of, and has its card tell of it; None but for the
+    process that speaks for all."""
     from mowmerge import api
 
     against = ["base", "experts"] if recipe.base is not None else ["experts"]
     with output.Progress(hidden, "item") as progress:
         found = api.evaluate(result.path, recipe, against=against, begin=progress.start)
+    if not result.speaks:
+        return None
     command = shlex.join(["mowmerge", "merge", str(recipe.file), str(result.path), "--eval"])
     report = api.report_on(found, result.path, recipe, command=command)
     api.tell_card(result.path)

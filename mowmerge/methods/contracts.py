@@ -158,9 +158,13 @@ class Fold(Protocol):
     """One streamed pass: observes blocks in order, and merges with the folds of other tensors.
 
     `share` below 1 asks for a sample of about that share of the elements instead of all of them.
+    `exact` says that folds of neighbours may be merged with each other first, to the same bits: so
+    counts may, and maxima, and sums of floats not. What a fold has seen is in those attributes that
+    are not functions, and can be pickled: so it goes from one rank to another.
     """
 
     share: float
+    exact: bool
 
     def fresh(self) -> Fold:
         """An empty fold of the same kind."""
@@ -173,6 +177,18 @@ class Fold(Protocol):
     def merge(self, other: Any) -> None:
         """Takes in what a later tensor's fold has seen."""
         ...
+
+
+def seen(fold: Fold) -> dict[str, Any]:
+    """What a fold holds, without its functions: plain data that can be sent."""
+    return {name: value for name, value in vars(fold).items() if not callable(value)}
+
+
+def with_seen(fold: Fold, held: Mapping[str, Any]) -> Fold:
+    """A fold of the same kind that holds what another one, of another process, has seen."""
+    made = fold.fresh()
+    vars(made).update(held)
+    return made
 
 
 Reduction = Generator[Any, Any, Any]

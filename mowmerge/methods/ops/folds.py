@@ -75,7 +75,7 @@ class Sum:
 class Most:
     """The largest of fn(block), entry by entry, over all blocks."""
 
-    share = 1.0
+    share, exact = 1.0, True
 
     def __init__(self, fn: Callable[[Block], Tensor]) -> None:
         self.fn = fn

@@ -94,6 +94,8 @@ class _Order:
 class _Sample:
     """Keeps a share of each model's numbers."""
 
+    exact = True
+
     def __init__(self, n: int, share: float, of: Scores, order: _Order) -> None:
         self.n, self.share, self.of, self.order = n, share, of, order
         self.kept: list[list[Any]] = [[] for _ in range(n)]
@@ -132,7 +134,7 @@ class _Count:
     in most bins, the bin is as good as one code.
     """
 
-    share = 1.0
+    share, exact = 1.0, True
 
     def __init__(self, spans: Sequence[tuple[int, int] | None], of: Scores, order: _Order) -> None:
         self.spans, self.of, self.order = spans, of, order
