@@ -203,12 +203,15 @@ class Engine:
 
         def part(fold: Fold, job: TensorJob, start: int) -> Fold:
             with self.open(job) as opened:
-                return opened.observe(fold.fresh(), start, min(start + SPAN, job.output.numel))
+                return opened.observe(fold.fresh(), start, min(start + span(job), job.output.numel))
+
+        def span(job: TensorJob) -> int:
+            return max(1, job.output.numel) if job.matrix else SPAN
 
         def fill(fold: Fold) -> Fold:
             total, pending = fold.fresh(), []
             for job in jobs:
-                for start in range(0, job.output.numel, SPAN):
+                for start in range(0, job.output.numel, span(job)):
                     pending.append(_submit(pool, part, fold, job, start))
                     if len(pending) > 2 * self.plan.workers:
                         total.merge(pending.pop(0).result())
