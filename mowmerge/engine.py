@@ -238,14 +238,18 @@ class Engine:
         reduce = registry.get(str(jobs[0].method)).reduce
         assert reduce is not None
         ranks = self.ranks if pool is not None else Ranks()  # a nested plan is for each to read
-        tasks = [(job, start) for job in jobs for start in range(0, job.output.numel, SPAN)]
-        lengths = [min(SPAN, job.output.numel - start) for job, start in tasks]
+
+        def span(job: TensorJob) -> int:
+            return max(1, job.output.numel) if job.matrix else SPAN
+
+        tasks = [(job, start) for job in jobs for start in range(0, job.output.numel, span(job))]
+        lengths = [min(span(job), job.output.numel - start) for job, start in tasks]
         mine = run_of(tasks, lengths, ranks)
 
         def part(fold: Fold, job: TensorJob, start: int) -> Fold:
             ranks.check()
             with self.open(job) as opened:
-                return opened.observe(fold.fresh(), start, min(start + SPAN, job.output.numel))
+                return opened.observe(fold.fresh(), start, min(start + span(job), job.output.numel))
 
         def parts(fold: Fold) -> Iterator[Fold]:
             pending: list[Future[Fold]] = []

@@ -131,7 +131,8 @@ class Packing:
 class TensorJob:
     """One output tensor: what is read, by which method, with which parameters, at which scope.
 
-    A job without a method copies its only input. `group` joins the jobs whose method takes a
+    A job without a method copies its only input. A method on matrices gets a `matrix` whole, and of
+    every other tensor its elements. `group` joins the jobs whose method takes a
     statistic over the whole model. With a `code` the method is dynamic: it also gives the code's
     parts, and where it asks for an anchor, `anchor` is the static job that makes it.
     """
@@ -142,6 +143,7 @@ class TensorJob:
     method: str | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     scope: str = "element"
+    matrix: bool = False
     group: int | None = None
     code: Code | None = None
     anchor: TensorJob | None = None
@@ -216,6 +218,17 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class Algebra:
+    """What a merge decomposes: how many matrices, in how many decompositions, at about how many
+    floating-point operations, and which shape costs most."""
+
+    matrices: int
+    decompositions: int
+    flops: int
+    largest: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything a merge will do.
 
@@ -224,7 +237,8 @@ class Plan:
     `head_names` says of a head's tensor among the codes which model's it is; `surveyed` what was
     measured before, and while the plan is `undecided` it is still to be: more is planned than will
     be written; `rest` is the static method of the rest, and why it is that one; `encoder` is what
-    classifiers look at, copied whole; `fit` is what is to be fitted first.
+    classifiers look at, copied whole; `fit` is what is to be fitted first, `algebra` what is
+    decomposed.
     """
 
     name: str
@@ -250,6 +264,7 @@ class Plan:
     encoder: Stored | None = None
     dropped: tuple[str, ...] = ()
     fit: Fit | None = None
+    algebra: Algebra | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -361,14 +376,19 @@ def run_length(row: int) -> int:
     return max(1, RUN // max(1, row)) * max(1, row)
 
 
+def _gets_all(job: TensorJob | None) -> bool:
+    """Whether the job that makes an anchor needs the whole tensor at once."""
+    return job is not None and (job.matrix or job.scope == "tensor")
+
+
 def block_length(block: int, job: TensorJob, *, whole: bool) -> int:
     """Elements worked on at a time: the plan's block, whole rows, or for a method that reads the
     whole tensor at once (`whole`: scope tensor without a reduction) all of them."""
     numel, shape = job.output.numel, job.output.shape
-    if job.method and job.scope == "tensor" and whole:
+    if job.method and (job.matrix or (job.scope == "tensor" and whole)):
         return max(numel, 1)
     if job.code is not None:
-        whole = job.code.codec in WHOLE or (job.anchor is not None and job.anchor.scope == "tensor")
+        whole = job.code.codec in WHOLE or _gets_all(job.anchor)
         rows = 1 if whole or len(shape) < 2 else shape[0]
         row = max(1, numel // max(1, rows))
         return max(1, block // row) * row

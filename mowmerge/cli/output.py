@@ -74,6 +74,12 @@ def show_plan(plan: Plan, *, as_json: bool) -> None:
     if plan.encoder:
         weighs = size(sum(spec.nbytes for spec in plan.encoder.specs.values()))
         print(f"copied whole, as what the classifier looks at: {plan.encoder.origin}, {weighs}")
+    if plan.algebra:
+        done, largest = plan.algebra, "x".join(map(str, plan.algebra.largest))
+        print(
+            f"{done.decompositions} singular value decompositions of {done.matrices} matrices, the"
+            f" largest {largest}: about {done.flops:.1e} floating-point operations"
+        )
     if plan.fit:
         fit, drawn = plan.fit, plan.fit.steps * plan.fit.batch
         each = "tensor and model" if fit.granularity == "tensor" else "model"
@@ -134,6 +140,7 @@ def plan_object(plan: Plan) -> dict[str, Any]:
         },
         "rest": plan.rest or None,
         "fit": asdict(plan.fit) if plan.fit else None,
+        "algebra": asdict(plan.algebra) if plan.algebra else None,
         **_dynamic(plan),
         "dropped": list(plan.dropped),
         "warnings": list(plan.warnings),

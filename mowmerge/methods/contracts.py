@@ -4,6 +4,7 @@ A method is a plain function. It asks for what it needs by reserved parameter na
 
     models [N,*S]   the experts' values          deltas [N,*S]  the experts minus the base, in fp32
     base [*S]       the base's values            state          what the method's `reduce` returned
+    factors         B [m,r], A [r,k] of each delta, where all are known as such a product; else None
     rng             random draws that depend on nothing but seed, model, tensor and element
     anchor [*S]     what the static method for the rest gave, as stored (dynamic methods)
     code            how this tensor is to be coded (dynamic methods)
@@ -42,7 +43,7 @@ Count = Annotated[int, Range(0)]
 Positive = Annotated[int, Range(1)]
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 
-RESERVED = frozenset({"models", "base", "deltas", "state", "rng", "anchor", "code"})
+RESERVED = frozenset({"models", "base", "deltas", "state", "factors", "rng", "anchor", "code"})
 SCOPES = ("element", "row", "tensor", "model")
 
 
@@ -115,7 +116,8 @@ class Block:
     """A piece of one tensor on its way through a fold: values [N,*B], and what goes with them.
 
     B is a run of elements; for a method of scope row it is some whole rows, [rows,*R], of which a
-    vector is one. `base` [*B] is there for a method that asks for it.
+    vector is one; for a method on matrices it is a whole `matrix`. `base` [*B] is there for a
+    method that asks for it.
     """
 
     values: Tensor
@@ -123,10 +125,14 @@ class Block:
     rng: Draws
     numel: int  # of the whole tensor
     base: Tensor | None = None
+    matrix: bool = False
 
     def runs(self) -> Iterator[Block]:
         """The block in runs of 65,536 elements, or of as many whole rows: cut at the same places
-        of the tensor, whatever the block."""
+        of the tensor, whatever the block. A matrix is not cut."""
+        if self.matrix:
+            yield self
+            return
         row = self.values[0, :1].numel()
         step = run_length(row) // max(1, row)
         for at in range(0, max(1, self.values.shape[1]), step):

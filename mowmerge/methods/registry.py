@@ -29,6 +29,7 @@ FITTING = ("granularity", "steps", "rate", "batch", "balance", "seed")
 F = TypeVar("F", bound=Callable[..., Any])
 Scope = str | Callable[[Mapping[str, Any]], str]
 Workspace = Callable[[tuple[int, ...], int], int]
+Decompositions = Callable[[tuple[int, ...], int], Sequence[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class MethodSpec:
     reduce: Callable[[Sequence[Extent]], Reduction] | None = None
     validate: Callable[[Mapping[str, Any], int], None] | None = None
     workspace: Workspace | None = None
+    decompositions: Decompositions | None = None
     dynamic: Dynamic | None = None
     fit: str | None = None
     origin: str = "mowmerge"
@@ -127,6 +129,11 @@ class MethodSpec:
         """The smallest unit on which the result is exact, for these parameters."""
         return self.scopes(parameters) if callable(self.scopes) else self.scopes
 
+    def takes_whole(self, shape: Sequence[int], role: str, parameters: Mapping[str, Any]) -> bool:
+        """Whether the tensor is a matrix to the method, so that it gets it whole."""
+        table = role in ("embedding", "head") and not parameters.get("vocabulary")
+        return self.decompositions is not None and len(shape) == 2 and not table
+
     def holds(self, law: str, parameters: Mapping[str, Any]) -> bool:
         """Whether the method keeps a declared law with these parameters."""
         if law not in self.laws:
@@ -165,6 +172,7 @@ def merge_method(
     reduce: Callable[[Sequence[Extent]], Reduction] | None = None,
     validate: Callable[[Mapping[str, Any], int], None] | None = None,
     workspace: Workspace | None = None,
+    decompositions: Decompositions | None = None,
     dynamic: Dynamic | None = None,
     fit: str | None = None,
 ) -> Callable[[F], F]:
@@ -183,6 +191,10 @@ def merge_method(
         validate: raises MethodError where parameters contradict each other.
         workspace: of a method that works on whole tensors, how many elements it holds beside the
             inputs, from the tensor's shape and the number of models.
+        decompositions: of a method on matrices, the shapes of the singular value decompositions
+            that it takes for a matrix of that shape and so many models. Such a method gets
+            matrices whole, and elements of everything else, which is what vocabulary tables and
+            heads are where its parameter `vocabulary` is false.
         dynamic: which tensors are coded, how, and by what they are mixed; the function then gives
             the parts of a code.
         fit: the per-model parameter in which the method is linear and that is found on data, within
@@ -200,6 +212,8 @@ def merge_method(
             raise TypeError(
                 f"{name}: a fitted method has the parameters {fit}, {', '.join(FITTING)}"
             )
+        if decompositions and "vocabulary" not in parameters:
+            raise TypeError(f"{name}: a method on matrices has the parameter vocabulary")
         _found[name] = MethodSpec(
             name=name,
             family=f"other.{function.__module__}".split(".")[-2],
@@ -216,6 +230,7 @@ def merge_method(
             reduce=reduce,
             validate=validate,
             workspace=workspace,
+            decompositions=decompositions,
             dynamic=dynamic,
             fit=fit,
             origin=function.__module__.partition(".")[0],

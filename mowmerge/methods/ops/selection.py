@@ -104,7 +104,9 @@ class _Sample:
         return _Sample(self.n, self.share, self.of, self.order)
 
     def observe(self, block: Block) -> None:
+        step = round(1 / min(1.0, self.share)) | 1 if block.matrix else 1  # matrices come whole
         for kept, value in zip(self.kept, self.of(block), strict=True):
+            value = value.reshape(-1)[::step]
             kept.append(value.cpu().numpy().ravel().copy())
             self.order = _Order(self.order.signed, value.element_size())
 
