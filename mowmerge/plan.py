@@ -237,8 +237,8 @@ class Plan:
     `head_names` says of a head's tensor among the codes which model's it is; `surveyed` what was
     measured before, and while the plan is `undecided` it is still to be: more is planned than will
     be written; `rest` is the static method of the rest, and why it is that one; `encoder` is what
-    classifiers look at, copied whole; `fit` is what is to be fitted first, `algebra` what is
-    decomposed.
+    classifiers look at, copied whole; `config` is what the output's config has other than the
+    donor's; `fit` is what is to be fitted first, `algebra` what is decomposed.
     """
 
     name: str
@@ -263,6 +263,7 @@ class Plan:
     rest: str = ""
     encoder: Stored | None = None
     dropped: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
     fit: Fit | None = None
     algebra: Algebra | None = None
     warnings: tuple[str, ...] = ()
