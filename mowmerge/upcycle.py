@@ -118,7 +118,7 @@ class Upcycling:
             router=router, head_names=names, warnings=tuple(warnings),
             peak_bytes=plan.peak_bytes + 2 * largest,  # freed memory is kept, not given back
             undecided=self.dynamic.survey is not None and self.found is None,
-            rest=self._rest_told(), encoder=self.encoder and self.encoder.stored,
+            rest=self._rest_told(), encoder=self.encoder.stored if self.encoder else None,
         )  # fmt: skip
 
     def _rest_told(self) -> str:
