@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -143,6 +143,30 @@ class Context:
             self.chosen = torch.stack([c.to(each[0]) for c in each]).sum(0).argmax(1)
         return self.chosen
 
+    def again(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """`run`, which at every call but the first finds the pass as the first call found it: a
+        layer that is run again in backward mixes, and asks routers, as it did."""
+        first: list[dict[str, Any]] = []
+
+        def called(*args: Any, **kwargs: Any) -> Any:
+            if not first:
+                first.append(self._pass())
+                return run(*args, **kwargs)
+            now = self._pass()
+            vars(self).update(_kept(first[0]))
+            try:
+                return run(*args, **kwargs)
+            finally:
+                vars(self).update(now)
+
+        return called
+
+    def _pass(self) -> dict[str, Any]:
+        """What is known of this pass so far."""
+        known = ("active", "batch", "masks", "decoder_mask", "mixes", "raw", "forced", "heads",
+                 "chosen")  # fmt: skip
+        return _kept({name: getattr(self, name) for name in known})
+
     def scratch(self, numel: int, like: Tensor) -> Tensor:
         """Reused memory, for what a layer forgets before the next one begins."""
         key = (like.dtype, like.device)
@@ -154,6 +178,11 @@ class Context:
         """What a copy keeps: nothing of the last pass."""
         blank = Context(self.gates, self.slots, self.routers, self.decoder)
         return dict(blank.__dict__)
+
+
+def _kept(held: Mapping[str, Any]) -> dict[str, Any]:
+    """These values, of which nothing that is added later becomes a part."""
+    return {k: dict(v) if isinstance(v, dict) else v for k, v in held.items()}
 
 
 def batch_of(args: Sequence[Any], inputs: Mapping[str, Any]) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 
 from .configuration import MowmergeConfig, taken_for_base
@@ -54,7 +55,6 @@ class MowMixin(nn.Module):
     post_init: Callable[[], None]
     get_encoder: Callable[[], nn.Module]
     get_expanded_tied_weights_keys: Callable[..., dict[str, str]]
-    supports_gradient_checkpointing = False  # a layer run again would not know its gates
     _keys_to_ignore_on_load_unexpected = [rf"^{HEADS}\."]
 
     def __init__(self, config: MowmergeConfig, *args: Any, **kwargs: Any) -> None:
@@ -189,6 +189,22 @@ class MowMixin(nn.Module):
         return found
 
     # --- a pass
+
+    def _set_gradient_checkpointing(
+        self, *args: Any, gradient_checkpointing_func: Any = checkpoint, **kwargs: Any
+    ) -> None:
+        """The base's, so that a layer run again in backward has the gates that it first had.
+
+        Raises:
+            ValueError: reentrant checkpoints, through which gates would get no gradient.
+        """
+        if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant"):
+            raise ValueError("gates need checkpoints with use_reentrant=False")
+
+        def func(run: Any, *given: Any, **named: Any) -> Any:
+            return gradient_checkpointing_func(self._context.again(run), *given, **named)
+
+        super()._set_gradient_checkpointing(*args, gradient_checkpointing_func=func, **kwargs)  # type: ignore[misc]
 
     def _plain_forward(self, *args: Any, **inputs: Any) -> Any:
         return super().forward(*args, **inputs)

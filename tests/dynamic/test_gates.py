@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from making import K, Made, apart, first, inputs, model, one, write
+import transformers as hf
+from making import TEXT, K, Made, apart, first, inputs, model, one, seeded, write
 
 from mowmerge.dynamic.format import Gate, Router
+from mowmerge.dynamic.linear import MixedLinear
 
 torch.set_num_threads(1)
 
@@ -196,13 +201,109 @@ def test_routers_alone_learn(tmp_path: Path) -> None:
     assert dynamic.mow_router["0"].last.weight.grad.abs().sum() > 0
 
 
-def test_gradient_checkpointing_is_refused(tmp_path: Path) -> None:
-    """A layer that is run again in backward would find the pass over, and answer as the anchor."""
+def _checkpointed(dynamic: Any) -> Any:
+    """How a model's checkpoints are asked for, whatever the release calls it."""
+    name = "activation_checkpointing_enable"
+    return getattr(dynamic, name, None) or dynamic.gradient_checkpointing_enable
+
+
+@pytest.mark.parametrize("scope", ["sample", "block"])
+@pytest.mark.parametrize("name", ["llama", "vit", "bert", "t5", "gpt2"])
+def test_gradients_are_the_same_with_layers_run_again(
+    name: str, scope: str, tmp_path: Path
+) -> None:
+    """Two passes before their backwards, with other inputs: each layer finds its own pass."""
+    layer = re.compile(r"(decoder)?\.?(?:layers?|block|h)\.(\d)\.")
+
+    def gate_of(tensor: str) -> str:
+        found = layer.search(tensor)
+        return "".join(filter(None, found.groups())) if found and scope == "block" else "0"
+
+    inside = {gate_of(n) for n in model(name).state_dict() if layer.search(n)}
+    gates = {g: Gate(scope, "0", index=i) for i, g in enumerate(sorted(inside))}
+    activation = "softmax" if scope == "sample" else "none"
+    made = write(
+        tmp_path, model(name), gates=gates, gate_of=gate_of,
+        routers={"0": Router("linear", 32, K, layer=scope == "sample", activation=activation)},
+        pick=lambda tensor: bool(layer.search(tensor)),
+    )  # fmt: skip
+    dynamic, whole = _wild(made).train().double(), inputs(name)
+    whole = {k: v.double() if v.is_floating_point() else v for k, v in whole.items()}
+    for module in dynamic.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+    grads = []
+    for again in (False, True):
+        if again:
+            _checkpointed(dynamic)()
+            assert any(getattr(m, "gradient_checkpointing", False) for m in dynamic.modules())
+        halves = [{k: v[some] for k, v in whole.items()} for some in (slice(2), slice(2, 4))]
+        outs = [dynamic(**half) for half in halves]
+        runs = count_layers(dynamic) if again else []
+        told = [first_of(out).square().mean() for out in outs]
+        grads.append(torch.autograd.grad(sum(told), [*dynamic.mow_router["0"].last.parameters()]))
+        assert bool(runs) == again
+    assert all(g.abs().max() > 1e-4 for g in grads[0])
+    for one_, two in zip(*grads, strict=True):
+        torch.testing.assert_close(one_, two, rtol=1e-5, atol=1e-7)
+
+
+def count_layers(dynamic: Any) -> list[int]:
+    """A list that grows with every run of a mixing layer from now on."""
+    runs: list[int] = []
+    for module in dynamic.modules():
+        if isinstance(module, MixedLinear):
+            module.register_forward_hook(lambda *a: runs.append(1))
+    return runs
+
+
+def first_of(out: Any) -> Any:
+    return next(out[k] for k in ("logits", "last_hidden_state") if k in out)
+
+
+def test_reentrant_checkpoints_are_refused(tmp_path: Path) -> None:
     dynamic = _made(tmp_path).load()
-    name = "activation_checkpointing_enable"  # as later releases call it
-    enable = getattr(dynamic, name, None) or dynamic.gradient_checkpointing_enable
-    with pytest.raises(ValueError, match=r"does not support \w+ checkpointing"):
-        enable()
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        _checkpointed(dynamic)({"use_reentrant": True})
+
+
+STEP = """if True:
+    import sys, torch
+    sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests", sys.argv[1] + "/tests/dynamic"]
+    import transformers
+    from mowmerge.dynamic import modeling
+    torch.set_num_threads(1)
+    config = modeling.MowmergeConfig.from_pretrained(sys.argv[2])
+    model = modeling.load(modeling.dynamic_class(transformers.BertModel), sys.argv[2], config)[0]
+    model.train()
+    if sys.argv[3] == "again":
+        name = "activation_checkpointing_enable"
+        (getattr(model, name, None) or model.gradient_checkpointing_enable)()
+    ids = torch.randint(3, 50, (64, 64))
+    model(input_ids=ids[:1]).last_hidden_state.mean().backward()
+    held = lambda: dict(l.split(":") for l in open("/proc/self/status"))
+    before = int(held()["VmRSS"].split()[0])
+    model(input_ids=ids).last_hidden_state.mean().backward()
+    assert model.mow_router["0"].last.weight.grad.abs().sum() > 0
+    print(int(held()["VmHWM"].split()[0]) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_the_peak_of_a_step_shrinks_with_layers_run_again(tmp_path: Path) -> None:
+    """Eight layers: their activations are never all there."""
+    plain = seeded(hf.BertModel, hf.BertConfig(**{**TEXT, "num_hidden_layers": 8}))
+    made = write(tmp_path, plain, codec="full", pick=lambda name: "layer." in name)
+    root = Path(__file__).parents[2]
+    peaks = []
+    for how in ("once", "again"):
+        argv = [sys.executable, "-c", STEP, str(root), str(made.folder), how]
+        ran = subprocess.run(argv, capture_output=True, text=True, check=False)
+        assert ran.returncode == 0, ran.stderr
+        peaks.append(int(ran.stdout))
+    assert peaks[1] < 0.5 * peaks[0], peaks
 
 
 @pytest.mark.parametrize("leaf", ["weight", "bias"])
