@@ -20,7 +20,7 @@ def eval(
     out: Annotated[Path | None, typer.Argument(help="The merged folder.")] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(help="The recipe that names tasks and models; OUT/recipe.yaml if absent."),
+        typer.Option(help="A recipe, or a file of tasks alone; OUT/recipe.yaml if absent."),
     ] = None,
     against: Annotated[
         str, typer.Option(help="Score these too: base, experts, folders of other merges.")

@@ -23,7 +23,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if str(path) == "-":
         return loads(sys.stdin.read(), overrides=overrides, file="<stdin>")
     file = Path(path)
-    return loads(_text(file), file.stem, file.parent, overrides, str(path), (file.resolve(),))
+    return loads(content(file), file.stem, file.parent, overrides, str(path), (file.resolve(),))
 
 
 def kept(folder: Path) -> Path:
@@ -139,11 +139,11 @@ def _inner(source: Any, loc: Loc, origin: Origin, above: tuple[Path, ...]) -> Re
         chain = [p.name for p in above[above.index(path.resolve()) :]]
         message = f"the recipe includes itself: {' -> '.join([*chain, path.name])}"
         raise RecipeError(message, where=origin.where(loc))
-    text = _text(path, origin.where(loc))
+    text = content(path, origin.where(loc))
     return loads(text, path.stem, path.parent, file=str(path), above=(*above, path.resolve()))
 
 
-def _text(path: Path, where: str = "") -> str:
+def content(path: Path, where: str = "") -> str:
     """The file's text; RecipeError where it cannot be read."""
     try:
         return path.read_text("utf-8-sig")

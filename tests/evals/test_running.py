@@ -269,6 +269,27 @@ def test_the_command_keeps_by_default_and_says_so(tmp_path: Path, file: Path) ->
     assert zoo.here("eval", "out", "--dtype", "int8").rc == 2
 
 
+def test_a_file_of_tasks_alone_is_scored_with_the_folders_models(
+    tmp_path: Path, file: Path
+) -> None:
+    tasks = json.loads(file.read_text())["tasks"]
+    (tmp_path / "elsewhere").mkdir()
+    alone = tmp_path / "elsewhere/tasks.yaml"
+    for name in list(tasks):
+        shutil.copy(tmp_path / f"{name}.jsonl", tmp_path / "elsewhere")
+    alone.write_text(json.dumps({"tasks": tasks}))
+    found = api.evaluate(tmp_path / "out", alone)
+    assert figures(found) == figures(api.evaluate(tmp_path / "out", file))
+    zoo = Zoo(tmp_path)
+    ran = zoo.here("eval", "out", "--tasks", "elsewhere/tasks.yaml", "--no-cache", "--json")
+    assert ran.rc == 0, ran.err
+    told = json.loads(ran.out)
+    assert told["run"]["recipe"] == "recipe" and "elsewhere/tasks.yaml" in told["run"]["command"]
+    alone.write_text("tasks:\n  one: {expert: oen, type: causal-lm, data: {path: json}}\n")
+    ran = zoo.here("eval", "out", "--tasks", "elsewhere/tasks.yaml")
+    assert ran.rc == 3 and "tasks.yaml:2" in ran.err and "did you mean 'one'" in ran.err
+
+
 def test_a_model_that_is_spread_over_devices_scores_the_same(tmp_path: Path, file: Path) -> None:
     near(
         api.evaluate(tmp_path / "out", file, options=Options(device="auto")),
