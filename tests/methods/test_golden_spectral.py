@@ -30,7 +30,7 @@ PER_MATRIX: dict[str, tuple[str, dict[str, Any]]] = {
 def merged(name: str, tensor: str, moved: Tensor, given: dict[str, Any]) -> Tensor:
     """As the engine calls it: a matrix in its shape, anything else as elements."""
     spec = registry.get(name)
-    whole = spec.takes_whole(moved.shape[1:], naming.role(tensor), {**spec.complete({}), **given})
+    _, whole = spec.sees(moved.shape[1:], naming.role(tensor), spec.complete(given))
     values = moved if whole else moved.flatten(1)
     return spec.function(values, **given).view_as(moved[0])
 
