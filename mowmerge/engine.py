@@ -69,7 +69,6 @@ class Engine:
         done = {name: TensorReport(**entry) for name, entry in held.items()}
         rest = [job for job in self.plan.jobs if job.output.name not in done]
         largest_first = sorted(rest, key=lambda job: -job.read_bytes)
-        each = [one for job in rest for one in (job, job.anchor) if one is not None]
         _keep_freed_memory()
 
         def write(job: TensorJob) -> TensorReport:
@@ -79,13 +78,26 @@ class Engine:
             return told
 
         with one_thread_each(), self._pool() as pool:
-            for group in sorted({job.group for job in each if job.group is not None}):
+            for group in sorted({job.group for job in self.plan.each if job.group is not None}):
                 self._states[group] = self._group_state(group, pool, journal)
             self._check_ties()
             futures = [pool.submit(write, job) for job in largest_first]
             for future in as_completed(futures):
                 done[future.result().name] = future.result()
         return [done[job.output.name] for job in self.plan.jobs]
+
+    @property
+    def statistics(self) -> list[dict[str, Any]]:
+        """What methods say of their statistics over the model (`report` of the state), in order."""
+        found = []
+        for group, state in sorted(self._states.items()):
+            told = getattr(state, "report", None)
+            job = next(job for job in self.plan.each if job.group == group)
+            if told is not None:
+                found.append(
+                    {"method": job.method, "models": [i.model for i in job.models], **told}
+                )
+        return found
 
     def measure(self, asked: Sequence[tuple[TensorJob, Fold]]) -> dict[str, Any]:
         """The total of each job's fold over the values its method works on, by tensor."""

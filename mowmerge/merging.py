@@ -72,6 +72,8 @@ def merge(
                 _write(label_map, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
             extra = _write_sidecars(planned, recipe, staging.path) | learned
             written = journal.finish(lambda: _seal(recipe, planned, staging, how.hashes))
+            if engine.statistics:
+                extra["statistics"] = engine.statistics
             if again:
                 extra["replay"] = again.outcome(planned, staging.path, written)
             content = report(planned, tensors, time.perf_counter() - began, extra)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,27 @@ def test_knots_trims_over_all_matrices(zoo: Zoo) -> None:
     assert_within_tolerance(case, {name: found[name] for name in expected(case)})
     again, _ = zoo.merge(content, "again", workers=1, stats=False)
     assert all(torch.equal(again[name], value) for name, value in found.items())
+
+
+@pytest.mark.parametrize("case", ["opcm_a05", "opcm_a05_zerodiag"])
+def test_opcm_as_a_recipe(zoo: Zoo, case: str) -> None:
+    base, *experts = CASES[case]["inputs"]
+    content = {
+        "base": str(GOLDEN / base),
+        "models": {Path(e).name: str(GOLDEN / e) for e in experts},
+        "method": "opcm",
+        "parameters": {"zero_diagonal": case.endswith("zerodiag")},
+        "rules": [{"match": {"role": "head"}, "parameters": {"vocabulary": True}}],
+    }
+    found, report = zoo.merge(content, workers=2)
+    assert_within_tolerance(case, {name: found[name] for name in expected(case)})
+    (told,) = report["statistics"]
+    assert told["merged"] == len(experts)
+    logged = extra(case)["logged"]["model/lambda_t"]
+    assert told["stretch"] == pytest.approx(logged[-1], rel=1e-5)
+
+
+def test_every_case_is_run() -> None:
+    named = {*PER_MATRIX, "knots_ties_lowrank", "knots_ties_top30_mean", "opcm_a05"}
+    named.add("opcm_a05_zerodiag")
+    assert named == {name for name in CASES if re.match("iso_c|tsvm|star|knots|opcm", name)}

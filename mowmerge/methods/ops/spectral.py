@@ -143,6 +143,18 @@ def _of_gram(products: Tensor) -> Spectrum:
     return Spectrum(values[used], vectors.flip(1)[:, used])
 
 
+def completed(matrix: Tensor, found: Spectrum, rank: int) -> Svd:
+    """The leading `rank` triplets of [m,k], from its spectrum: V' = U' D / S, in fp64."""
+    wide, inner = _wide(matrix), found.vectors[:, :rank]
+    turn = (inner / found.values[:rank]).T
+    outer = torch.empty(turn.shape[0], wide.shape[1], dtype=matrix.dtype, device=matrix.device)
+    for start in range(0, wide.shape[1], COLUMNS):
+        outer[:, start : start + COLUMNS] = turn @ wide[:, start : start + COLUMNS].double()
+    values, inner = found.values[:rank].to(matrix), inner.to(matrix)
+    long = len(matrix) > matrix.shape[1]
+    return Svd(outer.T, values, inner.T) if long else Svd(inner, values, outer)
+
+
 def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """The polar factor U V' of [m,k] = U S V', of the rank that it has, and S in fp64.
 
