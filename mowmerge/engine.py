@@ -42,10 +42,12 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class Done:
-    """A report on every tensor, and how many of them, and bytes, each rank wrote."""
+    """A report on every tensor, how many of them, and bytes, each rank wrote, and what methods say
+    of their statistics over the model."""
 
     reports: list[TensorReport]
     ranks: list[dict[str, int]]
+    statistics: list[dict[str, Any]]
 
 
 class Engine:
@@ -83,7 +85,6 @@ class Engine:
         self.ranks.together(lambda: _try_device(self.plan.device))
         held = dict(journal.done) if journal else {}
         reports = {name: TensorReport(**entry) for name, entry in held.items()}
-        rest = [one for job in self.plan.jobs if job.output.name not in held for one in job.each]
         mine = share(self.plan, held, self.ranks)
         largest_first = sorted(mine.jobs, key=lambda job: -job.read_bytes)
         _keep_freed_memory()
@@ -104,13 +105,26 @@ class Engine:
             return [future.result() for future in as_completed(futures)]
 
         with one_thread_each(), self._pool() as pool:
-            for group in sorted({job.group for job in rest if job.group is not None}):
+            for group in sorted({job.group for job in self.plan.each if job.group is not None}):
                 self._states[group] = self._group_state(group, pool, journal)
             work = {"tensors": len(mine.jobs), "bytes": sum(mine.written(j)[1] for j in mine.jobs)}
             found = list(self.ranks.each(lambda: (written(), work)))
-        for told, _ in reversed(found):  # what two ranks wrote parts of is told by the first
-            reports |= {one.name: one for one in told}
-        return Done([reports[job.output.name] for job in self.plan.jobs], [w for _, w in found])
+        for each, _ in reversed(found):  # what two ranks wrote parts of is told by the first
+            reports |= {one.name: one for one in each}
+        told = [reports[job.output.name] for job in self.plan.jobs]
+        return Done(told, [work for _, work in found], self._statistics())
+
+    def _statistics(self) -> list[dict[str, Any]]:
+        """What methods say of their statistics over the model (`report` of the state), in order."""
+        found = []
+        for group, state in sorted(self._states.items()):
+            told = getattr(state, "report", None)
+            job = next(job for job in self.plan.each if job.group == group)
+            if told is not None:
+                found.append(
+                    {"method": job.method, "models": [i.model for i in job.models], **told}
+                )
+        return found
 
     def measure(self, asked: Sequence[tuple[TensorJob, Fold]]) -> dict[str, Any]:
         """The total of each job's fold over the values its method works on, by tensor."""

@@ -79,6 +79,8 @@ def merge(
             if ranks.count > 1:
                 extra["ranks"] = done.ranks
             written = staging.journal.finish(lambda: _seal(recipe, planned, staging, how.hashes))
+            if done.statistics:
+                extra["statistics"] = done.statistics
             if again:
                 extra["replay"] = again.outcome(planned, staging.path, written)
             content = report(planned, done.reports, time.perf_counter() - began, extra)

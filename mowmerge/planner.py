@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mowmerge import __version__, memory, slicing
+from mowmerge import __version__, algebra, memory, slicing
 from mowmerge.checkpoint import fp8, layers, naming, source, tokenizers
 from mowmerge.checkpoint.adapter import held_bytes
 from mowmerge.checkpoint.writer import layout, shard_of
@@ -17,7 +17,6 @@ from mowmerge.methods import registry
 from mowmerge.methods.contracts import Extent, MethodError
 from mowmerge.plan import (
     RUN,
-    Algebra,
     Input,
     Packing,
     Plan,
@@ -38,7 +37,6 @@ from mowmerge.upcycle import Upcycling
 BLOCK = 4 * RUN  # elements worked on at a time: with shorter blocks workers wait for each other
 SHARD_SIZE = 5_000_000_000
 LISTED = 5  # names in a message before it says how many more
-HOURS = 10**15  # floating-point operations from which on a processor takes hours
 
 
 @dataclass(frozen=True)
@@ -99,8 +97,9 @@ class _Planner:
         jobs = self._grouped(jobs)
         limit = self.options.max_memory
         jobs, fit = coefficients.settled(self.recipe, jobs, limit)
-        algebra = _algebra(jobs)
-        self._warn(jobs, algebra)
+        found = algebra.algebra(jobs)
+        self._warn()
+        self.warnings += algebra.cautions(jobs, found)
         workers = self.options.workers or min(8, os.cpu_count() or 1)
         block, peak = memory.narrowed(jobs, workers, BLOCK, limit)
         plan = Plan(
@@ -121,7 +120,7 @@ class _Planner:
             dropped=tuple(self.dropped),
             config=config,
             fit=fit,
-            algebra=algebra,
+            algebra=found,
             warnings=tuple(self.warnings),
         )
         if not self.upcycling:
@@ -249,11 +248,8 @@ class _Planner:
         inputs = [given for given in models if given is not None]
         if len(inputs) < len(models):
             return None
-        numeric, matrix = spec.kind == "float", False
-        scope = method.scope(chosen.parameters) if numeric else "element"
-        if numeric and method.decompositions:
-            matrix = method.takes_whole(spec.shape, naming.role(spec.name), chosen.parameters)
-            scope = scope if matrix or scope == "model" else "element"
+        numeric, role = spec.kind == "float", naming.role(spec.name)
+        scope, matrix = method.sees(spec.shape, role, chosen.parameters)
         asked = method.wants_base or not numeric
         measured = self.options.stats and not self.recipe.slices
         below = self._input("base", spec, base, piece) if base and (asked or measured) else None
@@ -265,8 +261,8 @@ class _Planner:
             base=below,
             method=method.name if numeric else None,
             parameters=chosen.parameters if numeric else {},
-            scope=scope,
-            matrix=matrix,
+            scope=scope if numeric else "element",
+            matrix=matrix and numeric,
             packing=self.packings.get(spec.name),
         )
 
@@ -387,51 +383,13 @@ class _Planner:
                 ) from error
         return grouped
 
-    def _warn(self, jobs: Sequence[TensorJob], algebra: Algebra | None) -> None:
-        if algebra and algebra.flops >= HOURS:
-            rows, columns = algebra.largest
-            self.warnings.append(
-                f"{algebra.decompositions} decompositions, the largest {rows}x{columns}, take about"
-                f" {algebra.flops:.0e} floating-point operations: hours on a processor;"
-                " --device cuda is for that"
-            )
+    def _warn(self) -> None:
         for i in range(len(self.recipe.rules)):
             if i not in self.rules_used:
                 self.warnings.append(
                     f"{self.recipe.where('rules', i)}: this rule matches no tensor"
                 )
-        for job in jobs:
-            if job.method == "task_arithmetic":
-                p = job.parameters
-                total = p["scale"] * sum(p["weight"])
-                if len(job.models) > 1 and total > 1 and not p["normalize"]:
-                    self.warnings.append(
-                        f"task_arithmetic adds up {total:g} task vectors (scale times the weights);"
-                        " above 1 results often break: the paper tunes scale between 0 and 1"
-                    )
-                    break
 
     def _layout(self, jobs: Sequence[TensorJob]) -> list[Shard]:
         size = self.recipe.output.shard_size or SHARD_SIZE
         return layout([spec for job in jobs for spec in job.stored], size, self._metadata)
-
-
-def _algebra(jobs: Sequence[TensorJob]) -> Algebra | None:
-    """What the methods on matrices decompose; None where there are none.
-
-    A thin SVD of [m,k] is counted as 6 l s^2 + 20 s^3 operations, l and s its longer and shorter
-    side (Golub and Van Loan, R-SVD).
-    """
-    each = [one for job in jobs for one in (job, job.anchor) if one is not None and one.matrix]
-    shapes = [shape for job in each for shape in _decomposed(job)]
-    if not shapes:
-        return None
-    costs = [6 * max(s) * min(s) ** 2 + 20 * min(s) ** 3 for s in shapes]
-    return Algebra(len(each), len(shapes), sum(costs), shapes[costs.index(max(costs))])
-
-
-def _decomposed(job: TensorJob) -> Sequence[tuple[int, int]]:
-    """The shapes of the decompositions that a job's method takes."""
-    decompositions = registry.get(str(job.method)).decompositions
-    assert decompositions is not None
-    return decompositions(job.output.shape, len(job.models))

@@ -324,6 +324,7 @@ class OpenJob:
                     self.job.output.numel,
                     base.view(shape) if base is not None and "base" in self.spec.inputs else None,
                     self.job.matrix,
+                    self.factors if "factors" in self.spec.inputs else None,
                 )
             )
         return fold

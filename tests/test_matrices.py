@@ -10,7 +10,7 @@ import pytest
 import torch
 from zoo import Shapes, Zoo, raw
 
-from mowmerge import engine, planner
+from mowmerge import algebra, engine, planner
 from mowmerge.methods import registry
 from mowmerge.methods.ops import spectral
 from mowmerge.methods.static.tsv_m import tsv_m
@@ -67,18 +67,18 @@ def test_vocabulary_tables_have_the_mean_and_matrices_the_method(zoo: Zoo) -> No
 
 def test_the_plan_says_what_is_decomposed(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
     zoo.family("llama", 2)
-    algebra = planned(zoo, method="iso_c").algebra
-    assert algebra is not None
+    found = planned(zoo, method="iso_c").algebra
+    assert found is not None
     # of two layers: q, o 16x16, k, v 8x16, gate, up 32x16, down 16x32
     costs = 2 * 26 * 16**3 + 2 * (6 * 16 * 64 + 20 * 512) + 3 * (6 * 32 * 256 + 20 * 4096)
-    assert (algebra.matrices, algebra.decompositions, algebra.flops) == (14, 14, 2 * costs)
-    assert sorted(algebra.largest) == [16, 32]
+    assert (found.matrices, found.decompositions, found.flops) == (14, 14, 2 * costs)
+    assert sorted(found.largest) == [16, 32]
     shown = zoo.here("merge", zoo.recipe({"method": "iso_c"}), "--dry-run")
     assert "14 singular value decompositions of 14 matrices, the largest 16x32" in shown.out
     told = json.loads(zoo.here("merge", "recipe.yaml", "--dry-run", "--json").out)["algebra"]
     assert told["flops"] == 2 * costs
     assert planned(zoo, method="ties").algebra is None
-    monkeypatch.setattr(planner, "HOURS", 10)
+    monkeypatch.setattr(algebra, "HOURS", 10)
     assert "hours on a processor" in planned(zoo, method="iso_c").warnings[-1]
 
 

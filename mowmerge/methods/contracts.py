@@ -116,8 +116,8 @@ class Block:
     """A piece of one tensor on its way through a fold: values [N,*B], and what goes with them.
 
     B is a run of elements; for a method of scope row it is some whole rows, [rows,*R], of which a
-    vector is one; for a method on matrices it is a whole `matrix`. `base` [*B] is there for a
-    method that asks for it.
+    vector is one; for a method on matrices it is a whole `matrix`, with its `factors`. `base`
+    [*B] is there for a method that asks for it.
     """
 
     values: Tensor
@@ -126,6 +126,7 @@ class Block:
     numel: int  # of the whole tensor
     base: Tensor | None = None
     matrix: bool = False
+    factors: Sequence[tuple[Tensor, Tensor]] | None = None
 
     def runs(self) -> Iterator[Block]:
         """The block in runs of 65,536 elements, or of as many whole rows: cut at the same places

@@ -129,10 +129,17 @@ class MethodSpec:
         """The smallest unit on which the result is exact, for these parameters."""
         return self.scopes(parameters) if callable(self.scopes) else self.scopes
 
-    def takes_whole(self, shape: Sequence[int], role: str, parameters: Mapping[str, Any]) -> bool:
-        """Whether the tensor is a matrix to the method, so that it gets it whole."""
-        table = role in ("embedding", "head") and not parameters.get("vocabulary")
-        return self.decompositions is not None and len(shape) == 2 and not table
+    def sees(
+        self, shape: Sequence[int], role: str, parameters: Mapping[str, Any]
+    ) -> tuple[str, bool]:
+        """The scope at which the method works on such a tensor, and whether that is a matrix to it,
+        which it gets whole."""
+        scope = self.scope(parameters)
+        if self.decompositions is None:
+            return scope, False
+        table = role in ("embedding", "head") and not parameters["vocabulary"]
+        matrix = len(shape) == 2 and not table
+        return scope if matrix or scope == "model" else "element", matrix
 
     def holds(self, law: str, parameters: Mapping[str, Any]) -> bool:
         """Whether the method keeps a declared law with these parameters."""

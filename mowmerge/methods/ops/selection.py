@@ -48,7 +48,13 @@ def kth_largest(
     return found
 
 
-def trim_thresholds(density: Sequence[float], total: int, *, extra: int) -> Reduction:
+def trim_thresholds(
+    density: Sequence[float],
+    total: int,
+    *,
+    extra: int,
+    of: Scores = lambda block: block.values,
+) -> Reduction:
     """Returns each model's least magnitude of those that trimming keeps; 0s where all keep all.
 
     Of `total` entries model i keeps floor(total * density[i]) + extra, at least 1; none at 0.
@@ -56,7 +62,7 @@ def trim_thresholds(density: Sequence[float], total: int, *, extra: int) -> Redu
     if all(d == 1 for d in density):
         return [0.0] * len(density)
     ranks = [min(total, max(1, int(total * d) + extra)) if d > 0 else 0 for d in density]
-    return (yield from kth_largest(ranks, total))
+    return (yield from kth_largest(ranks, total, of))
 
 
 @dataclass(frozen=True)

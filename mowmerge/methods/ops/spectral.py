@@ -132,10 +132,27 @@ def spectrum(matrix: Tensor) -> Spectrum:
     for start in range(0, wide.shape[1], COLUMNS):
         part = wide[:, start : start + COLUMNS].double()
         products.addmm_(part, part.T)
+    return _of_gram(products)
+
+
+def _of_gram(products: Tensor) -> Spectrum:
+    """Singular values and vectors from the inner products of a matrix's rows."""
     squares, vectors = torch.linalg.eigh(products)
     values = squares.clamp_(min=0.0).sqrt_().flip(0)
     used = values > NOTHING * values.amax() if len(values) else values > 0
     return Spectrum(values[used], vectors.flip(1)[:, used])
+
+
+def completed(matrix: Tensor, found: Spectrum, rank: int) -> Svd:
+    """The leading `rank` triplets of [m,k], from its spectrum: V' = U' D / S, in fp64."""
+    wide, inner = _wide(matrix), found.vectors[:, :rank]
+    turn = (inner / found.values[:rank]).T
+    outer = torch.empty(turn.shape[0], wide.shape[1], dtype=matrix.dtype, device=matrix.device)
+    for start in range(0, wide.shape[1], COLUMNS):
+        outer[:, start : start + COLUMNS] = turn @ wide[:, start : start + COLUMNS].double()
+    values, inner = found.values[:rank].to(matrix), inner.to(matrix)
+    long = len(matrix) > matrix.shape[1]
+    return Svd(outer.T, values, inner.T) if long else Svd(inner, values, outer)
 
 
 def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,6 +167,30 @@ def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
     for start in range(0, wide.shape[1], COLUMNS):
         factor[:, start : start + COLUMNS] = root @ wide[:, start : start + COLUMNS].double()
     return (factor.T if len(matrix) > matrix.shape[1] else factor), found.values
+
+
+def left_basis(deltas: Tensor, factors: Sequence[Factors] | None = None) -> tuple[Tensor, Tensor]:
+    """The left singular vectors [m,R] and the singular values [R] of [D_1 .. D_N], side by side.
+
+    R counts the values above NOTHING. Through Gram matrices: the long right vectors, U' D_i over S,
+    are never formed. From factors D_i = L_i R_i through one QR of [L_1 .. L_N].
+    """
+    if factors is None:
+        beside = torch.cat(list(deltas), 1)
+        found = spectrum(beside)
+        basis = found.vectors
+        if len(beside) > beside.shape[1]:
+            basis = (beside.double() @ basis) / found.values
+        return basis.to(deltas), found.values.to(deltas)
+    turn, core = torch.linalg.qr(torch.cat([left for left, _ in factors], 1).double())
+    products = core.new_zeros(len(core), len(core))
+    for (_, right), part in zip(
+        factors, core.split([len(right) for _, right in factors], 1), strict=True
+    ):
+        wide = right.double()
+        products += part @ (wide @ wide.T) @ part.T
+    found = _of_gram(products)
+    return (turn @ found.vectors).to(deltas), found.values.to(deltas)
 
 
 def _wide(matrix: Tensor) -> Tensor:
