@@ -65,7 +65,7 @@ class _Planner:
         self.recipe, self.options = recipe, options
         self._metadata = {"format": "pt", "mowmerge": __version__}
         self.problems: list[Problem] = []
-        self.warnings: list[str] = []
+        self.warnings = [str(each) for each in recipe.ignored]
         self.tied: list[Tied] = []
         self.dropped: list[str] = []
         self.rules_used: set[int] = set()
@@ -97,9 +97,9 @@ class _Planner:
         jobs = self._grouped(jobs)
         limit = self.options.max_memory
         jobs, fit = coefficients.settled(self.recipe, jobs, limit)
-        found = algebra.algebra(jobs)
+        work = algebra.algebra(jobs)
         self._warn()
-        self.warnings += algebra.cautions(jobs, found)
+        self.warnings += algebra.cautions(jobs, work)
         workers = self.options.workers or min(8, os.cpu_count() or 1)
         block, peak = memory.narrowed(jobs, workers, BLOCK, limit)
         plan = Plan(
@@ -120,7 +120,7 @@ class _Planner:
             dropped=tuple(self.dropped),
             config=config,
             fit=fit,
-            algebra=found,
+            algebra=work,
             warnings=tuple(self.warnings),
         )
         if not self.upcycling:
