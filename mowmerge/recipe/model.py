@@ -26,6 +26,7 @@ from pydantic import (
 from mowmerge.recipe.fields import Globs, Names, Strict, listed, one_or_more
 from mowmerge.recipe.task import Task
 from mowmerge.recipe.task_types import TYPES
+from mowmerge.recipe.vocabulary import Vocabulary
 
 Loc = tuple[str | int, ...]
 Role = Literal["embedding", "attention", "mlp", "norm", "head", "router", "other"]
@@ -303,6 +304,7 @@ class Recipe(Strict):
         default="error",
         description="Where a model lacks a tensor of the base: stop, or take the base's.",
     )
+    vocabulary: Vocabulary | None = Field(default=None, description="Rows are placed by token.")
     rest: Rest | None = Field(
         default=None,
         description="With a dynamic method: the static one for what stays static.",
