@@ -12,7 +12,7 @@ from typing import Any
 from mowmerge import __version__
 from mowmerge.checkpoint import identity
 from mowmerge.errors import CheckpointError
-from mowmerge.plan import Adapted, Plan, Stored
+from mowmerge.plan import Adapted, Plan, Stored, unplaced
 from mowmerge.recipe.complete import completed
 from mowmerge.recipe.model import Digest, Lock, Recipe
 from mowmerge.recipe.text import dump
@@ -130,7 +130,7 @@ def _pinned(recipe: Recipe, plan: Plan, relative: Callable[[str], str]) -> dict[
     """The completed recipe, its sources and those of nested recipes as they were found."""
 
     def pinned(name: str, source: str | Recipe) -> Any:
-        found = plan.sources[name]
+        found = unplaced(plan.sources[name])
         if isinstance(found, Adapted):
             found = found.model
         if isinstance(found, Plan):
@@ -148,7 +148,7 @@ def _pinned(recipe: Recipe, plan: Plan, relative: Callable[[str], str]) -> dict[
         data["base"] = pinned("base", recipe.base)
     for name, model in recipe.models.items():
         data["models"][name]["source"] = pinned(name, model.source)
-        read = plan.sources[name]
+        read = unplaced(plan.sources[name])
         if isinstance(read, Adapted):
             for told, found in zip(data["models"][name]["adapter"], read.adapters, strict=True):
                 told["source"] = _revision(found) or relative(told["source"])

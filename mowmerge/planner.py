@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from mowmerge import __version__, memory
-from mowmerge.checkpoint import fp8, naming, source, tokenizers
-from mowmerge.checkpoint.adapter import held_bytes
+from mowmerge import __version__, memory, vocabulary
+from mowmerge.checkpoint import fp8, naming, source
+from mowmerge.checkpoint.placed import held_bytes
+from mowmerge.checkpoint.tokens import of
 from mowmerge.checkpoint.writer import layout, shard_of
 from mowmerge.errors import CheckpointError, Problem, RecipeError
 from mowmerge.methods import registry
@@ -74,18 +74,24 @@ class _Planner:
 
     def plan(self) -> Plan:
         search = Search(self.recipe, self.options.download, self.options.allow_pickle, self._nested)
-        self.sources = sources = search.sources()
+        sources = search.sources()
         self.warnings += search.warnings
         base = "base" if self.recipe.base is not None else None
         donor = base or next(iter(self.recipe.models))
+        tokens = of(sources[donor])
+        if self.recipe.vocabulary is not None:
+            sources, tokens, told = vocabulary.placed(self.recipe, sources, donor)
+            self.warnings += told
+        self.sources = sources
         specs, heads = self._bodies(donor, {name: s.specs for name, s in sources.items()})
         if registry.get(self.recipe.method).dynamic:
-            self._compare_tokenizers(donor, sources)
             self.upcycling = Upcycling(self.recipe, specs[donor], self.options.surveyed)
         if self.recipe.output.dtype == "fp8":
             held = config_source(sources[donor])
             self.packings = fp8.packings(specs[donor], held, source.config(held.folder))
         jobs = self._jobs(donor, base, specs)
+        told, permuted = vocabulary.compared(self.recipe, sources, donor, jobs)
+        self.warnings, self.problems = [*self.warnings, *told], [*self.problems, *permuted]
         self._raise_problems()
         jobs = self._grouped(jobs)
         limit = self.options.max_memory
@@ -110,6 +116,7 @@ class _Planner:
             surveyed=self.options.surveyed,
             dropped=tuple(self.dropped),
             fit=fit,
+            vocabulary=tokens,
             warnings=tuple(self.warnings),
         )
         if not self.upcycling:
@@ -165,13 +172,6 @@ class _Planner:
                 hint="`mowmerge merge RECIPE --dry-run` without `heads` lists the names",
             )
         return bodies, heads
-
-    def _compare_tokenizers(self, donor: str, sources: Mapping[str, Source]) -> None:
-        """Warns of experts that would read other tokens, or other prompts, than they learned on."""
-        folders = {m: Path(config_source(s).folder) for m, s in sources.items()}
-        for model, folder in folders.items():
-            if told := "; ".join(tokenizers.differences(folders[donor], folder)):
-                self.warnings.append(f"'{model}' will read texts otherwise than it learned: {told}")
 
     def _in_head(self, *names: str) -> bool:
         """Whether a tensor, under its own name or the donor's, belongs to a head."""
@@ -247,12 +247,15 @@ class _Planner:
         return TensorJob(
             output=self._output(spec),
             models=tuple(inputs),
-            base=Input("base", spec) if from_base or (base and spec.kind != "float") else None,
+            base=self._base(spec) if from_base or (base and spec.kind != "float") else None,
             method=method.name if spec.kind == "float" else None,
             parameters=chosen.parameters if spec.kind == "float" else {},
             scope=method.scope(chosen.parameters) if spec.kind == "float" else "element",
             packing=self.packings.get(spec.name),
         )
+
+    def _base(self, spec: TensorSpec) -> Input:
+        return Input("base", spec, held_bytes(self.sources["base"], spec.name))
 
     def _input(
         self,
@@ -266,7 +269,7 @@ class _Planner:
         found = held.get(spec.name) or naming.tied_to(spec.name, held)
         if found is None:
             if self.recipe.missing == "base" and base:
-                return Input("base", spec)
+                return self._base(spec)
             self.problems.append(
                 Problem(
                     f"tensor '{spec.name}' is missing",

@@ -208,6 +208,9 @@ def _fit(data: Mapping[str, Any]) -> Iterator[Fault]:
     if not fitted:
         return
     loc, method = next(iter(fitted.items()))
+    if data.get("vocabulary") is not None:
+        message = f"'{method}' is fitted on experts as they are, and vocabulary: places their rows"
+        yield Fault(("vocabulary",), message, "replay an earlier fit, or name another method")
     tasks = {n: t for n, t in as_map(data.get("tasks")).items() if _trains(as_map(t))}
     if not tasks:
         hint = "name tasks, or replay an earlier fit: `coefficients: OUT/coefficients.json`"
