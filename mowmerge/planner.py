@@ -10,7 +10,6 @@ from typing import Any
 from mowmerge import __version__, memory, vocabulary
 from mowmerge.checkpoint import fp8, naming, source
 from mowmerge.checkpoint.placed import held_bytes
-from mowmerge.checkpoint.tokens import of
 from mowmerge.checkpoint.writer import layout, shard_of
 from mowmerge.errors import CheckpointError, Problem, RecipeError
 from mowmerge.methods import registry
@@ -74,15 +73,10 @@ class _Planner:
 
     def plan(self) -> Plan:
         search = Search(self.recipe, self.options.download, self.options.allow_pickle, self._nested)
-        sources = search.sources()
-        self.warnings += search.warnings
         base = "base" if self.recipe.base is not None else None
         donor = base or next(iter(self.recipe.models))
-        tokens = of(sources[donor])
-        if self.recipe.vocabulary is not None:
-            sources, tokens, told = vocabulary.placed(self.recipe, sources, donor)
-            self.warnings += told
-        self.sources = sources
+        sources, tokens, told = vocabulary.placed(self.recipe, search.sources(), donor)
+        self.sources, self.warnings = sources, [*self.warnings, *search.warnings, *told]
         specs, heads = self._bodies(donor, {name: s.specs for name, s in sources.items()})
         if registry.get(self.recipe.method).dynamic:
             self.upcycling = Upcycling(self.recipe, specs[donor], self.options.surveyed)

@@ -55,13 +55,16 @@ def holders(recipe: Recipe, sources: Mapping[str, Source], donor: str) -> dict[s
 
 def placed(
     recipe: Recipe, sources: Mapping[str, Source], donor: str
-) -> tuple[dict[str, Source], Vocabulary, list[str]]:
-    """The sources with vocabulary rows placed as the recipe asks, the vocabulary, and warnings.
+) -> tuple[Mapping[str, Source], Vocabulary | None, list[str]]:
+    """The sources with vocabulary rows placed as the recipe asks, the vocabulary, and warnings;
+    where it asks for none the sources, and what a nested recipe among them gives its result.
 
     Raises:
         CheckpointError: a model has no tokenizer.json; tokenizers that cannot be reconciled; a
             token of the recipe that no model has; all of them at once.
     """
+    if recipe.vocabulary is None:
+        return sources, of(sources[donor]), []
     work = Placing(recipe, holders(recipe, sources, donor), donor)
     return work.sources(), work.vocabulary(), work.warnings
 

@@ -59,14 +59,14 @@ class Holder:
         return spec if spec is not None and height(spec) == self.rows else None
 
 
-def height(spec: TensorSpec) -> int:
-    """Rows of a matrix, elements of a vector; a leading 1 is no row."""
-    return spec.shape[axis(spec)] if spec.shape else 0
-
-
 def axis(spec: TensorSpec) -> int:
-    """Which axis of a tensor counts tokens: the first that is longer than 1, or the last."""
-    return next((i for i, n in enumerate(spec.shape) if n != 1), len(spec.shape) - 1)
+    """Which axis of a tensor counts tokens: the first, but of BART's bias the last."""
+    return len(spec.shape) - 1 if spec.name.endswith("final_logits_bias") else 0
+
+
+def height(spec: TensorSpec) -> int:
+    """How many tokens a tensor has a row for, if they are what it counts."""
+    return spec.shape[axis(spec)] if spec.shape else 0
 
 
 def after(spec: TensorSpec) -> tuple[int, ...]:

@@ -355,10 +355,8 @@ class Recipe(Strict):
                 return f"task '{name}' is no classification"
             if task.splits.router is None:
                 return f"task '{name}' has no router split"
-        if self.vocabulary:
-            return "rows are placed by token"
-        nested = any(isinstance(model.source, Recipe) for model in self.models.values())
-        return "a model is itself a recipe" if nested else "" if self.heads else "no heads are kept"
+        remade = self.vocabulary or any(isinstance(m.source, Recipe) for m in self.models.values())
+        return "models are made as they are read" if remade else "" if self.heads else "no heads"
 
     @property
     def name(self) -> str:
