@@ -18,10 +18,12 @@ from typing import Any, Protocol
 
 from mowmerge.checkpoint.adapter import AdaptedReader
 from mowmerge.checkpoint.journal import Journal
+from mowmerge.checkpoint.placed import PlacedReader
 from mowmerge.checkpoint.reader import StoredReader
 from mowmerge.errors import CheckpointError, ResourceError
 from mowmerge.methods import registry
 from mowmerge.methods.contracts import Extent, Fold, Reduction, seen, with_seen
+from mowmerge.placement import Placed
 from mowmerge.plan import RUN, Adapted, Plan, Source, Stored, TensorJob, Tied
 from mowmerge.ranks import Ranks
 from mowmerge.report import TensorReport
@@ -61,6 +63,7 @@ class Engine:
     ) -> None:
         self.plan, self.stopped, self.ranks = plan, stopped or Event(), ranks or Ranks()
         self._nested: list[Engine] = []
+        self._shared: dict[int, TensorReader] = {}
         self.readers: Mapping[str, TensorReader] = {
             name: self._reader(source) for name, source in plan.sources.items()
         }
@@ -68,11 +71,18 @@ class Engine:
         self._lock = Lock()
 
     def _reader(self, source: Source) -> TensorReader:
-        """The source's tensors as they are read."""
+        """The source's tensors as they are read; one reader for all that read them."""
+        if id(source) not in self._shared:
+            self._shared[id(source)] = self._opened(source)
+        return self._shared[id(source)]
+
+    def _opened(self, source: Source) -> TensorReader:
         if isinstance(source, Stored):
             return StoredReader(source)
         if isinstance(source, Adapted):
             return AdaptedReader(self._reader(source.model), source)
+        if isinstance(source, Placed):
+            return PlacedReader([self._reader(lender) for lender in source.lenders], source)
         self._nested.append(Engine(source, self.stopped))
         return MergedReader(self._nested[-1])
 

@@ -194,7 +194,7 @@ def _donor(planned: Plan) -> Path:
 
 def _write_sidecars(planned: Plan, recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Writes what goes beside the weights, but for the config; returns facts for the report."""
-    left = sidecars.copy(_donor(planned), _inputs(planned), folder)
+    left = sidecars.copy(_donor(planned), _inputs(planned), folder, planned.vocabulary)
     body = [shard for shard in planned.files if shard not in planned.heads.values()]
     listing = writer.index(body, planned.specs)
     if listing:
@@ -241,13 +241,14 @@ def _write_config(planned: Plan, folder: Path) -> None:
     changed = any(spec.dtype != before[spec.name].dtype for spec in known)
     dtype = DTYPES[next(iter(dtypes))].torch_name if changed and len(dtypes) == 1 else None
     if planned.manifest:
-        sidecars.write_dynamic_config(_donor(planned), folder, dtype, planned.manifest)
+        tokens = planned.vocabulary
+        sidecars.write_dynamic_config(_donor(planned), folder, dtype, planned.manifest, tokens)
     else:
         donor = _donor(planned)
         quantised = fp8.quantization_config(planned, config(donor))
         sidecars.write_config(
             donor, folder, dtype, headless=bool(planned.heads), quantised=quantised,
-            planned=layers.settings(planned),
+            planned=layers.settings(planned), vocabulary=planned.vocabulary,
         )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from mowmerge.placement import Placed, Vocabulary
 from mowmerge.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -238,7 +239,8 @@ class Plan:
     measured before, and while the plan is `undecided` it is still to be: more is planned than will
     be written; `rest` is the static method of the rest, and why it is that one; `encoder` is what
     classifiers look at, copied whole; `config` is what the output's config has other than the
-    donor's; `fit` is what is to be fitted first, `algebra` what is decomposed.
+    donor's; `fit` is what is to be fitted first, `algebra` what is decomposed; `vocabulary` is
+    there where rows are placed by token.
     """
 
     name: str
@@ -266,6 +268,7 @@ class Plan:
     config: Mapping[str, Any] = field(default_factory=dict)
     fit: Fit | None = None
     algebra: Algebra | None = None
+    vocabulary: Vocabulary | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -350,13 +353,15 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-Source = Stored | Adapted | Plan
+Source = Stored | Adapted | Plan | Placed
 
 
 def _stored(name: str, source: Source) -> list[tuple[str, Stored]]:
     """The checkpoints of one source."""
     if isinstance(source, Stored):
         return [(name, source)]
+    if isinstance(source, Placed):
+        return _stored(name, source.model)
     if isinstance(source, Plan):
         return [(f"{name}-{inner}", stored) for inner, stored in source.checkpoints]
     several = len(source.adapters) > 1
@@ -370,6 +375,11 @@ def config_source(source: Source) -> Stored:
     if isinstance(source, Stored):
         return source
     return config_source(source.sources[source.donor] if isinstance(source, Plan) else source.model)
+
+
+def unplaced(source: Source) -> Stored | Adapted | Plan:
+    """The source with its vocabulary rows where they were."""
+    return source.model if isinstance(source, Placed) else source
 
 
 def run_length(row: int) -> int:

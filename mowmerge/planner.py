@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mowmerge import __version__, algebra, memory, slicing
-from mowmerge.checkpoint import fp8, layers, naming, source, tokenizers
-from mowmerge.checkpoint.adapter import held_bytes
+from mowmerge import __version__, algebra, memory, slicing, vocabulary
+from mowmerge.checkpoint import fp8, layers, naming, source
+from mowmerge.checkpoint.placed import held_bytes
 from mowmerge.checkpoint.writer import layout, shard_of
 from mowmerge.errors import CheckpointError, Problem, RecipeError
 from mowmerge.methods import registry
@@ -75,13 +75,12 @@ class _Planner:
 
     def plan(self) -> Plan:
         search = Search(self.recipe, self.options.download, self.options.allow_pickle, self._nested)
-        self.sources = sources = search.sources()
-        self.warnings += search.warnings
         base = "base" if self.recipe.base is not None else None
         donor = base or next(iter(self.recipe.models))
+        sources, tokens, told = vocabulary.placed(self.recipe, search.sources(), donor)
+        self.sources, self.warnings = sources, [*self.warnings, *search.warnings, *told]
         specs, heads = self._bodies(donor, {name: s.specs for name, s in sources.items()})
         if registry.get(self.recipe.method).dynamic:
-            self._compare_tokenizers(donor, sources)
             named = search.encoder(Path(config_source(sources[donor]).folder))
             found = self.options.surveyed
             self.upcycling = Upcycling(self.recipe, specs[donor], found, named)
@@ -91,6 +90,8 @@ class _Planner:
         cut = slicing.cut(self.recipe, donor, specs)
         self.problems += cut.problems
         jobs = self._jobs(base, cut.pieces)
+        told, permuted = vocabulary.compared(self.recipe, sources, donor, jobs)
+        self.warnings, self.problems = [*self.warnings, *told], [*self.problems, *permuted]
         self._raise_problems()
         config, told = layers.following(donor, cut.stacks, sources)
         self.warnings += told
@@ -121,6 +122,7 @@ class _Planner:
             config=config,
             fit=fit,
             algebra=work,
+            vocabulary=tokens,
             warnings=tuple(self.warnings),
         )
         if not self.upcycling:
@@ -176,13 +178,6 @@ class _Planner:
                 hint="`mowmerge merge RECIPE --dry-run` without `heads` lists the names",
             )
         return bodies, heads
-
-    def _compare_tokenizers(self, donor: str, sources: Mapping[str, Source]) -> None:
-        """Warns of experts that would read other tokens, or other prompts, than they learned on."""
-        folders = {m: Path(config_source(s).folder) for m, s in sources.items()}
-        for model, folder in folders.items():
-            if told := "; ".join(tokenizers.differences(folders[donor], folder)):
-                self.warnings.append(f"'{model}' will read texts otherwise than it learned: {told}")
 
     def _in_head(self, *names: str) -> bool:
         """Whether a tensor, under its own name or the donor's, belongs to a head."""
@@ -273,7 +268,7 @@ class _Planner:
         if found is None:
             given = piece.specs.get("base", {}).get(spec.name) if base else None
             if self.recipe.missing == "base" and given:
-                return Input("base", given)
+                return Input("base", given, held_bytes(self.sources["base"], given.name))
             self.problems.append(
                 Problem(
                     f"tensor '{spec.name}' is missing",

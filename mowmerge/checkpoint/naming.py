@@ -30,6 +30,15 @@ _EARLY = re.compile(
     r"embed|wte|wpe|^shared|token|position|patch|conv|stem|pre_?(?:laye?r)?norm", re.I
 )
 
+_BY_TOKEN = re.compile(
+    r"lm_head|vocab_projector|final_logits_bias|predictions\.(?:decoder|bias)", re.I
+)
+_NOT_BY_TOKEN = re.compile(
+    r"position|token_type|wpe|patch|cls_token|class_|segment|pos_embed|relative|time|rotary|dense|transform"
+    r"|score|classifier|qa_outputs|layer_?norm",
+    re.I,
+)
+
 _TIES = (  # a head or copy that may be absent because it is tied, and the embedding it is tied to
     ("lm_head.weight", ("embed_tokens.weight", "wte.weight", "shared.weight", "embed_in.weight")),
     ("embed_out.weight", ("embed_in.weight", "embed_tokens.weight")),
@@ -47,6 +56,13 @@ _TIES = (  # a head or copy that may be absent because it is tied, and the embed
 def role(name: str) -> str:
     """embedding | attention | mlp | norm | head | router | other, from the name alone."""
     return next((role for role, pattern in _ROLES if pattern.search(name)), "other")
+
+
+def by_token(name: str) -> bool:
+    """Whether a tensor may have a row for each token: an embedding of words, a head's weight or
+    bias over them. Whether it has is for its shape to say."""
+    named = role(name) in ("embedding", "head") or _BY_TOKEN.search(name) is not None
+    return named and _NOT_BY_TOKEN.search(name) is None
 
 
 def stack(name: str) -> tuple[str, int] | None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from mowmerge.errors import Problem
 from mowmerge.methods import registry
+from mowmerge.recipe import vocabulary
 from mowmerge.recipe.layers import Slice
 from mowmerge.recipe.model import (
     NAME,
@@ -63,7 +64,7 @@ def check(data: Mapping[str, Any], origin: Origin) -> tuple[Recipe | None, list[
     faults += _slices(data)
     for name, task in as_map(data.get("tasks")).items():
         faults += _task(("tasks", name), as_map(task))
-    faults += _output(data)
+    faults += [*_vocabulary(data), *_output(data)]
     return recipe, [Problem(f.message, origin.where(f.loc), f.hint) for f in faults]
 
 
@@ -71,7 +72,7 @@ def _structure(error: ValidationError, origin: Origin, above: Loc = ()) -> Itera
     """Pydantic's findings in our words."""
     for found in error.errors(include_url=False):
         kind, value, context = found["type"], found["input"], found.get("ctx", {})
-        loc = (*above, *found["loc"])
+        loc = (*above, *(part for part in found["loc"] if part not in vocabulary.TAGS))
         here = loc if kind in ("missing", "extra_forbidden") else origin.known(loc)
         path, hint = dotted(here) or "the recipe", ""
         if kind == "extra_forbidden":
@@ -115,6 +116,12 @@ def _model(loc: Loc) -> type[BaseModel]:
             return Heads
         case ("output",):
             return Output
+        case ("vocabulary",):
+            return vocabulary.Vocabulary
+        case ("vocabulary", "tokens", _):
+            return vocabulary.Token
+        case ("vocabulary", *_):
+            return vocabulary.Row
         case ("lock",):
             return Lock
         case ("lock", *_):
@@ -187,6 +194,29 @@ def _slices(data: Mapping[str, Any]) -> Iterator[Fault]:
             yield Fault(loc, message, "merge the slices first")
 
 
+def _vocabulary(data: Mapping[str, Any]) -> Iterator[Fault]:
+    """Models that `vocabulary` names and the recipe does not."""
+    given: Mapping[str, Any] = as_map(data.get("vocabulary"))
+    at: Loc = ("vocabulary",)
+    based = data.get("base") is not None
+    known = {**as_map(data.get("models")), **({"base": None} if based else {})}
+    source = given.get("source", "union")
+    if source == "base" and "base" not in known:
+        message = "vocabulary.source is base, and the recipe names none"
+        yield Fault((*at, "source"), message, "add base:, or name a model, or union")
+    elif isinstance(source, str) and source != "union":
+        yield from unknown_model(source, (*at, "source"), known)
+    rows: dict[Loc, Any] = {(*at, "missing"): given.get("missing")}
+    for token, about in as_map(given.get("tokens")).items():
+        loc: Loc = (*at, "tokens", token)
+        rows[loc] = about
+        rows[*loc, "source"] = as_map(about).get("source")
+    for loc, row in rows.items():
+        model = as_map(row).get("model")
+        if isinstance(model, str):
+            yield from unknown_model(model, (*loc, "model"), known)
+
+
 def _task(loc: Loc, task: Mapping[str, Any]) -> Iterator[Fault]:
     """What a task says that its type knows nothing of, and what it lacks."""
     kind, metric = task.get("type"), task.get("metric")
@@ -220,6 +250,9 @@ def _fit(data: Mapping[str, Any]) -> Iterator[Fault]:
     if not fitted:
         return
     loc, method = next(iter(fitted.items()))
+    if data.get("vocabulary") is not None:
+        message = f"'{method}' is fitted on experts as they are, and vocabulary: places their rows"
+        yield Fault(("vocabulary",), message, "replay an earlier fit, or name another method")
     tasks = {n: t for n, t in as_map(data.get("tasks")).items() if _trains(as_map(t))}
     if not tasks:
         hint = "name tasks, or replay an earlier fit: `coefficients: OUT/coefficients.json`"
@@ -266,7 +299,7 @@ def _output(data: Mapping[str, Any]) -> Iterator[Fault]:
         yield Fault(loc, "an adapter needs a base, and the recipe names none", "add base:")
     if output.get("rank") is not None and output.get("energy") is not None:
         yield Fault(("output", "energy"), "output.rank and output.energy are two ways to say one")
-    for key in ("heads", "rest", "coefficients"):
+    for key in ("heads", "rest", "coefficients", "vocabulary"):
         if data.get(key) is not None:
             yield Fault((key,), f"{key} cannot go into an adapter", "merge to a checkpoint first")
     if output.get("dtype") is not None:

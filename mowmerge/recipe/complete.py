@@ -42,6 +42,7 @@ def completed(recipe: Recipe) -> dict[str, Any]:
         "rest": _rest(recipe),
         "encoder": recipe.encoder,
         "missing": recipe.missing,
+        "vocabulary": recipe.vocabulary and recipe.vocabulary.model_dump(mode="json"),
         "heads": recipe.heads and recipe.heads.model_dump(mode="json"),
         "tasks": {name: _task(task) for name, task in recipe.tasks.items()},
         "coefficients": recipe.coefficients,

@@ -28,6 +28,7 @@ from mowmerge.recipe.fields import Globs, Names, Strict, listed, one_or_more
 from mowmerge.recipe.layers import Layers, Slice
 from mowmerge.recipe.task import Task
 from mowmerge.recipe.task_types import TYPES
+from mowmerge.recipe.vocabulary import Vocabulary
 
 Loc = tuple[str | int, ...]
 Role = Literal["embedding", "attention", "mlp", "norm", "head", "router", "other"]
@@ -291,6 +292,7 @@ class Recipe(Strict):
         default="error",
         description="Where a model lacks a tensor of the base: stop, or take the base's.",
     )
+    vocabulary: Vocabulary | None = Field(default=None, description="Rows are placed by token.")
     rest: Rest | None = Field(
         default=None,
         description="With a dynamic method: the static one for what stays static.",
@@ -344,8 +346,8 @@ class Recipe(Strict):
                 return f"task '{name}' is no classification"
             if task.splits.router is None:
                 return f"task '{name}' has no router split"
-        nested = any(isinstance(model.source, Recipe) for model in self.models.values())
-        return "a model is itself a recipe" if nested else "" if self.heads else "no heads are kept"
+        remade = self.vocabulary or any(isinstance(m.source, Recipe) for m in self.models.values())
+        return "models are made as they are read" if remade else "" if self.heads else "no heads"
 
     @property
     def name(self) -> str:

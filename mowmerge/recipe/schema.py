@@ -45,6 +45,9 @@ def json_schema() -> Node:
         "required": ["drop"],
         "anyOf": [{"required": [key]} for key in ("method", "parameters", "models")],
     }
+    tokens = definitions["Vocabulary"]["properties"]["tokens"]
+    row = definitions["Vocabulary"]["properties"]["missing"]["oneOf"]
+    tokens["additionalProperties"] = {"anyOf": [*row, tokens["additionalProperties"]]}
     specs = [get(name) for name in names()]
     summaries = " ".join(f"{spec.name}: {spec.summary}" for spec in specs)
     method = {"enum": [s.name for s in specs], "description": f"The merge method. {summaries}"}
