@@ -425,8 +425,8 @@ def test_a_damaged_checkpoint(berts: Path) -> None:
     fails(berts, 4, "is [16], and config.json says [17]", args=sky)
     change(out, lambda m: m["tensors"][0].update(shape=[16], name="encoder.lost"))
     fails(berts, 4, "tensor 'encoder.lost' is not there", args=sky)
-    change(out, lambda m: m.update(format=3))
-    fails(berts, 4, "has format 3", "upgrade mowmerge", args=sky)
+    change(out, lambda m: m.update(format=4))
+    fails(berts, 4, "has format 4", "upgrade mowmerge", args=sky)
     change(out, lambda m: m.clear())
     fails(berts, 4, "config.json", args=sky)
 

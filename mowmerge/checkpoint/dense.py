@@ -11,10 +11,9 @@ from math import prod
 from mowmerge.checkpoint.dynamic import DynamicCheckpoint
 from mowmerge.checkpoint.reader import StoredReader
 from mowmerge.dynamic import codecs
+from mowmerge.dynamic.codecs import EACH
 from mowmerge.dynamic.format import Code
 from mowmerge.tensors import DTYPES, Tensor, TensorHandle, TensorSpec, torch
-
-EACH = ("delta", "abs", "mask", "sign", "occ", "scale")  # parts whose first axis is the slot
 
 
 class DenseReader:

@@ -17,6 +17,7 @@ from torch import Tensor
 from .format import Code
 
 Parts = Mapping[str, Tensor]
+EACH = ("delta", "abs", "mask", "sign", "occ", "scale")  # parts whose first axis is the slot
 
 
 def pack(bits: Tensor) -> Tensor:
@@ -120,6 +121,30 @@ def slot(code: Code, parts: Parts, s: int, anchor: Tensor) -> Tensor:
     else:
         value[parts["rowidx"][first:last]] = parts["rowval"][first:last].to(kind)
     return value.view(code.shape)
+
+
+def pick(code: Code, parts: Parts, used: Sequence[int]) -> tuple[Code, Parts]:
+    """The code of some slots alone, in that order: views of the parts where it is one slot."""
+    some = slice(used[0], used[0] + 1) if len(used) == 1 else list(used)
+    picked = {name: value[some] if name in EACH else value for name, value in parts.items()}
+    if code.codec == "low_rank":
+        held = parts["slot"].tolist()
+        columns = [j for s in used for j, own in enumerate(held) if own == s]
+        slots = [n for n, s in enumerate(used) for own in held if own == s]
+        picked = {
+            **picked, "u": parts["u"][:, columns], "v": parts["v"][columns],
+            "slot": parts["slot"].new_tensor(slots),
+        }  # fmt: skip
+    elif "ptr" in parts:
+        place = parts["ptr"].tolist()
+        spans = [slice(place[s], place[s + 1]) for s in used]
+        for name in ("val", "rowidx", "rowval"):
+            if name in parts:
+                several = [parts[name][span] for span in spans]
+                picked[name] = several[0] if len(several) == 1 else torch.cat(several)
+        counts = [0, *(span.stop - span.start for span in spans)]
+        picked["ptr"] = parts["ptr"].new_tensor(counts).cumsum(0)
+    return replace(code, slots=len(used)), picked
 
 
 def stacked(code: Code, parts: Parts) -> Tensor | None:

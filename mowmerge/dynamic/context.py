@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .format import Gate
+from .codecs import Parts, pick
+from .format import Code, Gate
 from .routers import RouterModule
 
 
@@ -18,8 +19,9 @@ class Mix:
     """One gate's coefficients, offsets taken off: c [B,S]; and which samples share them."""
 
     c: Tensor
-    _groups: list[tuple[Tensor, Tensor | None, int | None]] | None = None
+    _groups: list[tuple[Mix, Tensor | None, int | None]] | None = None
     _idle: bool | None = None
+    _used: list[int] | None = None
 
     @property
     def idle(self) -> bool:
@@ -29,7 +31,25 @@ class Mix:
         return self._idle
 
     @property
-    def groups(self) -> list[tuple[Tensor, Tensor | None, int | None]]:
+    def used(self) -> list[int]:
+        """The slots of which any sample has a part, at least one; while c learns all, as 0 has a
+        gradient too."""
+        if self._used is None:
+            whole = range(self.c.shape[1])
+            found = whole if self.c.requires_grad else self.c.any(0).nonzero().flatten().tolist()
+            self._used = list(found) or [0]
+        return self._used
+
+    def only(self, code: Code, parts: Parts) -> tuple[Code, Parts, Tensor]:
+        """The code of the used slots alone, and their coefficients: only they are decoded. Several
+        whole deltas stay together as they are stored, since to part them is to copy them."""
+        n, kept = len(self.used), code.codec in ("full", "full_abs", "low_rank")
+        if n == code.slots or (kept and n > 1):
+            return code, parts, self.c
+        return *pick(code, parts, self.used), self.c[:, self.used]
+
+    @property
+    def groups(self) -> list[tuple[Mix, Tensor | None, int | None]]:
         """The distinct rows: coefficients [1,S], the samples that have them (None: all), and the
         slot that they choose, where they are one-hot."""
         if self._groups is None:
@@ -38,7 +58,7 @@ class Mix:
                 at.setdefault(tuple(row), []).append(sample)
             self._groups = [
                 (
-                    self.c[samples[:1]],
+                    Mix(self.c[samples[:1]]),
                     None if len(at) == 1 else torch.tensor(samples, device=self.c.device),
                     row.index(1.0) if sorted(row) == [*[0.0] * (len(row) - 1), 1.0] else None,
                 )

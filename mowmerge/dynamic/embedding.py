@@ -42,7 +42,9 @@ class MixedEmbedding(Mixable):
             if not shared and len(ids) != batch:
                 raise ValueError(f"a table was asked for {len(ids)} rows for {batch} samples")
             each = ids.reshape(1, -1).expand(batch, -1) if shared else ids.flatten(1)
-            found: Tensor = MixedRows.apply(mix.c, each, self.weight, table, owner.parts("weight"))  # type: ignore[no-untyped-call]
+            assert table is not None
+            code, parts, c = mix.only(table, owner.parts("weight"))
+            found: Tensor = MixedRows.apply(c, each, self.weight, code, parts)  # type: ignore[no-untyped-call]
             base = found.view(batch, *ids.shape[1 if ids.dim() > 1 else 0 :], found.shape[-1])
         return base if self.scale == 1 else base * torch.tensor(self.scale).to(base)
 

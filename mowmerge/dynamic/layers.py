@@ -45,7 +45,8 @@ class MixedConv(Mixable):
         elif tuple(inner.kernel_size) == tuple(inner.stride) and not any(_padding(inner)):
             y = self._patches(x, Held(weight, code, self.parts("weight"), False, self.context))
         else:
-            each = mixed(code, self.parts("weight"), weight, mix.c).flatten(0, 1)
+            code, parts, c = mix.only(code, self.parts("weight"))
+            each = mixed(code, parts, weight, c).flatten(0, 1)
             folded = x.flatten(0, 1).unsqueeze(0)
             y = convolve(folded, each, None, *how, inner.groups * len(x))
             y = y.view(len(x), -1, *y.shape[2:])
@@ -138,7 +139,8 @@ class MixedParameter:
         mix = self.context.mix(self.code.gate, anchor)
         if mix is None:
             return
-        value = mixed(self.code, parts_of(module, self.leaf, self.code), anchor, mix.c)
+        code, parts, c = mix.only(self.code, parts_of(module, self.leaf, self.code))
+        value = mixed(code, parts, anchor, c)
         shape = anchor.shape if anchor.dim() > 1 else (1, 1, *anchor.shape)
         module.__dict__[self.leaf] = value.view(len(mix.c), *shape[1:])
 

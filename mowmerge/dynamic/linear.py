@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -87,6 +87,8 @@ class MixedLinear(Mixable):
         else:
             for s in range(code.slots):
                 chosen = c[..., s] != 0
+                if not chosen.any():
+                    continue
                 delta = slot(code, self._owner[0].parts("weight"), s, self.weight)
                 z = nn.functional.linear(x[chosen], delta.T if self.transposed else delta)
                 y = y.index_put((chosen,), c[..., s][chosen].unsqueeze(-1) * z, accumulate=True)
@@ -137,7 +139,8 @@ class Held:
             if x.shape[1] == 1 and together is not None and together.dtype == x.dtype:
                 return self._by_output(x, mix.c, together)
             few = len(mix.groups) == 1 or 2 * len(mix.groups) <= len(mix.c)
-            return self._grouped(x, mix) if few else self.batched(x, mix.c)
+            hot = all(slot is not None for _, _, slot in mix.groups)
+            return self._grouped(x, mix) if few or hot else self._mixing(x, mix)
 
     def _by_output(self, x: Tensor, c: Tensor, together: Tensor) -> Tensor:
         """One token a sample: A x + sum_s c_s D_s x reads each code once for all samples."""
@@ -160,11 +163,16 @@ class Held:
                 found = nn.functional.linear(mine, self._as_linear(weight))
             else:
                 flat = mine.reshape(1, -1, mine.shape[-1])
-                found = self.batched(flat, row).view(*mine.shape[:2], -1)
+                found = self._mixing(flat, row).view(*mine.shape[:2], -1)
             if samples is None:
                 return found
             y[samples] = found
         return y
+
+    def _mixing(self, x: Tensor, mix: Mix) -> Tensor:
+        """`batched`, of the slots that are used."""
+        code, parts, c = mix.only(self.code, self.parts)
+        return replace(self, code=code, parts=parts).batched(x, c)
 
     def _as_linear(self, weight: Tensor) -> Tensor:
         weight = weight.view(self.code.matrix)

@@ -40,7 +40,8 @@ class Mixable(nn.Module):
         mix = self.context.mix(code.gate, x) if code and value is not None else None
         if code is None or mix is None or value is None:
             return value
-        return mixed(code, self.parts(leaf), value, mix.c)
+        code, parts, c = mix.only(code, self.parts(leaf))
+        return mixed(code, parts, value, c)
 
 
 def attribute(leaf: str, part: str) -> str:

@@ -56,6 +56,22 @@ def test_bands_and_rows_are_parts_of_the_whole(codec: str, shape: tuple[int, ...
     assert torch.allclose(found, whole[:, index], atol=1e-6)
 
 
+@pytest.mark.parametrize("used", [[1], [2, 0], [0, 1, 2]])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("codec", CODECS)
+def test_some_slots_alone_are_themselves(
+    codec: str, shape: tuple[int, ...], used: list[int]
+) -> None:
+    torch.manual_seed(0)
+    anchor = torch.randn(shape)
+    code, parts, _ = coded("t.weight", anchor, codec)
+    some, own = codecs.pick(code, parts, used)
+    assert some.slots == len(used)
+    for i, s in enumerate(used):
+        want = codecs.slot(code, parts, s, anchor)
+        assert torch.equal(codecs.slot(some, own, i, anchor), want)
+
+
 @pytest.mark.parametrize("batch", [1, 6])
 def test_one_hot_of_full_abs_is_the_expert_bit_for_bit(batch: int) -> None:
     anchor = 1e3 * torch.randn(9, 8)

@@ -15,7 +15,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
-from mowmerge.dynamic import linear
+from mowmerge.dynamic import codecs, linear
 from mowmerge.dynamic.context import Context
 from mowmerge.dynamic.format import Code, Gate, Manifest, Router
 from mowmerge.dynamic.layers import install
@@ -23,6 +23,7 @@ from mowmerge.dynamic.routers import RouterModule
 
 B, D, OUT = 4, 6, 10
 ONE_HOT = torch.eye(K)[[0, 2, 1, 2]]
+LEAN = torch.tensor([[0.0, 0, 0], [0, 1, 0], [0, 0, 0], [0, 1, 0]])
 SOFT = torch.randn(B, K, generator=torch.Generator().manual_seed(3))
 
 
@@ -107,6 +108,11 @@ def test_output_is_the_equations(kind: str, codec: str) -> None:
     plain, x = made(), torch.randn(shape)
     model, context, deltas = installed(plain, codec)
     for c in (SOFT, ONE_HOT, SOFT[:1].expand(B, -1), SOFT[[0, 1, 1, 1]]):
+        context.begin(B)
+        context.set("g", c)
+        want = naive(plain, deltas, c, x, len(x) // B)
+        assert torch.allclose(model(x), want, atol=2e-5), c
+    for c in (ONE_HOT[[1, 1, 2, 1]], SOFT * torch.tensor([1.0, 0, 1]), LEAN):  # slots not used
         context.begin(B)
         context.set("g", c)
         want = naive(plain, deltas, c, x, len(x) // B)
@@ -263,6 +269,34 @@ def test_rows_that_do_not_divide_into_samples_are_refused() -> None:
     context.set("g", SOFT[:3])
     with pytest.raises(ValueError, match="4 rows for 3 samples"):
         model(torch.randn(4, 5, D))
+
+
+@pytest.mark.parametrize("codec", ["sparse", "row_sparse", "mask", "one_bit", "one_bit0"])
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "patches", "convolution", "layer norm"])
+@pytest.mark.parametrize("rows", [[2], [2, 0]])
+def test_only_the_chosen_slots_are_decoded(
+    kind: str, codec: str, rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each once for a tensor, and never one that no sample chose."""
+    torch.manual_seed(0)
+    made, shape = MODULES[kind]
+    model, context, _ = installed(made(), codec)
+    decoded: list[tuple[str, int]] = []
+    slot = codecs.slot
+
+    def counted(code: Code, parts: Any, s: int, anchor: Tensor) -> Tensor:
+        decoded.append((code.name, code.slots))
+        return slot(code, parts, s, anchor)
+
+    monkeypatch.setattr(codecs, "slot", counted)
+    context.begin(B)
+    context.set("g", torch.eye(K)[rows * (B // len(rows))])
+    model(torch.randn(shape))
+    tensors = {name for name, _ in decoded}
+    packed = {"0.weight"} if codec == "row_sparse" else {"0.weight", "0.bias"}  # a vector is whole
+    held = {name for name, _ in model.named_parameters()} & packed
+    assert tensors == (held if "norm" not in kind or codec != "row_sparse" else set())
+    assert len(decoded) == len(rows) * len(tensors)
 
 
 # --- memory
