@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mowmerge import __version__, lock, replay
-from mowmerge.checkpoint import encoder, fp8, heads, layers, sidecars, writer
+from mowmerge.checkpoint import chat, encoder, fp8, heads, layers, sidecars, writer
 from mowmerge.checkpoint.journal import changed
 from mowmerge.checkpoint.source import config
 from mowmerge.checkpoint.writer import ShardSink, Staging
@@ -195,6 +195,8 @@ def _donor(planned: Plan) -> Path:
 def _write_sidecars(planned: Plan, recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Writes what goes beside the weights, but for the config; returns facts for the report."""
     left = sidecars.copy(_donor(planned), _inputs(planned), folder, planned.vocabulary)
+    if planned.chat_template is not None:
+        chat.write(planned.chat_template, folder)
     body = [shard for shard in planned.files if shard not in planned.heads.values()]
     listing = writer.index(body, planned.specs)
     if listing:

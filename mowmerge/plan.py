@@ -239,8 +239,9 @@ class Plan:
     measured before, and while the plan is `undecided` it is still to be: more is planned than will
     be written; `rest` is the static method of the rest, and why it is that one; `encoder` is what
     classifiers look at, copied whole; `config` is what the output's config has other than the
-    donor's; `fit` is what is to be fitted first, `algebra` what is decomposed; `vocabulary` is
-    there where rows are placed by token.
+    donor's, `chat_template` the text of the one that takes the place of the donor's; `fit` is
+    what is to be fitted first, `algebra` what is decomposed; `vocabulary` is there where rows are
+    placed by token.
     """
 
     name: str
@@ -266,6 +267,7 @@ class Plan:
     encoder: Stored | None = None
     dropped: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
     fit: Fit | None = None
     algebra: Algebra | None = None
     vocabulary: Vocabulary | None = None

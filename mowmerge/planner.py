@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mowmerge import __version__, algebra, memory, slicing, vocabulary
-from mowmerge.checkpoint import fp8, layers, naming, source
+from mowmerge.checkpoint import chat, fp8, layers, naming, source
 from mowmerge.checkpoint.placed import held_bytes
 from mowmerge.checkpoint.writer import layout, shard_of
 from mowmerge.errors import CheckpointError, Problem, RecipeError
@@ -79,6 +79,8 @@ class _Planner:
         donor = base or next(iter(self.recipe.models))
         sources, tokens, told = vocabulary.placed(self.recipe, search.sources(), donor)
         self.sources, self.warnings = sources, [*self.warnings, *search.warnings, *told]
+        where = self.recipe.where("output", "chat_template")
+        template = chat.chosen(self.recipe.output.chat_template, sources, where)
         specs, heads = self._bodies(donor, {name: s.specs for name, s in sources.items()})
         if registry.get(self.recipe.method).dynamic:
             named = search.encoder(Path(config_source(sources[donor]).folder))
@@ -120,6 +122,7 @@ class _Planner:
             surveyed=self.options.surveyed,
             dropped=tuple(self.dropped),
             config=config,
+            chat_template=template,
             fit=fit,
             algebra=work,
             vocabulary=tokens,

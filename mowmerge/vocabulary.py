@@ -80,7 +80,7 @@ def compared(
         home, folder = (Path(config_source(each).folder) for each in (written, source))
         same = tokenizers.alike(home / tokenizers.FILE, folder / tokenizers.FILE)
         if asked is not None or (same and of(written) is None and of(source) is None):
-            told = [*tokenizers.template(home, folder)]
+            told = [*tokenizers.retold(home, folder)]
         else:
             ours, theirs = _ids(written), _ids(source)
             crossed = _crossed(ours, theirs, model, jobs)

@@ -123,7 +123,7 @@ def differences(
         pair = donor / name, folder / name
         if all(map(Path.exists, pair)) and not alike(*pair):
             yield f"its {name} is not the one written"
-    yield from template(donor, folder)
+    yield from retold(donor, folder)
 
 
 def renamed(ours: Mapping[str, int], theirs: Mapping[str, int]) -> Iterator[str]:
@@ -136,9 +136,9 @@ def renamed(ours: Mapping[str, int], theirs: Mapping[str, int]) -> Iterator[str]
         yield f"id {i} is {there[i]!r} in its tokenizer and {said} in the one written{more}"
 
 
-def template(donor: Path, folder: Path) -> Iterator[str]:
+def retold(donor: Path, folder: Path) -> Iterator[str]:
     """That the chat template is not the donor's, if there is one."""
-    own, written = _template(folder), _template(donor)
+    own, written = template(folder), template(donor)
     if own and own != written:
         yield f"its chat template is not the one written{'' if written else ', as there is none'}"
 
@@ -148,7 +148,7 @@ def alike(one: Path, two: Path) -> bool:
     return one.is_file() and two.is_file() and one.read_bytes() == two.read_bytes()
 
 
-def _template(folder: Path) -> Any:
+def template(folder: Path) -> Any:
     """The chat template: of its own file, or of the tokenizer's config."""
     file = folder / "chat_template.jinja"
     if file.exists():
