@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mowmerge import __version__, lock, replay
-from mowmerge.checkpoint import fp8, heads, sidecars, writer
+from mowmerge.checkpoint import fp8, heads, layers, sidecars, writer
 from mowmerge.checkpoint.source import config
 from mowmerge.checkpoint.writer import ShardSink, Staging
 from mowmerge.dynamic import remote
@@ -187,8 +187,9 @@ def _write_config(planned: Plan, folder: Path) -> None:
         donor = _donor(planned)
         quantised = fp8.quantization_config(planned, config(donor))
         sidecars.write_config(
-            donor, folder, dtype, headless=bool(planned.heads), quantised=quantised
-        )
+            donor, folder, dtype, headless=bool(planned.heads), quantised=quantised,
+            planned=layers.settings(planned),
+        )  # fmt: skip
 
 
 def _write(file: Path, text: str) -> None:

@@ -55,6 +55,12 @@ def stack(name: str) -> tuple[str, int] | None:
     return (name[: match.start(1)], int(match[1])) if match else None
 
 
+def layers(names: Iterable[str], of: str) -> int:
+    """How many layers there are in a stack."""
+    places = map(stack, names)
+    return 1 + max((place[1] for place in places if place and place[0] == of), default=-1)
+
+
 def depths(names: Iterable[str]) -> dict[str, float]:
     """Each tensor's relative depth: layer / (layers - 1) within its own stack of layers.
 

@@ -45,17 +45,20 @@ def copy(donor: Path, others: Sequence[tuple[str, Path]], out: Path) -> list[str
 
 def write_config(
     donor: Path, out: Path, dtype: str | None, *, headless: bool = False,
-    quantised: Mapping[str, Any] | None = None,
+    quantised: Mapping[str, Any] | None = None, planned: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Writes the donor's config.json with nothing changed but the dtype, where that changed.
+    """Writes the donor's config.json, or the `planned` one, with nothing changed but the dtype,
+    where that changed.
 
     `headless` makes it that of the bare backbone: its class, and no label map. `quantised`
     takes the place of what says that the donor was.
     """
-    settings = config(donor)
+    own = config(donor)
+    settings = dict(own if planned is None else planned)
     if not settings:
         return
-    same = settings.pop("quantization_config", None) == quantised
+    same = settings == own and settings.get("quantization_config") == quantised
+    settings.pop("quantization_config", None)
     if quantised:
         settings["quantization_config"] = dict(quantised)
     if dtype is None and not headless and same:

@@ -84,6 +84,8 @@ def show_plan(plan: Plan, *, as_json: bool) -> None:
         print(f"heads kept as they are: {', '.join(heads)}")
     if plan.undecided:
         print("which tensors are dynamic is decided by a survey of the weights: --survey runs it")
+    if plan.config:
+        print(f"config.json: {json.dumps(plan.config)}")
     if plan.dropped:
         print(f"dropped by a rule: {', '.join(plan.dropped)}")
     warn(plan.warnings)
@@ -99,6 +101,7 @@ def plan_object(plan: Plan) -> dict[str, Any]:
         "peak_bytes": plan.peak_bytes,
         "workers": plan.workers,
         "block": plan.block,
+        "config": dict(plan.config),
         "shards": [
             {"file": shard.file, "bytes": shard.nbytes, "tensors": list(shard.offsets)}
             for shard in (*plan.shards, *plan.codes, *([plan.router] if plan.router else []))

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from mowmerge.errors import Problem
 from mowmerge.methods import registry
+from mowmerge.recipe.layers import Slice
 from mowmerge.recipe.model import (
     NAME,
     AdapterRef,
@@ -59,6 +60,7 @@ def check(data: Mapping[str, Any], origin: Origin) -> tuple[Recipe | None, list[
     except ValidationError as error:
         faults = list(_structure(error, origin))
     faults += [*_names(data), *method_faults(data, partial(_match_faults, origin)), *_fit(data)]
+    faults += _slices(data)
     for name, task in as_map(data.get("tasks")).items():
         faults += _task(("tasks", name), as_map(task))
     faults += _output(data)
@@ -99,6 +101,8 @@ def _model(loc: Loc) -> type[BaseModel]:
             return AdapterRef
         case ("rules", _):
             return Rule
+        case ("slices", _):
+            return Slice
         case ("tasks", _):
             return Task
         case ("tasks", _, "splits"):
@@ -143,6 +147,31 @@ def _names(data: Mapping[str, Any]) -> Iterator[Fault]:
             yield from unknown_model(expert, ("tasks", task, "expert"), models)
     if data.get("missing") == "base" and data.get("base") is None:
         yield Fault(("missing",), "missing: base needs a base, and the recipe names none")
+
+
+def _slices(data: Mapping[str, Any]) -> Iterator[Fault]:
+    """Models of slices that are none, and what slices do not go with."""
+    known = [*as_map(data.get("models")), *(["base"] if data.get("base") is not None else [])]
+    pieces = as_list(data.get("slices"))
+    for i, piece in enumerate(map(as_map, pieces)):
+        for name in as_map(piece.get("layers")):
+            yield from unknown_model(name, ("slices", i, "layers", name), known)
+    if not pieces:
+        return
+    for key, value in as_map(data.get("output")).items():
+        if (key, value) in (("dtype", "fp8"), ("format", "adapter")):
+            message = f"output.{key}: {value} does not go with slices"
+            yield Fault(("output", key), message, "merge them into a checkpoint first")
+    used: dict[Loc, Any] = {("method",): data.get("method")}
+    for section in ("slices", "rules"):
+        for i, part in enumerate(map(as_map, as_list(data.get(section)))):
+            used[section, i, "method"] = part.get("method")
+    for loc, method in used.items():
+        spec = registry.get(method) if method in registry.names() else None
+        if spec and (spec.dynamic or spec.fit):
+            what = "dynamic" if spec.dynamic else "fitted"
+            message = f"'{method}' is {what}, and does not go with slices"
+            yield Fault(loc, message, "merge the slices first")
 
 
 def _task(loc: Loc, task: Mapping[str, Any]) -> Iterator[Fault]:

@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from mowmerge.recipe.fields import Globs, Names, Strict, listed, one_or_more
+from mowmerge.recipe.layers import Layers, Slice
 from mowmerge.recipe.task import Task
 from mowmerge.recipe.task_types import TYPES
 
@@ -31,20 +32,7 @@ Loc = tuple[str | int, ...]
 Role = Literal["embedding", "attention", "mlp", "norm", "head", "router", "other"]
 BESIDE = ("source", "adapter")  # what an entry of `models` holds beside parameters
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
-SPAN = r"[0-9]+\.\.[0-9]+"
 SIZE = r"([0-9]+(?:\.[0-9]+)?) ?([KMGTkmgt]?)([Ii]?)[Bb]"
-
-
-def _span(value: Any) -> tuple[int, int]:
-    """3 is (3, 3); "0..11" is (0, 11)."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value, value
-    if not isinstance(value, str) or not re.fullmatch(SPAN, value):
-        raise ValueError("must be a layer such as 3, a range such as 0..11, or a list of those")
-    first, last = map(int, value.split(".."))
-    if first > last:
-        raise ValueError(f"runs backwards: {value}")
-    return first, last
 
 
 def parse_size(value: Any) -> int:
@@ -81,13 +69,6 @@ Roles = Annotated[
     tuple[Role, ...],
     BeforeValidator(listed),
     one_or_more({"enum": list(get_args(Role))}),
-]
-Layers = Annotated[
-    tuple[Annotated[tuple[int, int], BeforeValidator(_span)], ...],
-    BeforeValidator(listed),
-    one_or_more(
-        {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": f"^{SPAN}$"}]}
-    ),
 ]
 Bytes = Annotated[
     int,
@@ -130,7 +111,7 @@ class Match(Strict):
     role: Roles | None = Field(default=None, description="Role of the tensor, or a list of roles.")
     layers: Layers | None = Field(
         default=None,
-        description="A layer, a range with both ends included (0..11), or a list of those.",
+        description="A layer, a range with both ends included (0..11, 8..), or a list of those.",
     )
     tensors: Globs | None = Field(
         default=None,
@@ -298,6 +279,10 @@ class Recipe(Strict):
     )
     rules: tuple[Rule, ...] = Field(
         default=(), description="Exceptions for some tensors; the first rule that matches wins."
+    )
+    slices: tuple[Slice, ...] = Field(
+        default=(),
+        description="The output's layers, from the first to the last; absent those of the models.",
     )
     missing: Literal["error", "base"] = Field(
         default="error",
