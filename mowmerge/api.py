@@ -64,9 +64,12 @@ class Result:
     report: dict[str, Any]
 
 
-def check(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The parsed recipe; RecipeError with everything that is wrong with it. Loads no torch."""
-    return parse.load(recipe, overrides)
+def check(recipe: str | Path, overrides: Sequence[str] = (), *, strict: bool = False) -> Recipe:
+    """The parsed recipe; RecipeError with everything that is wrong with it. Loads no torch.
+
+    A file of mergekit's is turned into a recipe; with `strict` what mergekit ignores is wrong too.
+    """
+    return parse.load(recipe, overrides, strict=strict)
 
 
 def plan(

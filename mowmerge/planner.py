@@ -65,7 +65,7 @@ class _Planner:
         self.recipe, self.options = recipe, options
         self._metadata = {"format": "pt", "mowmerge": __version__}
         self.problems: list[Problem] = []
-        self.warnings: list[str] = []
+        self.warnings = [str(each) for each in recipe.ignored]
         self.tied: list[Tied] = []
         self.dropped: list[str] = []
         self.rules_used: set[int] = set()

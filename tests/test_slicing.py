@@ -196,6 +196,7 @@ def test_layers_past_the_depth_are_named(zoo: Zoo, models: dict[str, Any]) -> No
     ({"layers": {"a": 0}, "method": "ties"}, "'ties' needs a base"),
     ({"layers": {"a": 0}, "method": "mow"}, "does not go with slices"),
     ({}, "'slices.0.layers' is missing"),
+    ({"layers": {"base": 0}}, "names the base alone"),
 ])  # fmt: skip
 def test_faults_are_found_before_a_model_is(
     zoo: Zoo, models: dict[str, Any], piece: dict[str, Any], says: str

@@ -45,13 +45,16 @@ def merge(
     allow_pickle: Annotated[
         bool, typer.Option(help="Also read .bin and .pt files (weights_only).")
     ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Keys that mergekit ignores are errors.")
+    ] = False,
     eval_: Annotated[
         bool, typer.Option("--eval", help="Then score it on the recipe's tasks; see eval.")
     ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
-    """Merge the models of a recipe into one checkpoint.
+    """Merge the models of a recipe, or of a mergekit file, into one checkpoint.
 
     Examples:
 
@@ -72,12 +75,11 @@ def merge(
     if quiet or json_ or not sys.stderr.isatty():
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported
     options = _options(workers, max_memory, device, stats, not dry_run, allow_pickle)
+    parsed = api.check(recipe, set_ or [], strict=strict)
     if dry_run:
         planned = api.survey if survey else api.plan
-        plan = planned(recipe, overrides=set_ or [], options=options)
-        output.show_plan(plan, as_json=json_)
+        output.show_plan(planned(parsed, options=options), as_json=json_)
         return
-    parsed = api.check(recipe, set_ or [])
     if eval_ and not parsed.tasks:
         raise RecipeError("--eval needs tasks, and the recipe has none", where=parsed.file)
     with output.Progress(quiet or json_) as progress:

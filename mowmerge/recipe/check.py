@@ -154,7 +154,13 @@ def _slices(data: Mapping[str, Any]) -> Iterator[Fault]:
     known = [*as_map(data.get("models")), *(["base"] if data.get("base") is not None else [])]
     pieces = as_list(data.get("slices"))
     for i, piece in enumerate(map(as_map, pieces)):
-        for name in as_map(piece.get("layers")):
+        taken = as_map(piece.get("layers"))
+        if list(taken) == ["base"]:
+            told = f"slices.{i}.layers names the base alone"
+            yield Fault(
+                ("slices", i, "layers"), told, "name it under models too, and that one here"
+            )
+        for name in taken:
             yield from unknown_model(name, ("slices", i, "layers", name), known)
     if not pieces:
         return

@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from mowmerge.errors import Problem
 from mowmerge.recipe.fields import Globs, Names, Strict, listed, one_or_more
 from mowmerge.recipe.layers import Layers, Slice
 from mowmerge.recipe.task import Task
@@ -82,7 +83,8 @@ Version = Annotated[int, BeforeValidator(_version), WithJsonSchema({"const": 1})
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a recipe was read: name, folder, text as run, and the line (or --set) of each key."""
+    """Where a recipe was read: name, folder, text as run, and the line (or --set) of each key;
+    `ignored` is what in a file of another tool's grammar says nothing."""
 
     name: str = "recipe"
     folder: Path = field(default_factory=Path)
@@ -90,6 +92,7 @@ class Origin:
     file: str = "<recipe>"
     lines: Mapping[Loc, int | str] = field(default_factory=dict)
     overridden: bool = False
+    ignored: tuple[Problem, ...] = ()
 
     def known(self, loc: Loc) -> Loc:
         """The longest part of `loc` that stands in the text."""
@@ -353,13 +356,18 @@ class Recipe(Strict):
 
     @property
     def text(self) -> str:
-        """The YAML as run: verbatim, or with the overrides in it."""
+        """The YAML as run: verbatim, or with the overrides in it, or as it was converted."""
         return self._origin.text
 
     @property
     def overridden(self) -> bool:
         """Whether overrides changed what the file says."""
         return self._origin.overridden
+
+    @property
+    def ignored(self) -> tuple[Problem, ...]:
+        """What in a file of another tool's grammar says nothing."""
+        return self._origin.ignored
 
     @property
     def file(self) -> str:

@@ -9,17 +9,10 @@ from typing import Any
 from mowmerge.errors import RecipeError, did_you_mean
 from mowmerge.methods.contracts import MethodError
 from mowmerge.methods.registry import MethodSpec, Parameter, get
+from mowmerge.recipe.mergekit.presets import OURS
 from mowmerge.recipe.model import BESIDE, Loc, Recipe
 from mowmerge.recipe.text import dotted
 
-OURS = {  # mergekit's words, and what they are called here
-    "merge_method": "method",
-    "base_model": "base",
-    "dtype": "output.dtype",
-    "out_dtype": "output.dtype",
-    "lambda": "scale",
-    "model": "source",
-}
 MatchFaults = Callable[[Any, Loc], "Iterator[Fault]"]
 
 
