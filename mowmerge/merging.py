@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mowmerge import __version__, lock, replay
-from mowmerge.checkpoint import fp8, heads, layers, sidecars, writer
+from mowmerge.checkpoint import chat, fp8, heads, layers, sidecars, writer
 from mowmerge.checkpoint.source import config
 from mowmerge.checkpoint.writer import ShardSink, Staging
 from mowmerge.dynamic import remote
@@ -138,6 +138,8 @@ def _donor(planned: Plan) -> Path:
 def _write_sidecars(planned: Plan, recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Writes what goes beside the weights, but for the config; returns facts for the report."""
     left = sidecars.copy(_donor(planned), _inputs(planned), folder)
+    if planned.chat_template is not None:
+        chat.write(planned.chat_template, folder)
     body = [shard for shard in planned.files if shard not in planned.heads.values()]
     listing = writer.index(body, planned.specs)
     if listing:

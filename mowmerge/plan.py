@@ -219,7 +219,8 @@ class Plan:
     `head_names` says of a head's tensor among the codes which model's it is; `surveyed` what was
     measured before, and while the plan is `undecided` it is still to be: more is planned than will
     be written; `rest` is the static method of the rest, and why it is that one; `fit` is what is to
-    be fitted first; `config` is what the output's config has other than the donor's.
+    be fitted first; `config` is what the output's config has other than the donor's,
+    `chat_template` the text of the one that takes the place of the donor's.
     """
 
     name: str
@@ -244,6 +245,7 @@ class Plan:
     rest: str = ""
     dropped: tuple[str, ...] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
     fit: Fit | None = None
     warnings: tuple[str, ...] = ()
 

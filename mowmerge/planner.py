@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mowmerge import __version__, memory, slicing
-from mowmerge.checkpoint import fp8, layers, naming, source, tokenizers
+from mowmerge.checkpoint import chat, fp8, layers, naming, source, tokenizers
 from mowmerge.checkpoint.adapter import held_bytes
 from mowmerge.checkpoint.writer import layout, shard_of
 from mowmerge.errors import CheckpointError, Problem, RecipeError
@@ -77,6 +77,8 @@ class _Planner:
         search = Search(self.recipe, self.options.download, self.options.allow_pickle, self._nested)
         self.sources = sources = search.sources()
         self.warnings += search.warnings
+        where = self.recipe.where("output", "chat_template")
+        template = chat.chosen(self.recipe.output.chat_template, sources, where)
         base = "base" if self.recipe.base is not None else None
         donor = base or next(iter(self.recipe.models))
         specs, heads = self._bodies(donor, {name: s.specs for name, s in sources.items()})
@@ -115,6 +117,7 @@ class _Planner:
             surveyed=self.options.surveyed,
             dropped=tuple(self.dropped),
             config=config,
+            chat_template=template,
             fit=fit,
             warnings=tuple(self.warnings),
         )

@@ -25,9 +25,9 @@ def differences(donor: Path, folder: Path) -> Iterator[str]:
         pair = donor / name, folder / name
         if all(map(Path.exists, pair)) and len({file.read_bytes() for file in pair}) > 1:
             yield f"its {name} is not the one written"
-    own, template = _template(folder), _template(donor)
-    if own and own != template:
-        yield f"its chat template is not the one written{'' if template else ', as there is none'}"
+    own, written = template(folder), template(donor)
+    if own and own != written:
+        yield f"its chat template is not the one written{'' if written else ', as there is none'}"
 
 
 def _vocabulary(folder: Path) -> dict[int, str]:
@@ -43,7 +43,7 @@ def _vocabulary(folder: Path) -> dict[int, str]:
         return {}
 
 
-def _template(folder: Path) -> Any:
+def template(folder: Path) -> Any:
     """The chat template: of its own file, or of the tokenizer's config."""
     file = folder / "chat_template.jinja"
     if file.exists():

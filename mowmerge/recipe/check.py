@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from mowmerge.errors import Problem
+from mowmerge.errors import Problem, did_you_mean
 from mowmerge.methods import registry
 from mowmerge.recipe.layers import Slice
 from mowmerge.recipe.model import (
@@ -247,6 +247,13 @@ def _dynamic(data: Mapping[str, Any]) -> bool:
 def _output(data: Mapping[str, Any]) -> Iterator[Fault]:
     """What does not go with an adapter as output, or only with one."""
     output = as_map(data.get("output"))
+    template = output.get("chat_template")
+    if isinstance(template, str) and "{" not in template and template != "auto":
+        names = [*as_map(data.get("models")), *(["base"] if data.get("base") is not None else [])]
+        if template not in names:
+            told = f"output.chat_template: there is no model '{template}'"
+            hint = did_you_mean(template, ["auto", *names]) + ", or write the Jinja text"
+            yield Fault(("output", "chat_template"), told, hint)
     if output.get("format") != "adapter":
         for key in ("rank", "energy"):
             if output.get(key) is not None:

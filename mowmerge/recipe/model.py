@@ -233,6 +233,12 @@ class Output(Strict):
     shard_size: Bytes = Field(
         default=5_000_000_000, description="Largest weight file: 5GB, 500MB, 1GiB, or bytes."
     )
+    chat_template: str | None = Field(
+        default=None,
+        min_length=1,
+        description="auto: that of most models; the name of a model, or base: that one's; or the"
+        " Jinja text itself. Absent that of the donor.",
+    )
     format: Literal["checkpoint", "adapter"] = Field(
         default="checkpoint", description="adapter: what differs from the base, as a LoRA for peft."
     )

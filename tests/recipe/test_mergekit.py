@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 import torch
 from zoo import Zoo, llama, raw
@@ -408,3 +410,35 @@ def test_a_conversion_loads_no_torch(zoo: Zoo) -> None:
     )
     ran = zoo.python(code)
     assert (ran.rc, ran.err.strip()) == (0, "False")
+
+
+def test_chat_templates(tmp_path: Path) -> None:
+    for given in ("auto", "'{% for m in messages %}{{ m }}{% endfor %}'"):
+        found = native(f"{TIES}chat_template: {given}\n", tmp_path)
+        assert found["output"]["chat_template"] == given.strip("'")
+    found = native(f"{TIES}chat_template: chatml\n", tmp_path)["output"]["chat_template"]
+    told = [{"role": "user", "content": "hi"}]
+    text = jinja2.Template(found).render(messages=told, add_generation_prompt=True)
+    assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert "'llama3' is not built in" in faults(f"{TIES}chat_template: llama3\n")[0]
+    assert "there is no model 'ato'" in faults(f"{TIES}chat_template: ato\n")[0]
+
+
+DOC = (Path(__file__).parents[2] / "docs" / "from-mergekit.md").read_text("utf-8")
+
+
+def test_the_example_of_the_docs_is_what_is_printed(tmp_path: Path) -> None:
+    theirs, ours = re.findall(r"```yaml\n(.*?)```", DOC, re.S)
+    (tmp_path / "k.yml").write_text(theirs)
+    assert parse.native(tmp_path / "k.yml") == ours
+
+
+def test_the_docs_name_every_method_and_default() -> None:
+    table = DOC.partition("## The methods")[2].partition("## The command line")[0]
+    for name, preset in PRESETS.items():
+        row = next(
+            line for line in table.splitlines() if f"`{name}`" in "".join(line.split("|")[1:2])
+        )
+        for value in (preset.method, *preset.fixed):
+            if value != "mode":
+                assert value in row, (name, value)
