@@ -196,19 +196,14 @@ class _Planner:
                     self.rules_used.add(chosen.rule)
                 if chosen.drop:
                     self.dropped.append(name)
-                elif chosen.absent:
-                    self._absent(name, chosen)
+                elif absent := slicing.absent(self.recipe, piece, name, chosen):
+                    self.problems.append(absent)
                 elif job := self._job(name, chosen, place, base, piece):
                     jobs.append(job)
             self._extras(piece)
         if not jobs and not self.problems:
             raise RecipeError("nothing is left to write: every tensor is dropped")
         return jobs
-
-    def _absent(self, name: str, chosen: Setting) -> None:
-        where = self.recipe.where("rules", chosen.rule or 0, "models")
-        told = f"'{name}': its slice takes nothing of {', '.join(chosen.absent)}"
-        self.problems.append(Problem(told, where, "name models of the slice"))
 
     def _job(
         self, name: str, chosen: Setting, place: Place, base: str | None, piece: Piece
@@ -297,7 +292,8 @@ class _Planner:
     def _extras(self, piece: Piece) -> None:
         """Tensors that only other models have: tied, dropped by a rule, or a problem."""
         like, donor = piece.specs[piece.like], "base" if piece.like == "base" else "first model"
-        for model, held in piece.specs.items():
+        for model in piece.taking:
+            held = piece.specs[model]
             for name, spec in held.items():
                 if name in like:
                     continue

@@ -5,14 +5,14 @@ A piece is a reader view: every model's tensors under the names that they have i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from mowmerge.checkpoint import layers, naming
 from mowmerge.errors import Problem
 from mowmerge.recipe.layers import written
 from mowmerge.recipe.model import Recipe
-from mowmerge.recipe.values import Place
+from mowmerge.recipe.values import Place, Setting
 from mowmerge.tensors import TensorSpec
 
 Specs = Mapping[str, Mapping[str, TensorSpec]]  # model -> name -> the tensor as it is stored
@@ -23,12 +23,14 @@ class Piece:
     """Output tensors that are made alike.
 
     places: where each of them stands. specs: each model's tensors by output name. like: the model
-    whose tensors say what there is, and in which shape.
+    whose tensors say what there is, and in which shape. taking: the models of which nothing may
+    be left over.
     """
 
     places: Mapping[str, Place]
     specs: Specs
     like: str
+    taking: Collection[str]
 
 
 @dataclass
@@ -45,7 +47,7 @@ def cut(recipe: Recipe, donor: str, specs: Specs) -> Cut:
     and the other stacks of layers as they are."""
     places = {name: _place(name, depth) for name, depth in naming.depths(specs[donor]).items()}
     if not recipe.slices:
-        return Cut([Piece(places, specs, donor)])
+        return Cut([Piece(places, specs, donor, specs)])
     found = Cut([])
     by_stack: dict[str, list[int]] = {}
     for i in range(len(recipe.slices)):
@@ -58,10 +60,20 @@ def cut(recipe: Recipe, donor: str, specs: Specs) -> Cut:
     others = {n: p for n, p in places.items() if _whole(n, by_stack)}
     if others:
         views = {m: {n: s for n, s in v.items() if _whole(n, by_stack)} for m, v in specs.items()}
-        found.pieces.append(Piece(others, views, donor))
+        found.pieces.append(Piece(others, views, donor, views))
     for stack, numbers in by_stack.items():
         _layers(recipe, stack, numbers, donor, specs, found)
     return found
+
+
+def absent(recipe: Recipe, piece: Piece, name: str, chosen: Setting) -> Problem | None:
+    """What is wrong where a rule names models of which the tensor's slice takes nothing."""
+    models = [model for model in chosen.models if model not in piece.specs]
+    if not models:
+        return None
+    told = f"'{name}': its slice takes nothing of {', '.join(models)}"
+    where = recipe.where("rules", chosen.rule or 0, "models")
+    return Problem(told, where, "name models of the slice")
 
 
 def _place(name: str, depth: float, index: int | None = None, within: float = 0.0) -> Place:
@@ -77,9 +89,13 @@ def _outside(recipe: Recipe, places: Mapping[str, Place], donor: str, specs: Spe
         for name, place in places.items()
         if naming.stack(name) is None
     }
-    models = dict.fromkeys([donor, *_taking(recipe, 0, specs), *_taking(recipe, last, specs)])
-    views = {m: {n: s for n, s in specs[m].items() if naming.stack(n) is None} for m in models}
-    return Piece(found, views, donor)
+    views = {m: {n: s for n, s in v.items() if naming.stack(n) is None} for m, v in specs.items()}
+    return Piece(
+        found,
+        views,
+        donor,
+        dict.fromkeys([*_taking(recipe, 0, specs), *_taking(recipe, last, specs)]),
+    )
 
 
 def _whole(name: str, sliced: Mapping[str, object]) -> bool:
@@ -158,7 +174,7 @@ def _layers(
             within = (layer - start) / max(1, piece.length - 1)
             places[name] = _place(name, layer / max(1, total - 1), i, within)
             _fits(name, stack, spec, known, (like, donor), found)
-        found.pieces.append(Piece(places, views, like))
+        found.pieces.append(Piece(places, views, like, views))
         made += [(like, piece.first(like) + k) for k in range(piece.length)]
     found.stacks[stack] = made
 

@@ -94,6 +94,19 @@ def test_rules_know_output_layers(zoo: Zoo, models: dict[str, Any]) -> None:
     assert torch.equal(found[at(1, "mlp.up_proj.weight")], models["a"][at(3, "mlp.up_proj.weight")])
 
 
+def test_a_rule_takes_the_ends_of_another_model(zoo: Zoo, models: dict[str, Any]) -> None:
+    slices = [{"layers": {"a": 0}}, {"layers": {"b": 1}}]
+    rules = [{"match": {"role": "head"}, "models": ["a"]}]
+    found, _ = zoo.merge({**PASS, "slices": slices, "rules": rules})
+    assert torch.equal(found["lm_head.weight"], models["a"]["lm_head.weight"])
+    assert torch.equal(found["model.norm.weight"], models["b"]["model.norm.weight"])
+    (told,) = problems(
+        zoo, CheckpointError, slices=slices,
+        rules=[{"match": {"tensors": "model.layers.0.mlp.up*"}, "models": ["b"]}],
+    )  # fmt: skip
+    assert "its slice takes nothing of b" in told
+
+
 # --- merges
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mowmerge.checkpoint import naming, source
-from mowmerge.plan import Adapted, Plan, Source
+from mowmerge.plan import Plan, Source, Stored
 
 Made = Sequence[tuple[str, int]]  # the model and the layer that each layer was
 Path = tuple[str, ...]
@@ -37,9 +37,7 @@ def settings(origin: Source) -> Mapping[str, Any]:
     """The config of a source: its checkpoint's, with what a plan changes in it."""
     if isinstance(origin, Plan):
         return changed(settings(origin.sources[origin.donor]), origin.config)
-    if isinstance(origin, Adapted):
-        return settings(origin.model)
-    return source.config(origin.folder)
+    return source.config(origin.folder) if isinstance(origin, Stored) else settings(origin.model)
 
 
 def changed(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

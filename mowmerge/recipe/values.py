@@ -33,7 +33,7 @@ class Setting:
     """What holds for a tensor: every parameter of the method, per-model ones as tuples.
 
     Tensors for which the same holds share one Setting. `rule` is the index of the rule that
-    matched, `absent` the models that it names and the slice does not have.
+    matched.
     """
 
     method: str
@@ -41,7 +41,6 @@ class Setting:
     models: tuple[str, ...]
     drop: bool
     rule: int | None
-    absent: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,6 @@ class Settings:
             own, levels = self.slices[place.slice], [] if changes else levels
             method, models = piece.method or method, piece.models(recipe.models)
             levels = [own, *levels]
-        taking = models
         for i, rule in enumerate(recipe.rules):
             if rule.match.accepts(place.name, place.role, place.layer):
                 changes = rule.method is not None and rule.method != method
@@ -155,8 +153,7 @@ class Settings:
             else _value(p, places, None)
             for name, p in get(method).parameters.items()
         }
-        absent = tuple(model for model in models if model not in taking)
-        return Setting(method, parameters, models, drop, index, absent)
+        return Setting(method, parameters, models, drop, index)
 
 
 def _value(p: Parameter, levels: Sequence[tuple[Any, Place]], model: str | None) -> Any:
