@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +14,11 @@ from mowmerge import scoring
 from mowmerge.checkpoint.contents import contents
 from mowmerge.checkpoint.contents import planned as specs_of
 from mowmerge.checkpoint.dynamic import held
-from mowmerge.errors import RecipeError
+from mowmerge.errors import RecipeError, ResourceError
 from mowmerge.methods import registry
 from mowmerge.plan import Plan
 from mowmerge.planner import Options, build
+from mowmerge.ranks import Ranks, joined
 from mowmerge.recipe import parse
 from mowmerge.recipe.model import Recipe
 from mowmerge.scoring import (
@@ -30,15 +33,17 @@ from mowmerge.scoring import (
 if TYPE_CHECKING:
     from mowmerge.checkpoint.verify import Verified
     from mowmerge.evals.schema import Report as EvalReport
+    from mowmerge.evals.settings import Options as Scoring
     from mowmerge.hub.card import Results
     from mowmerge.hub.package import Package
     from mowmerge.hub.push import Pushed
+    from mowmerge.soup import Soup
     from mowmerge.training.settings import Options as Training
 
 __all__ = [
     "check", "compare", "demo", "evaluate", "extract", "inspect", "load", "merge", "plan",
     "plan_push", "plan_training", "push", "report_folder", "report_on",
-    "survey", "tasks_of", "tell_card", "train_router", "verify",
+    "soup", "survey", "tasks_of", "tell_card", "train_router", "verify",
 ]  # fmt: skip
 Advance = Callable[[int], None]
 Tell = Callable[[str], None]
@@ -56,15 +61,20 @@ class Trained:
 
 @dataclass(frozen=True)
 class Result:
-    """Where the merged checkpoint is, and its report."""
+    """Where the merged checkpoint is, its report, and whether this process is the one of several
+    that speaks for all."""
 
     path: Path
     report: dict[str, Any]
+    speaks: bool = True
 
 
-def check(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The parsed recipe; RecipeError with everything that is wrong with it. Loads no torch."""
-    return parse.load(recipe, overrides)
+def check(recipe: str | Path, overrides: Sequence[str] = (), *, strict: bool = False) -> Recipe:
+    """The parsed recipe; RecipeError with everything that is wrong with it. Loads no torch.
+
+    A file of mergekit's is turned into a recipe; with `strict` what mergekit ignores is wrong too.
+    """
+    return parse.load(recipe, overrides, strict=strict)
 
 
 def plan(
@@ -80,12 +90,18 @@ def survey(
 ) -> Plan:
     """The plan, final: what a dynamic method's layout depends on is measured in the weights."""
     parsed = recipe if isinstance(recipe, Recipe) else check(recipe, overrides)
-    planned = plan(parsed, options=options)
+    return _surveyed(parsed, options or Options(), Ranks())
+
+
+def _surveyed(recipe: Recipe, options: Options, ranks: Ranks) -> Plan:
+    """The final plan, which all ranks make."""
+    planned = ranks.together(lambda: build(recipe, options))
     if not planned.undecided:
         return planned
     from mowmerge.survey import survey as measure
 
-    return build(parsed, replace(options or Options(), surveyed=measure(parsed, planned)))
+    found = replace(options, surveyed=measure(recipe, planned, ranks))
+    return ranks.together(lambda: build(recipe, found))
 
 
 def merge(
@@ -98,6 +114,7 @@ def merge(
     force: bool = False,
     resume: bool = False,
     locked: bool = False,
+    timeout: float = 60.0,
     begin: Callable[[Plan], Advance] = lambda plan: lambda nbytes: None,
     tell: Tell = lambda line: None,
 ) -> Result:
@@ -108,30 +125,95 @@ def merge(
     a line now and then while coefficients are fitted. With `resume` the work of a merge that was
     cut off is taken up, and should this one be, its work is left for the next. A recipe.lock.yaml
     replays its run, and the report says how that went; with `locked` its inputs must be the files
-    that it names, and its weights what they were.
+    that it names, and its weights what they were. Under torchrun every rank calls this, and they
+    share the work; one waits for another `timeout` minutes.
 
     Raises:
         CheckpointError: an input is not whole, or is not what `locked` asks for.
-        ResourceError: `out` is taken or cannot be written; or the merge that was cut off was
-            another one, or `resume` was not asked for.
+        ResourceError: `out` is taken or cannot be written; the merge that was cut off was another
+            one, or `resume` was not asked for; another rank is gone, or is about to merge something
+            else.
     """
     from mowmerge import merging
 
     began = time.perf_counter()
     parsed = recipe if isinstance(recipe, Recipe) else check(recipe, overrides)
-    planned = survey(parsed, options=options)
     target = Path(out or parsed.output.path or Path("merged") / parsed.name)
-    if parsed.output.format == "adapter":
-        from mowmerge import lora
+    with _joined(options or Options(), timeout) as (ranks, asked):
+        planned = _surveyed(parsed, asked, ranks)
+        if parsed.output.format != "adapter":
+            how = merging.How(hashes, force, resume, locked)
+            if not ranks.first:
+                begin, tell = (lambda plan: lambda nbytes: None), (lambda line: None)
+            made = merging.merge(parsed, planned, target, how, began, begin, tell, ranks)
+            return Result(*made, speaks=ranks.first)
+    from mowmerge import lora
 
-        if resume or locked:
-            raise RecipeError(
-                "--resume and --locked are for checkpoints, and output.format is adapter",
-                where=parsed.file, hint="run it again from the start",
-            )  # fmt: skip
-        return Result(*lora.merge(parsed, planned, target, hashes=hashes, force=force, begin=begin))
-    how = merging.How(hashes, force, resume, locked)
-    return Result(*merging.merge(parsed, planned, target, how, began, begin, tell))
+    if resume or locked or ranks.count > 1:
+        raise RecipeError(
+            "--resume, --locked and ranks are for checkpoints, and output.format is adapter",
+            where=parsed.file, hint="run it from the start, in one process",
+        )  # fmt: skip
+    return Result(*lora.merge(parsed, planned, target, hashes=hashes, force=force, begin=begin))
+
+
+@contextmanager
+def _joined(options: Options, timeout: float) -> Iterator[tuple[Ranks, Options]]:
+    """The ranks that torchrun or accelerate started, and the options as they are for this one: its
+    device, and its share of the processors."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield Ranks(), options
+        return
+    from mowmerge.training import processes
+
+    one = processes.begin(options.device, "merge")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))  # unknown: as on several hosts
+    workers = options.workers or max(1, min(8, (os.cpu_count() or 1) // max(1, here)))
+    device = options.device if options.device == "cpu" else str(one.device)
+    with joined(one.rank, one.count, here, timeout) as ranks:
+        yield ranks, replace(options, workers=workers, device=device)
+
+
+def soup(
+    recipe: str | Path | Recipe,
+    out: str | Path,
+    *,
+    scores: str | Path | None = None,
+    equal: bool = False,
+    most: int | None = None,
+    overrides: Sequence[str] = (),
+    options: Scoring | None = None,
+    hashes: bool = True,
+    force: bool = False,
+    tell: Tell = lambda line: None,
+) -> tuple[Result, Soup]:
+    """Merges the greedy soup of a recipe's models into `out`, and says how it was found.
+
+    Models are averaged, tried on the select splits of the recipe's tasks, and join while the score
+    rises; `scores` is a file with what is known already. All that was tried goes to OUT-soup.json,
+    which is such a file. `equal`, `most`: see `mowmerge.soup.choose`.
+
+    Raises:
+        RecipeError: no plain average, no tasks to choose by, or scores of other models.
+    """
+    from mowmerge import soup as soups
+
+    parsed = recipe if isinstance(recipe, Recipe) else check(recipe, overrides)
+    given = soups.known(Path(scores)) if scores is not None else {}
+    soups.check(parsed, given)
+    target = Path(out)
+    if target.exists() and not force:
+        raise ResourceError(f"'{target}' is there already", hint="--force replaces it")
+    kitchen = soups.Kitchen(
+        parsed, given,
+        lambda made, folder: merge(made, folder, hashes=False),
+        lambda folder, asked: scoring.evaluate(folder, asked, against=(), options=options),
+        target.resolve().parent, tell,
+    )  # fmt: skip
+    found, chosen = soups.find(parsed, kitchen, equal=equal, most=most)
+    result = merge(chosen, target, hashes=hashes, force=force)
+    result.path.with_name(f"{result.path.name}-soup.json").write_text(found.text(), "utf-8")
+    return result, found
 
 
 def verify(

@@ -1,29 +1,33 @@
 """Runs a plan: settles statistics, then streams every tensor through its method into a sink.
 
 Workers share nothing but the plan. Blocks are multiples of 65,536 elements and reductions add up
-runs of that size in index order, so the bytes do not depend on workers, block size or shards, nor
-on how often a run was cut off and taken up.
+runs of that size in index order, so the bytes do not depend on workers, ranks, block size or
+shards, nor on how often a run was cut off and taken up.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from threading import Event, Lock
 from typing import Any, Protocol
 
 from mowmerge.checkpoint.adapter import AdaptedReader
 from mowmerge.checkpoint.journal import Journal
+from mowmerge.checkpoint.placed import PlacedReader
 from mowmerge.checkpoint.reader import StoredReader
 from mowmerge.errors import CheckpointError, ResourceError
 from mowmerge.methods import registry
-from mowmerge.methods.contracts import Extent, Fold, Reduction
+from mowmerge.methods.contracts import Extent, Fold, Reduction, seen, with_seen
+from mowmerge.placement import Placed
 from mowmerge.plan import RUN, Adapted, Plan, Source, Stored, TensorJob, Tied
+from mowmerge.ranks import Ranks
 from mowmerge.report import TensorReport
+from mowmerge.sharing import run_of, share, spread
 from mowmerge.streaming import OpenJob
 from mowmerge.tensors import TensorHandle, TensorReader, TensorSpec, torch
 
@@ -38,12 +42,28 @@ class Sink(Protocol):
         ...
 
 
-class Engine:
-    """A plan with readers for its sources; one that is itself a plan is merged as it is read."""
+@dataclass(frozen=True)
+class Done:
+    """A report on every tensor, how many of them, and bytes, each rank wrote, and what methods say
+    of their statistics over the model."""
 
-    def __init__(self, plan: Plan, stopped: Event | None = None) -> None:
-        self.plan, self.stopped = plan, stopped or Event()
+    reports: list[TensorReport]
+    ranks: list[dict[str, int]]
+    statistics: list[dict[str, Any]]
+
+
+class Engine:
+    """A plan with readers for its sources; one that is itself a plan is merged as it is read.
+
+    With several ranks all of them call `run`, and `measure`, of the same plan.
+    """
+
+    def __init__(
+        self, plan: Plan, stopped: Event | None = None, ranks: Ranks | None = None
+    ) -> None:
+        self.plan, self.stopped, self.ranks = plan, stopped or Event(), ranks or Ranks()
         self._nested: list[Engine] = []
+        self._shared: dict[int, TensorReader] = {}
         self.readers: Mapping[str, TensorReader] = {
             name: self._reader(source) for name, source in plan.sources.items()
         }
@@ -51,41 +71,70 @@ class Engine:
         self._lock = Lock()
 
     def _reader(self, source: Source) -> TensorReader:
-        """The source's tensors as they are read."""
+        """The source's tensors as they are read; one reader for all that read them."""
+        if id(source) not in self._shared:
+            self._shared[id(source)] = self._opened(source)
+        return self._shared[id(source)]
+
+    def _opened(self, source: Source) -> TensorReader:
         if isinstance(source, Stored):
             return StoredReader(source)
         if isinstance(source, Adapted):
             return AdaptedReader(self._reader(source.model), source)
+        if isinstance(source, Placed):
+            return PlacedReader([self._reader(lender) for lender in source.lenders], source)
         self._nested.append(Engine(source, self.stopped))
         return MergedReader(self._nested[-1])
 
-    def run(self, sink: Sink, journal: Journal | None = None) -> list[TensorReport]:
+    def run(self, sink: Sink, journal: Journal | None = None) -> Done:
         """Streams every tensor of the plan into the sink; one report a tensor, in plan order.
 
-        What the journal says is done is not done again, and what gets done is told to it.
+        What the journal says is done is not done again, and what gets done is told to it. Ranks
+        write their shares, and each gets the reports of all.
         """
-        _try_device(self.plan.device)
-        held = journal.done if journal else {}
-        done = {name: TensorReport(**entry) for name, entry in held.items()}
-        rest = [job for job in self.plan.jobs if job.output.name not in done]
-        largest_first = sorted(rest, key=lambda job: -job.read_bytes)
-        each = [one for job in rest for one in (job, job.anchor) if one is not None]
+        self.ranks.together(lambda: _try_device(self.plan.device))
+        held = dict(journal.done) if journal else {}
+        reports = {name: TensorReport(**entry) for name, entry in held.items()}
+        mine = share(self.plan, held, self.ranks)
+        largest_first = sorted(mine.jobs, key=lambda job: -job.read_bytes)
         _keep_freed_memory()
 
         def write(job: TensorJob) -> TensorReport:
+            self.ranks.check()
             told = self._write(job, sink)
+            files, nbytes = mine.written(job)
             if journal:
-                journal.finished(told.name, asdict(told), told.written_bytes)
+                all_files = len(mine.files_of(job))
+                journal.finished(told.name, asdict(told), nbytes, files, all_files)
             return told
 
-        with one_thread_each(), self._pool() as pool:
-            for group in sorted({job.group for job in each if job.group is not None}):
-                self._states[group] = self._group_state(group, pool, journal)
-            self._check_ties()
+        def written() -> list[TensorReport]:
+            if self.ranks.first:
+                self._check_ties()
             futures = [pool.submit(write, job) for job in largest_first]
-            for future in as_completed(futures):
-                done[future.result().name] = future.result()
-        return [done[job.output.name] for job in self.plan.jobs]
+            return [future.result() for future in as_completed(futures)]
+
+        with one_thread_each(), self._pool() as pool:
+            for group in sorted({job.group for job in self.plan.each if job.group is not None}):
+                self._states[group] = self._group_state(group, pool, journal)
+            work = {"tensors": len(mine.jobs), "bytes": sum(mine.written(j)[1] for j in mine.jobs)}
+            found = list(self.ranks.each(lambda: (written(), work)))
+        for each, _ in reversed(found):  # what two ranks wrote parts of is told by the first
+            reports |= {one.name: one for one in each}
+        told = [reports[job.output.name] for job in self.plan.jobs]
+        return Done(told, [work for _, work in found], self._statistics())
+
+    def _statistics(self) -> list[dict[str, Any]]:
+        """What methods say of their statistics over the model (`report` of the state), in order."""
+        found = []
+        for group, state in sorted(self._states.items()):
+            told = getattr(state, "report", None)
+            job = next(job for job in self.plan.each if job.group == group)
+            if told is not None:
+                found.append(
+                    {"method": job.method, "models": [i.model for i in job.models], **told}
+                )
+        return found
 
     def measure(self, asked: Sequence[tuple[TensorJob, Fold]]) -> dict[str, Any]:
         """The total of each job's fold over the values its method works on, by tensor."""
@@ -94,9 +143,15 @@ class Engine:
             with self.open(job) as opened:
                 return opened.observe(fold.fresh(), 0, job.output.numel)
 
-        with one_thread_each(), self._pool() as pool:
-            futures = {job.output.name: pool.submit(total, job, fold) for job, fold in asked}
+        mine = spread(asked, [job.read_bytes for job, _ in asked], self.ranks)
+
+        def measured() -> dict[str, Any]:
+            futures = {job.output.name: pool.submit(total, job, fold) for job, fold in mine}
             return {name: future.result().total for name, future in futures.items()}
+
+        with one_thread_each(), self._pool() as pool:
+            found = {name: it for part in self.ranks.each(measured) for name, it in part.items()}
+        return {job.output.name: found[job.output.name] for job, _ in asked}
 
     @contextmanager
     def _pool(self) -> Iterator[ThreadPoolExecutor]:
@@ -188,33 +243,57 @@ class Engine:
         method = next(job.method for job in self.plan.each if job.group == group)
         home = sys.modules[registry.get(str(method)).function.__module__]
         classes = [kind for kind in vars(home).values() if isinstance(kind, type)]
-        state = journal.state(group, classes) if journal else None
+        if journal is None:
+            return self._settle_group(group, pool)
+        state = self.ranks.from_first(lambda: journal.state(group, classes))
         if state is None:
             state = self._settle_group(group, pool)
-            if journal:
+            if self.ranks.first:
                 journal.keep_state(group, state)
         return state
 
     def _settle_group(self, group: int, pool: ThreadPoolExecutor | None) -> Any:
-        """Runs a reduction over every job of a group, in tasks that are merged in plan order."""
+        """Runs a reduction over every job of a group, in tasks that are merged in plan order.
+
+        Ranks read a run of the tasks each. Where merging is exact a rank's folds are merged before
+        they are exchanged, else all of them are exchanged and merged one by one.
+        """
         jobs = [job for job in self.plan.each if job.group == group]
         reduce = registry.get(str(jobs[0].method)).reduce
         assert reduce is not None
+        ranks = self.ranks if pool is not None else Ranks()  # a nested plan is for each to read
+
+        def span(job: TensorJob) -> int:
+            return max(1, job.output.numel) if job.matrix else SPAN
+
+        tasks = [(job, start) for job in jobs for start in range(0, job.output.numel, span(job))]
+        lengths = [min(span(job), job.output.numel - start) for job, start in tasks]
+        mine = run_of(tasks, lengths, ranks)
 
         def part(fold: Fold, job: TensorJob, start: int) -> Fold:
+            ranks.check()
             with self.open(job) as opened:
-                return opened.observe(fold.fresh(), start, min(start + SPAN, job.output.numel))
+                return opened.observe(fold.fresh(), start, min(start + span(job), job.output.numel))
+
+        def parts(fold: Fold) -> Iterator[Fold]:
+            pending: list[Future[Fold]] = []
+            for job, start in mine:
+                pending.append(_submit(pool, part, fold, job, start))
+                if len(pending) > 2 * self.plan.workers:
+                    yield pending.pop(0).result()
+            for future in pending:
+                yield future.result()
+
+        def gathered(fold: Fold) -> list[Mapping[str, Any]]:
+            if fold.exact:
+                return [seen(_merged(fold, parts(fold)))]
+            return [seen(one) for one in parts(fold)]
 
         def fill(fold: Fold) -> Fold:
-            total, pending = fold.fresh(), []
-            for job in jobs:
-                for start in range(0, job.output.numel, SPAN):
-                    pending.append(_submit(pool, part, fold, job, start))
-                    if len(pending) > 2 * self.plan.workers:
-                        total.merge(pending.pop(0).result())
-            for future in pending:
-                total.merge(future.result())
-            return total
+            if ranks.count == 1:
+                return _merged(fold, parts(fold))
+            told = ranks.each(lambda: gathered(fold))
+            return _merged(fold, (with_seen(fold, one) for each in told for one in each))
 
         return _drive(reduce([Extent(j.output.shape, j.parameters) for j in jobs]), fill)
 
@@ -285,6 +364,14 @@ def _submit(
     future: Future[Fold] = Future()
     future.set_result(function(*args))
     return future
+
+
+def _merged(fold: Fold, parts: Iterable[Fold]) -> Fold:
+    """The folds as one, merged in order."""
+    total = fold.fresh()
+    for one in parts:
+        total.merge(one)
+    return total
 
 
 def _drive(rounds: Reduction, fill: Callable[[Fold], Fold]) -> Any:

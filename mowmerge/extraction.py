@@ -22,7 +22,7 @@ from mowmerge.checkpoint.writer import ShardSink, Staging
 from mowmerge.dynamic.format import Manifest
 from mowmerge.errors import CheckpointError, MowmergeError, RecipeError, did_you_mean
 from mowmerge.plan import Shard, Stored
-from mowmerge.recipe import parse
+from mowmerge.recipe import parse, tasks_file
 from mowmerge.recipe.model import Output, Recipe
 from mowmerge.tasks import data, inputs
 from mowmerge.tasks import heads as task_heads
@@ -206,7 +206,7 @@ def _recipe(folder: Path, given: Path | None, *, needed: bool = True) -> Recipe 
     if given is None and not file.exists():
         return None
     try:
-        return parse.load(file)
+        return tasks_file.load(given, folder) if given else parse.load(file)
     except MowmergeError:
         if needed:
             raise

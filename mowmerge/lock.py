@@ -12,7 +12,7 @@ from typing import Any
 from mowmerge import __version__
 from mowmerge.checkpoint import identity
 from mowmerge.errors import CheckpointError
-from mowmerge.plan import Adapted, Plan, Stored
+from mowmerge.plan import Adapted, Plan, Stored, unplaced
 from mowmerge.recipe.complete import completed
 from mowmerge.recipe.model import Digest, Lock, Recipe
 from mowmerge.recipe.text import dump
@@ -49,10 +49,12 @@ def key(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _read(stored: Stored) -> list[str]:
-    """The files of a checkpoint that decide bytes: its shards, and how an adapter is applied."""
-    config = os.path.join(stored.folder, "adapter_config.json")
-    return [*stored.files, *([config] if os.path.isfile(config) else [])]
+def _read(stored: Stored, plan: Plan) -> list[str]:
+    """The files of a checkpoint that decide bytes: its shards, how an adapter is applied, and where
+    rows are placed by token its tokenizer."""
+    names = ("adapter_config.json", *(("tokenizer.json",) if plan.vocabulary else ()))
+    beside = [os.path.join(stored.folder, name) for name in names]
+    return [*stored.files, *filter(os.path.isfile, beside)]
 
 
 def device_type(plan: Plan) -> str:
@@ -65,7 +67,7 @@ def seen(plan: Plan) -> dict[str, dict[str, list[int]]]:
     found: dict[str, dict[str, list[int]]] = {}
     for model, stored in plan.checkpoints:
         files = found.setdefault(model, {})
-        files.update({Path(file).name: identity.of(file) for file in _read(stored)})
+        files.update({Path(file).name: identity.of(file) for file in _read(stored, plan)})
     return found
 
 
@@ -82,14 +84,14 @@ def unchanged(before: Mapping[str, Any], plan: Plan) -> None:
 
 def inputs(plan: Plan, *, hashed: bool) -> Files:
     """Each input file, by model; with its digest if that is wanted."""
-    files = sorted({file for _, stored in plan.checkpoints for file in _read(stored)})
+    files = sorted({file for _, stored in plan.checkpoints for file in _read(stored, plan)})
     digests = identity.sha256_of(files, plan.workers) if hashed else {}
     found: dict[str, dict[str, Digest]] = {}
     for model, stored in plan.checkpoints:
         found.setdefault(model, {}).update(
             {
                 Path(file).name: Digest(bytes=identity.of(file)[0], sha256=digests.get(file))
-                for file in _read(stored)
+                for file in _read(stored, plan)
             }
         )
     return found
@@ -130,7 +132,7 @@ def _pinned(recipe: Recipe, plan: Plan, relative: Callable[[str], str]) -> dict[
     """The completed recipe, its sources and those of nested recipes as they were found."""
 
     def pinned(name: str, source: str | Recipe) -> Any:
-        found = plan.sources[name]
+        found = unplaced(plan.sources[name])
         if isinstance(found, Adapted):
             found = found.model
         if isinstance(found, Plan):
@@ -148,7 +150,7 @@ def _pinned(recipe: Recipe, plan: Plan, relative: Callable[[str], str]) -> dict[
         data["base"] = pinned("base", recipe.base)
     for name, model in recipe.models.items():
         data["models"][name]["source"] = pinned(name, model.source)
-        read = plan.sources[name]
+        read = unplaced(plan.sources[name])
         if isinstance(read, Adapted):
             for told, found in zip(data["models"][name]["adapter"], read.adapters, strict=True):
                 told["source"] = _revision(found) or relative(told["source"])

@@ -67,8 +67,10 @@ def working_bytes(job: TensorJob, block: int) -> int:
 
 def _workspace(job: TensorJob) -> int:
     """Elements that a method holds for a whole tensor, beside its inputs."""
-    workspace = registry.get(str(job.method)).workspace if job.method else None
-    return workspace(job.output.shape, len(job.models)) if workspace else 0
+    spec = registry.get(job.method) if job.method else None
+    if spec is None or spec.workspace is None or (spec.decompositions and not job.matrix):
+        return 0
+    return spec.workspace(job.output.shape, len(job.models))
 
 
 def _coding_bytes(job: TensorJob, length: int, wide: int) -> int:

@@ -5,25 +5,29 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mowmerge import __version__, lock, replay
-from mowmerge.checkpoint import encoder, fp8, heads, sidecars, writer
+from mowmerge.checkpoint import chat, encoder, fp8, heads, layers, sidecars, writer
+from mowmerge.checkpoint.journal import changed
 from mowmerge.checkpoint.source import config
 from mowmerge.checkpoint.writer import ShardSink, Staging
 from mowmerge.dynamic import remote
-from mowmerge.engine import Engine
+from mowmerge.engine import Done, Engine
 from mowmerge.hub import lineage
 from mowmerge.hub.card import card
 from mowmerge.plan import Plan, config_source
+from mowmerge.ranks import Ranks
 from mowmerge.recipe import parse
 from mowmerge.recipe.model import Digest, Recipe
 from mowmerge.report import report
+from mowmerge.sharing import Share, share
 from mowmerge.tensors import DTYPES, torch
 
+T = TypeVar("T")
 Advance = Callable[[int], None]
 Tell = Callable[[str], None]
 
@@ -46,52 +50,99 @@ def merge(
     began: float,
     begin: Callable[[Plan], Advance],
     tell: Tell,
+    ranks: Ranks,
 ) -> tuple[Path, dict[str, Any]]:
-    """Runs the final plan of a recipe; the folder, and the report. `began` is when it all did."""
-    again = replay.begin(recipe, planned, hashed=how.hashes, strict=how.locked)
+    """Runs the final plan of a recipe; the folder, and the report. `began` is when it all did.
+
+    Ranks write a share of the tensors each; what is of the whole the first does while they wait.
+    """
+
+    def replaying() -> replay.Replay | None:
+        return replay.begin(recipe, planned, hashed=how.hashes, strict=how.locked)
+
+    again = ranks.together(lambda: replaying() if ranks.first else None, patient=True)
     if again:
         planned = replace(planned, warnings=(*planned.warnings, *again.drift))
     keep = [folder for _, folder in _inputs(planned)]
     key = lock.key(recipe, planned)
-    with Staging(out, force=how.force, keep=keep, key=key, resume=how.resume) as staging:
-        journal = staging.journal
+    ranks.alike({part: key[part] for part in key if part != "inputs"}, changed)
+    with Staging(
+        out, force=how.force, keep=keep, key=key, resume=how.resume, ranks=ranks
+    ) as staging:
         staging.allocate(planned.files)
         planned, learned = _fitted(recipe, planned, staging, tell)
         advance = begin(planned)
-        advance(sum(entry["written_bytes"] for entry in journal.done.values()))
-        with ShardSink(staging.path, planned.files, advance, planned.packings) as sink:
-            engine = Engine(planned)
-            tensors = engine.run(sink, journal)
-            _write_dynamic(planned, engine, sink)
-        lock.unchanged(key, planned)
-        try:
-            for model, shard in planned.heads.items():
-                heads.write(engine.readers[model], shard, staging.path / shard.file)
-                settings = config(_folder(planned, model))
-                label_map = (staging.path / shard.file).with_suffix(".json")
-                _write(label_map, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+        done = _written(planned, staging, key, advance)
+
+        def finish() -> dict[str, Any]:
             extra = _write_sidecars(planned, recipe, staging.path) | learned
-            written = journal.finish(lambda: _seal(recipe, planned, staging, how.hashes))
+            if ranks.count > 1:
+                extra["ranks"] = done.ranks
+            written = staging.journal.finish(lambda: _seal(recipe, planned, staging, how.hashes))
+            if done.statistics:
+                extra["statistics"] = done.statistics
             if again:
                 extra["replay"] = again.outcome(planned, staging.path, written)
-            content = report(planned, tensors, time.perf_counter() - began, extra)
+            content = report(planned, done.reports, time.perf_counter() - began, extra)
             _write(staging.path / "report.json", json.dumps(content, indent=1) + "\n")
             _write(staging.path / "README.md", card(staging.path).text)
-        except OSError as error:
-            raise writer.denied(error, staging.path) from error
-        staging.commit()
+            staging.commit()
+            return content
+
+        content = staging.ranks.from_first(lambda: _on(staging.path, finish), patient=True)
     return staging.out, content
 
 
-def _write_dynamic(planned: Plan, engine: Engine, sink: ShardSink) -> None:
+def _written(planned: Plan, staging: Staging, key: Mapping[str, Any], advance: Advance) -> Done:
+    """Writes every weight, each rank its share of them; when it returns all of them stand."""
+    ranks, journal = staging.ranks, staging.journal
+    engine = Engine(planned, ranks=ranks)
+    mine = share(planned, journal.done, ranks)
+    advance(sum(entry["written_bytes"] for entry in journal.done.values()))
+    with ShardSink(staging.path, planned.files, advance, planned.packings, mine.files) as sink:
+        done = engine.run(sink, journal)
+
+        def rest() -> None:
+            _write_dynamic(planned, engine, sink, mine)
+            if ranks.first:
+                _write_heads(planned, engine, staging.path)
+            else:
+                journal.finish(lambda: None)
+            lock.unchanged(key, planned)
+
+        ranks.together(lambda: _on(staging.path, rest))
+    advance(sum(told["bytes"] for told in done.ranks[1:]))
+    return done
+
+
+def _on(folder: Path, work: Callable[[], T]) -> T:
+    """What the work returns; what the system refuses it in that folder is a ResourceError."""
+    try:
+        return work()
+    except OSError as error:
+        raise writer.denied(error, folder) from error
+
+
+def _write_heads(planned: Plan, engine: Engine, folder: Path) -> None:
+    """Writes the heads of a static merge, as they are, each with its model's config."""
+    for model, shard in planned.heads.items():
+        heads.write(engine.readers[model], shard, folder / shard.file)
+        settings = config(_folder(planned, model))
+        label_map = (folder / shard.file).with_suffix(".json")
+        _write(label_map, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write_dynamic(planned: Plan, engine: Engine, sink: ShardSink, mine: Share) -> None:
     """Writes a dynamic checkpoint's heads, as they are, and its untrained routers."""
     if planned.manifest is None:
         return
     from mowmerge.upcycle import initial_routers
 
     for name, (model, source) in planned.head_names.items():
-        for start, data in heads.pieces(engine.readers[model], source):
+        for start, data in heads.pieces(engine.readers[model], source) if mine.writes(name) else ():
             sink.write(name, start, data)
+    if planned.router is None or not any(mine.writes(name) for name in planned.router.offsets):
+        return
     for name, value in initial_routers(planned.manifest):
         if value.numel():
             sink.write(name, 0, value.detach().reshape(-1).view(torch.uint8).numpy().data)
@@ -100,20 +151,26 @@ def _write_dynamic(planned: Plan, engine: Engine, sink: ShardSink) -> None:
 def _fitted(
     recipe: Recipe, planned: Plan, staging: Staging, tell: Tell
 ) -> tuple[Plan, dict[str, Any]]:
-    """The plan with its coefficients fitted, written to the folder; facts for the report."""
-    file = staging.path / "coefficients.json"
+    """The plan with its coefficients fitted, written to the folder; facts for the report.
+
+    Of several ranks the first fits, and the others wait for what it finds.
+    """
+    file, journal = staging.path / "coefficients.json", staging.journal
     if planned.fit is None:
-        if recipe.coefficients is not None:
+        if recipe.coefficients is not None and staging.ranks.first:
             shutil.copyfile(recipe.locate(recipe.coefficients), file)
         return planned, {}
     from mowmerge.training import fit, fitted
 
-    if "fit" in staging.journal.facts:
-        found = fitted.again(planned.static, staging.journal.facts["fit"])
-    else:
-        found = fit.fit(recipe, planned.static, tell)
-        staging.journal.keep("fit", fitted.kept(found))
-    _write(file, found.coefficients.model_dump_json(indent=1) + "\n")
+    def found_now() -> dict[str, Any]:
+        if "fit" not in journal.facts:
+            journal.keep("fit", fitted.kept(fit.fit(recipe, planned.static, tell)))
+        return dict(journal.facts["fit"])
+
+    kept = staging.ranks.from_first(found_now, patient=True)
+    found = fitted.again(planned.static, kept)
+    if staging.ranks.first:
+        _write(file, found.coefficients.model_dump_json(indent=1) + "\n")
     facts = found.coefficients.model_dump(mode="json", exclude={"tensors"})
     return planned.anchored(found.plan), {
         "fit": {**facts, "tasks": found.tasks, "seconds": found.seconds}
@@ -137,7 +194,9 @@ def _donor(planned: Plan) -> Path:
 
 def _write_sidecars(planned: Plan, recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Writes what goes beside the weights, but for the config; returns facts for the report."""
-    left = sidecars.copy(_donor(planned), _inputs(planned), folder)
+    left = sidecars.copy(_donor(planned), _inputs(planned), folder, planned.vocabulary)
+    if planned.chat_template is not None:
+        chat.write(planned.chat_template, folder)
     body = [shard for shard in planned.files if shard not in planned.heads.values()]
     listing = writer.index(body, planned.specs)
     if listing:
@@ -184,13 +243,15 @@ def _write_config(planned: Plan, folder: Path) -> None:
     changed = any(spec.dtype != before[spec.name].dtype for spec in known)
     dtype = DTYPES[next(iter(dtypes))].torch_name if changed and len(dtypes) == 1 else None
     if planned.manifest:
-        sidecars.write_dynamic_config(_donor(planned), folder, dtype, planned.manifest)
+        tokens = planned.vocabulary
+        sidecars.write_dynamic_config(_donor(planned), folder, dtype, planned.manifest, tokens)
     else:
         donor = _donor(planned)
         quantised = fp8.quantization_config(planned, config(donor))
         sidecars.write_config(
-            donor, folder, dtype, headless=bool(planned.heads), quantised=quantised
-        )
+            donor, folder, dtype, headless=bool(planned.heads), quantised=quantised,
+            planned=layers.settings(planned), vocabulary=planned.vocabulary,
+        )  # fmt: skip
 
 
 def _write(file: Path, text: str) -> None:

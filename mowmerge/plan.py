@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from mowmerge.placement import Placed, Vocabulary
 from mowmerge.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -131,7 +132,8 @@ class Packing:
 class TensorJob:
     """One output tensor: what is read, by which method, with which parameters, at which scope.
 
-    A job without a method copies its only input. `group` joins the jobs whose method takes a
+    A job without a method copies its only input. A method on matrices gets a `matrix` whole, and of
+    every other tensor its elements. `group` joins the jobs whose method takes a
     statistic over the whole model. With a `code` the method is dynamic: it also gives the code's
     parts, and where it asks for an anchor, `anchor` is the static job that makes it.
     """
@@ -142,6 +144,7 @@ class TensorJob:
     method: str | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     scope: str = "element"
+    matrix: bool = False
     group: int | None = None
     code: Code | None = None
     anchor: TensorJob | None = None
@@ -159,6 +162,11 @@ class TensorJob:
             return ()
         name = self.code.part_name
         return tuple(TensorSpec(name(n), p.dtype, p.shape) for n, p in self.code.parts.items())
+
+    @property
+    def each(self) -> tuple[TensorJob, ...]:
+        """The job, and the one that makes its anchor."""
+        return (self,) if self.anchor is None else (self, self.anchor)
 
     @property
     def inputs(self) -> tuple[Input, ...]:
@@ -211,6 +219,17 @@ class Fit:
 
 
 @dataclass(frozen=True)
+class Algebra:
+    """What a merge decomposes: how many matrices, in how many decompositions, at about how many
+    floating-point operations, and which shape costs most."""
+
+    matrices: int
+    decompositions: int
+    flops: int
+    largest: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything a merge will do.
 
@@ -219,7 +238,10 @@ class Plan:
     `head_names` says of a head's tensor among the codes which model's it is; `surveyed` what was
     measured before, and while the plan is `undecided` it is still to be: more is planned than will
     be written; `rest` is the static method of the rest, and why it is that one; `encoder` is what
-    classifiers look at, copied whole; `fit` is what is to be fitted first.
+    classifiers look at, copied whole; `config` is what the output's config has other than the
+    donor's, `chat_template` the text of the one that takes the place of the donor's; `fit` is
+    what is to be fitted first, `algebra` what is decomposed; `vocabulary` is there where rows are
+    placed by token.
     """
 
     name: str
@@ -244,7 +266,11 @@ class Plan:
     rest: str = ""
     encoder: Stored | None = None
     dropped: tuple[str, ...] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+    chat_template: str | None = None
     fit: Fit | None = None
+    algebra: Algebra | None = None
+    vocabulary: Vocabulary | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -283,7 +309,7 @@ class Plan:
     @property
     def each(self) -> tuple[TensorJob, ...]:
         """Every job, those that make anchors too."""
-        return tuple(one for job in self.jobs for one in (job, job.anchor) if one is not None)
+        return tuple(one for job in self.jobs for one in job.each)
 
     @property
     def read_bytes(self) -> int:
@@ -329,13 +355,15 @@ class Plan:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-Source = Stored | Adapted | Plan
+Source = Stored | Adapted | Plan | Placed
 
 
 def _stored(name: str, source: Source) -> list[tuple[str, Stored]]:
     """The checkpoints of one source."""
     if isinstance(source, Stored):
         return [(name, source)]
+    if isinstance(source, Placed):
+        return _stored(name, source.model)
     if isinstance(source, Plan):
         return [(f"{name}-{inner}", stored) for inner, stored in source.checkpoints]
     several = len(source.adapters) > 1
@@ -351,19 +379,29 @@ def config_source(source: Source) -> Stored:
     return config_source(source.sources[source.donor] if isinstance(source, Plan) else source.model)
 
 
+def unplaced(source: Source) -> Stored | Adapted | Plan:
+    """The source with its vocabulary rows where they were."""
+    return source.model if isinstance(source, Placed) else source
+
+
 def run_length(row: int) -> int:
     """Elements in a run of whole rows of that length: as many as RUN holds, at least one row."""
     return max(1, RUN // max(1, row)) * max(1, row)
+
+
+def _gets_all(job: TensorJob | None) -> bool:
+    """Whether the job that makes an anchor needs the whole tensor at once."""
+    return job is not None and (job.matrix or job.scope == "tensor")
 
 
 def block_length(block: int, job: TensorJob, *, whole: bool) -> int:
     """Elements worked on at a time: the plan's block, whole rows, or for a method that reads the
     whole tensor at once (`whole`: scope tensor without a reduction) all of them."""
     numel, shape = job.output.numel, job.output.shape
-    if job.method and job.scope == "tensor" and whole:
+    if job.method and (job.matrix or (job.scope == "tensor" and whole)):
         return max(numel, 1)
     if job.code is not None:
-        whole = job.code.codec in WHOLE or (job.anchor is not None and job.anchor.scope == "tensor")
+        whole = job.code.codec in WHOLE or _gets_all(job.anchor)
         rows = 1 if whole or len(shape) < 2 else shape[0]
         row = max(1, numel // max(1, rows))
         return max(1, block // row) * row

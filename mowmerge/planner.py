@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mowmerge import __version__, memory
-from mowmerge.checkpoint import fp8, naming, source, tokenizers
-from mowmerge.checkpoint.adapter import held_bytes
+from mowmerge import __version__, algebra, memory, slicing, vocabulary
+from mowmerge.checkpoint import chat, fp8, layers, naming, source
+from mowmerge.checkpoint.placed import held_bytes
 from mowmerge.checkpoint.writer import layout, shard_of
 from mowmerge.errors import CheckpointError, Problem, RecipeError
 from mowmerge.methods import registry
@@ -29,6 +29,7 @@ from mowmerge.plan import (
 from mowmerge.recipe import coefficients
 from mowmerge.recipe.model import Match, Recipe
 from mowmerge.recipe.values import Place, Setting, setting
+from mowmerge.slicing import Piece
 from mowmerge.sources import Search
 from mowmerge.tensors import TensorSpec, dtype_named
 from mowmerge.upcycle import Upcycling
@@ -64,7 +65,7 @@ class _Planner:
         self.recipe, self.options = recipe, options
         self._metadata = {"format": "pt", "mowmerge": __version__}
         self.problems: list[Problem] = []
-        self.warnings: list[str] = []
+        self.warnings = [str(each) for each in recipe.ignored]
         self.tied: list[Tied] = []
         self.dropped: list[str] = []
         self.rules_used: set[int] = set()
@@ -74,25 +75,34 @@ class _Planner:
 
     def plan(self) -> Plan:
         search = Search(self.recipe, self.options.download, self.options.allow_pickle, self._nested)
-        self.sources = sources = search.sources()
-        self.warnings += search.warnings
         base = "base" if self.recipe.base is not None else None
         donor = base or next(iter(self.recipe.models))
+        sources, tokens, told = vocabulary.placed(self.recipe, search.sources(), donor)
+        self.sources, self.warnings = sources, [*self.warnings, *search.warnings, *told]
+        where = self.recipe.where("output", "chat_template")
+        template = chat.chosen(self.recipe.output.chat_template, sources, where)
         specs, heads = self._bodies(donor, {name: s.specs for name, s in sources.items()})
         if registry.get(self.recipe.method).dynamic:
-            self._compare_tokenizers(donor, sources)
             named = search.encoder(Path(config_source(sources[donor]).folder))
             found = self.options.surveyed
             self.upcycling = Upcycling(self.recipe, specs[donor], found, named)
         if self.recipe.output.dtype == "fp8":
             held = config_source(sources[donor])
             self.packings = fp8.packings(specs[donor], held, source.config(held.folder))
-        jobs = self._jobs(donor, base, specs)
+        cut = slicing.cut(self.recipe, donor, specs)
+        self.problems += cut.problems
+        jobs = self._jobs(base, cut.pieces)
+        told, permuted = vocabulary.compared(self.recipe, sources, donor, jobs)
+        self.warnings, self.problems = [*self.warnings, *told], [*self.problems, *permuted]
         self._raise_problems()
+        config, told = layers.following(donor, cut.stacks, sources)
+        self.warnings += told
         jobs = self._grouped(jobs)
         limit = self.options.max_memory
         jobs, fit = coefficients.settled(self.recipe, jobs, limit)
-        self._warn(jobs)
+        work = algebra.algebra(jobs)
+        self._warn()
+        self.warnings += algebra.cautions(jobs, work)
         workers = self.options.workers or min(8, os.cpu_count() or 1)
         block, peak = memory.narrowed(jobs, workers, BLOCK, limit)
         plan = Plan(
@@ -111,7 +121,11 @@ class _Planner:
             heads=heads,
             surveyed=self.options.surveyed,
             dropped=tuple(self.dropped),
+            config=config,
+            chat_template=template,
             fit=fit,
+            algebra=work,
+            vocabulary=tokens,
             warnings=tuple(self.warnings),
         )
         if not self.upcycling:
@@ -168,58 +182,42 @@ class _Planner:
             )
         return bodies, heads
 
-    def _compare_tokenizers(self, donor: str, sources: Mapping[str, Source]) -> None:
-        """Warns of experts that would read other tokens, or other prompts, than they learned on."""
-        folders = {m: Path(config_source(s).folder) for m, s in sources.items()}
-        for model, folder in folders.items():
-            if told := "; ".join(tokenizers.differences(folders[donor], folder)):
-                self.warnings.append(f"'{model}' will read texts otherwise than it learned: {told}")
-
     def _in_head(self, *names: str) -> bool:
         """Whether a tensor, under its own name or the donor's, belongs to a head."""
         heads = self.recipe.heads
         return heads is not None and any(Match(tensors=heads.match).names(n) for n in names)
 
-    def _jobs(
-        self, donor: str, base: str | None, specs: Mapping[str, Mapping[str, TensorSpec]]
-    ) -> list[TensorJob]:
-        depths = naming.depths(specs[donor])
+    def _jobs(self, base: str | None, pieces: Sequence[Piece]) -> list[TensorJob]:
         jobs = []
-        for name, spec in specs[donor].items():
-            stack = naming.stack(name)
-            place = Place(name, naming.role(name), stack[1] if stack else None, depths[name])
-            chosen = setting(self.recipe, place)
-            if chosen.rule is not None:
-                self.rules_used.add(chosen.rule)
-            if chosen.drop:
-                self.dropped.append(name)
-                continue
-            job = self._job(spec, chosen, place, base, specs)
-            if job:
-                jobs.append(job)
-        self._extras(donor, specs)
+        for piece in pieces:
+            for name, place in piece.places.items():
+                chosen = setting(self.recipe, place)
+                if chosen.rule is not None:
+                    self.rules_used.add(chosen.rule)
+                if chosen.drop:
+                    self.dropped.append(name)
+                elif absent := slicing.absent(self.recipe, piece, name, chosen):
+                    self.problems.append(absent)
+                elif job := self._job(name, chosen, place, base, piece):
+                    jobs.append(job)
+            self._extras(piece)
         if not jobs and not self.problems:
             raise RecipeError("nothing is left to write: every tensor is dropped")
         return jobs
 
     def _job(
-        self,
-        spec: TensorSpec,
-        chosen: Setting,
-        place: Place,
-        base: str | None,
-        specs: Mapping[str, Mapping[str, TensorSpec]],
+        self, name: str, chosen: Setting, place: Place, base: str | None, piece: Piece
     ) -> TensorJob | None:
         """The tensor's job: static, or with a code where the method is dynamic."""
         method, upcycling = registry.get(chosen.method), self.upcycling
         if method.dynamic is None or upcycling is None:
-            return self._static(spec, chosen, base, specs)
-        code = upcycling.code(self._output(spec), chosen.parameters)
+            return self._static(name, chosen, base, piece)
+        code = upcycling.code(self._output(piece.specs[piece.like][name]), chosen.parameters)
         rest = replace(upcycling.rest(place, chosen.parameters), models=chosen.models)
-        static = self._static(spec, rest, base, specs)
+        static = self._static(name, rest, base, piece)
         if code is None or static is None:
             return static
-        coded = self._static(spec, chosen, base, specs)
+        coded = self._static(name, chosen, base, piece)
         anchor = static if "anchor" in method.inputs else None
         return replace(coded, code=code, anchor=anchor) if coded else None
 
@@ -234,41 +232,41 @@ class _Planner:
         return spec
 
     def _static(
-        self,
-        spec: TensorSpec,
-        chosen: Setting,
-        base: str | None,
-        specs: Mapping[str, Mapping[str, TensorSpec]],
+        self, name: str, chosen: Setting, base: str | None, piece: Piece
     ) -> TensorJob | None:
         method = registry.get(chosen.method)
-        models = [self._input(model, spec, base, specs) for model in chosen.models]
+        spec = piece.specs[piece.like][name]
+        spec = spec if spec.name == name else replace(spec, name=name)
+        models = [self._input(model, spec, base, piece) for model in chosen.models]
         inputs = [given for given in models if given is not None]
         if len(inputs) < len(models):
             return None
-        from_base = base is not None and (method.wants_base or self.options.stats)
+        numeric, role = spec.kind == "float", naming.role(spec.name)
+        scope, matrix = method.sees(spec.shape, role, chosen.parameters)
+        asked = method.wants_base or not numeric
+        measured = self.options.stats and not self.recipe.slices
+        below = self._input("base", spec, base, piece) if base and (asked or measured) else None
+        if base and method.needs_base and below is None:
+            return None
         return TensorJob(
             output=self._output(spec),
             models=tuple(inputs),
-            base=Input("base", spec) if from_base or (base and spec.kind != "float") else None,
-            method=method.name if spec.kind == "float" else None,
-            parameters=chosen.parameters if spec.kind == "float" else {},
-            scope=method.scope(chosen.parameters) if spec.kind == "float" else "element",
+            base=below,
+            method=method.name if numeric else None,
+            parameters=chosen.parameters if numeric else {},
+            scope=scope if numeric else "element",
+            matrix=matrix and numeric,
             packing=self.packings.get(spec.name),
         )
 
-    def _input(
-        self,
-        model: str,
-        spec: TensorSpec,
-        base: str | None,
-        specs: Mapping[str, Mapping[str, TensorSpec]],
-    ) -> Input | None:
+    def _input(self, model: str, spec: TensorSpec, base: str | None, piece: Piece) -> Input | None:
         """The model's tensor of that name, or its tie; a problem where that does not fit."""
-        held = specs[model]
+        held = piece.specs.get(model, {})
         found = held.get(spec.name) or naming.tied_to(spec.name, held)
         if found is None:
-            if self.recipe.missing == "base" and base:
-                return Input("base", spec)
+            given = piece.specs.get("base", {}).get(spec.name) if base else None
+            if self.recipe.missing == "base" and given:
+                return Input("base", given, held_bytes(self.sources["base"], given.name))
             self.problems.append(
                 Problem(
                     f"tensor '{spec.name}' is missing",
@@ -286,7 +284,7 @@ class _Planner:
                 self.problems.append(
                     Problem(
                         f"tensor '{spec.name}' has the {what} {theirs}, but {ours} in the"
-                        f" {'base' if base else 'first model'}",
+                        f" {'base' if piece.like == 'base' else 'first model'}",
                         f"model '{model}'",
                         "only models of one architecture and vocabulary can be merged",
                     )
@@ -294,15 +292,17 @@ class _Planner:
                 return None
         return Input(model, found, held_bytes(self.sources[model], found.name))
 
-    def _extras(self, donor: str, specs: Mapping[str, Mapping[str, TensorSpec]]) -> None:
+    def _extras(self, piece: Piece) -> None:
         """Tensors that only other models have: tied, dropped by a rule, or a problem."""
-        for model, held in specs.items():
+        like, donor = piece.specs[piece.like], "base" if piece.like == "base" else "first model"
+        for model in piece.taking:
+            held = piece.specs[model]
             for name, spec in held.items():
-                if name in specs[donor]:
+                if name in like:
                     continue
                 tied = naming.tied_to(name, held)
                 alike = tied is not None and replace(tied, name=spec.name) == spec
-                if tied and alike and naming.tied_to(name, specs[donor]):
+                if tied and alike and naming.tied_to(name, like):
                     self.tied.append(Tied(model, spec, tied))
                     self.warnings.append(
                         f"model '{model}' stores '{name}', which the {donor} ties to '{tied.name}':"
@@ -377,22 +377,12 @@ class _Planner:
                 ) from error
         return grouped
 
-    def _warn(self, jobs: Sequence[TensorJob]) -> None:
+    def _warn(self) -> None:
         for i in range(len(self.recipe.rules)):
             if i not in self.rules_used:
                 self.warnings.append(
                     f"{self.recipe.where('rules', i)}: this rule matches no tensor"
                 )
-        for job in jobs:
-            if job.method == "task_arithmetic":
-                p = job.parameters
-                total = p["scale"] * sum(p["weight"])
-                if len(job.models) > 1 and total > 1 and not p["normalize"]:
-                    self.warnings.append(
-                        f"task_arithmetic adds up {total:g} task vectors (scale times the weights);"
-                        " above 1 results often break: the paper tunes scale between 0 and 1"
-                    )
-                    break
 
     def _layout(self, jobs: Sequence[TensorJob]) -> list[Shard]:
         size = self.recipe.output.shard_size or SHARD_SIZE

@@ -75,6 +75,7 @@ def report(
         "base": plan.base,
         "warnings": list(plan.warnings) + [f"{t.name}: {n}" for t in tensors for n in t.notes],
         "dropped": list(plan.dropped),
+        **({"vocabulary": plan.vocabulary.told()} if plan.vocabulary else {}),
         **({"survey": plan.surveyed} if plan.surveyed is not None else {}),
         "read_bytes": plan.read_bytes,
         "written_bytes": plan.write_bytes,

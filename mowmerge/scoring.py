@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mowmerge.recipe import parse
+from mowmerge.recipe import parse, tasks_file
 from mowmerge.recipe.model import Recipe
 
 if TYPE_CHECKING:
@@ -103,7 +103,9 @@ def results(folder: Path) -> Results | None:
 
 
 def tasks_of(folder: str | Path, recipe: str | Path | Recipe | None) -> Recipe:
-    """The recipe that names the tasks."""
+    """The recipe that names the tasks: the folder's own, another, or a file of tasks alone."""
     if isinstance(recipe, Recipe):
         return recipe
-    return parse.load(recipe if recipe is not None else parse.kept(Path(folder)))
+    if recipe is None:
+        return parse.load(parse.kept(Path(folder)))
+    return tasks_file.load(recipe, Path(folder))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
+from functools import cached_property
 from threading import Event
 from typing import Any
 
+from mowmerge.checkpoint.adapter import AdaptedReader
 from mowmerge.errors import CheckpointError, ResourceError
 from mowmerge.methods import registry
 from mowmerge.methods.contracts import Block, Draws, Fold
-from mowmerge.plan import Plan, TensorJob, block_length
+from mowmerge.plan import Adapted, Plan, TensorJob, block_length
 from mowmerge.report import DeltaStats
 from mowmerge.tensors import DTYPES, Tensor, TensorReader, torch
 
@@ -72,10 +74,13 @@ class OpenJob:
         self.state: Any = None
         self.block = block or block_length(plan.block, job, whole=self.spec.reduce is None)
         by_row = job.scope == "row"
-        self._step = self.block if by_row else max(1, min(plan.block, job.output.numel))
+        self._step = (
+            self.block if by_row or job.matrix else max(1, min(plan.block, job.output.numel))
+        )
         wide = any(spec.dtype == "F64" for spec in (job.output, *(i.spec for i in job.inputs)))
         self.dtype = torch.float64 if wide else torch.float32
-        self._shaped = by_row or (job.scope == "tensor" and self.spec.reduce is None)
+        whole = job.scope == "tensor" and self.spec.reduce is None
+        self._shaped = by_row or whole or job.matrix
         self._deltas = job.base is not None and self.spec.values == "deltas"
         self._propagates = job.method and self.spec.holds("propagates", job.parameters)
         watched = plan.stats and job.base is not None and job.output.kind == "float"
@@ -208,8 +213,29 @@ class OpenJob:
             given["rng"] = self._draws(start)
         if "base" in spec.inputs:
             given["base"] = base.view(shape) if base is not None else None
+        if "factors" in spec.inputs:
+            given["factors"] = self.factors
         result: Tensor = spec.function(values.view(len(values), *shape), **given).reshape(-1)
         return result
+
+    @cached_property
+    def factors(self) -> list[tuple[Tensor, Tensor]] | None:
+        """B [m,r], A [r,k] of what each model adds to a matrix, where all are adapters on the base
+        of low rank; else None."""
+        job, sources = self.job, self.plan.sources
+        if not job.matrix or job.base is None:
+            return None
+        found: list[tuple[Tensor, Tensor]] = []
+        for given in job.models:
+            reader, origin = self._readers[given.model], sources[given.model]
+            if not isinstance(reader, AdaptedReader) or not isinstance(origin, Adapted):
+                return None
+            pair = reader.factors(given.spec.name) if origin.model == sources["base"] else None
+            if pair is None or 2 * len(pair[1]) > min(job.output.shape):
+                return None
+            left, right = (part.to(self.plan.device, self.dtype) for part in pair)
+            found.append((left, right))
+        return found
 
     def coded(
         self, start: int, stop: int, anchor: memoryview | None
@@ -277,10 +303,12 @@ class OpenJob:
         """Feeds elements start..stop, or a sample of them, to a fold."""
         step = wide = self._step
         shape: tuple[int, ...] = (-1,)
-        if self.job.scope == "row":  # a vector is one
+        if self.job.matrix:
+            shape = self.job.output.shape
+        elif self.job.scope == "row":  # a vector is one
             shape = (-1, *(self.job.output.shape[1:] or self.job.output.shape or (1,)))
         row = math.prod(shape[1:])
-        if fold.share < 1:
+        if fold.share < 1 and not self.job.matrix:
             wide = max(row, SAMPLE_RUN // row * row)
             pieces = max(1, round((stop - start) * fold.share / wide))
             step = max(row, (stop - start) // pieces // row * row)
@@ -295,6 +323,8 @@ class OpenJob:
                     self._draws(first),
                     self.job.output.numel,
                     base.view(shape) if base is not None and "base" in self.spec.inputs else None,
+                    self.job.matrix,
+                    self.factors if "factors" in self.spec.inputs else None,
                 )
             )
         return fold

@@ -268,6 +268,7 @@ def test_whatever_else_the_system_refuses(zoo: Zoo, monkeypatch: pytest.MonkeyPa
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError(5, "Input/output error")
 
+    zoo.recipe("models: {a: ./a}\nmethod: linear\n")
     monkeypatch.setattr(api, "plan", fail)
     ran = zoo.here("merge", "recipe.yaml", "--dry-run")
     assert ran == Ran(6, "", "error: [Errno 5] Input/output error\n")

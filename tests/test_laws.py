@@ -84,7 +84,9 @@ def settled(spec: MethodSpec, values: Tensor, given: dict[str, Any], rng: Draws)
         return {}
     n, base, rows = len(values), base_of(values), spec.scope(given) == "row"
     each = {k: ops.spread(v, n) if spec.parameters[k].per_model else v for k, v in given.items()}
-    return {"state": ops.settle(spec.reduce, values, each, rng, base=base, rows=rows)}
+    matrix = spec.decompositions is not None and values.dim() == 3
+    state = ops.settle(spec.reduce, values, each, rng, base=base, rows=rows, matrix=matrix)
+    return {"state": state}
 
 
 def valid(spec: MethodSpec, given: dict[str, Any], n: int) -> bool:
@@ -256,9 +258,10 @@ def test_chunked_equals_whole_bit_for_bit(name: str) -> None:
     n = count(spec)
     for i, given in enumerate(variants(spec, n)):
         scope = spec.scope(given)
-        if scope == "tensor" and spec.reduce is None:
+        if scope == "tensor" and spec.reduce is None and not spec.decompositions:
             continue
-        values = normal(n, 131, 1009, seed=i)
+        shape = (131 * 1009,) if spec.decompositions else (131, 1009)  # a matrix is not cut
+        values = normal(n, *shape, seed=i)
         cuts = ([1], [64, 128], [100]) if scope == "row" else ([RUN, 2 * RUN], [2 * RUN])
         whole = call(spec, values, given)
         for cut in cuts:

@@ -50,12 +50,28 @@ class AdaptedReader:
     def updates(self, name: str) -> list[tuple[Tensor, Tensor]] | None:
         """(B [out, r], A [r, in]) of each adapter on a tensor, in fp32 with the scale in B; None
         where what they do is more than to add those products."""
+        found = self._products(name)
+        if found is None:
+            return None
+        pairs = [(p.left[0], p.right[0], p.across) for p in found]
+        return [(right.T, left.T) if across else (left, right) for left, right, across in pairs]
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """L [m, r] and R [r, n], in fp32, whose product the adapters add to a matrix as it is
+        stored; None where they do more."""
+        found = self._products(name)
+        if not found:
+            rows, columns = self.specs[name].shape
+            empty = torch.zeros(rows, 0), torch.zeros(0, columns)
+            return empty if found is not None else None
+        return torch.cat([p.left[0] for p in found], 1), torch.cat([p.right[0] for p in found])
+
+    def _products(self, name: str) -> list[_LowRank] | None:
+        """What the adapters add to a tensor; None where they do more than to add products."""
         patches = self._adapted.patches.get(name, ())
         if any(patch.parts.keys() != {"a", "b"} or patch.stack > 1 for patch in patches):
             return None
-        found = [_low_rank(self.adapters[p.adapter], p, torch.float32) for p in patches]
-        pairs = [(p.left[0], p.right[0], p.across) for p in found]
-        return [(right.T, left.T) if across else (left, right) for left, right, across in pairs]
+        return [_low_rank(self.adapters[p.adapter], p, torch.float32) for p in patches]
 
     def norms(self, handle: _AdaptedHandle, name: str, number: int) -> Tensor:
         """|V| by column of a tensor that is stored [in, out]: a pass over it, made once."""

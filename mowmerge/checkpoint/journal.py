@@ -8,6 +8,9 @@ and all behind it count for nothing. Two things can be lost differently, and so 
 - A machine that loses power loses what was not on disk. Now and then (each SYNC_BYTES or
   SYNC_SECONDS) the shards are forced there, beside the running work, and a `synced` line says how
   many of the lines above it that covers. After another boot, or on another host, only those count.
+
+Ranks that share a merge keep a journal each. Rank 0 reads them all when the merge is taken up, by
+however many ranks, and puts what they hold into its own.
 """
 
 from __future__ import annotations
@@ -41,6 +44,7 @@ class Journal:
 
     def __init__(self, folder: Path, rank: int = 0) -> None:
         self._folder, self._file = folder, folder / f"journal-{rank}.jsonl"
+        self._first = rank == 0
         self.done: dict[str, Mapping[str, Any]] = {}
         self.facts: dict[str, Any] = {}
         self.key: Mapping[str, Any] = {}
@@ -60,25 +64,36 @@ class Journal:
         return bool(self.done or self.facts)
 
     def read(self) -> None:
-        """Takes in what an earlier run left, as far as it can be believed."""
-        lines, sure, booted = [], 0, ""
-        for line in _whole_lines(self._file):
-            if "key" in line:
-                self.key = line["key"]
-            elif "boot" in line:
-                booted = line["boot"]
-            elif "synced" in line:
-                sure = line["synced"]
-            else:
-                lines.append(line)
-        if not booted or booted != _boot():
-            lines = lines[:sure]
-        self._held, self._sure = lines, min(sure, len(lines))
-        for line in lines:
-            if "tensor" in line:
-                self.done[line["tensor"]] = line["entry"]
-            else:
+        """Takes in what the ranks of an earlier run left, as far as it can be believed."""
+        sure: list[Any] = []
+        rest: list[Any] = []
+        for file in sorted(self._folder.glob("journal-*.jsonl"), key=lambda f: (len(f.name), f)):
+            key, lines, synced = _believed(file)
+            self.key = self.key or key
+            if key == self.key:
+                sure += lines[:synced]
+                rest += lines[synced:]
+        self._held, self._sure = [*sure, *rest], len(sure)
+        written: dict[str, set[str]] = {}
+        for line in self._held:
+            if "fact" in line:
                 self.facts[line["fact"]] = line["value"]
+                continue
+            files = written.setdefault(line["tensor"], set())
+            files |= set(line.get("files", ()))
+            if len(files) >= line.get("of", 0):
+                self.done[line["tensor"]] = line["entry"]
+
+    def join(
+        self,
+        key: Mapping[str, Any],
+        done: Mapping[str, Any],
+        facts: Mapping[str, Any],
+        files: Sequence[Path],
+    ) -> None:
+        """Opens the journal of a rank beside rank 0, which has read what is done."""
+        self.done, self.facts = dict(done), dict(facts)
+        self.begin(key, files)
 
     def check(self, key: Mapping[str, Any]) -> None:
         """ResourceError, with what has changed, where the journal is of another merge."""
@@ -102,6 +117,7 @@ class Journal:
     def begin(self, key: Mapping[str, Any], files: Sequence[Path]) -> None:
         """Opens the journal of this merge, which writes to these files."""
         self._files = files
+        self.key = key
         told = [{"key": key}, {"boot": _boot()}, *self._held, {"synced": self._sure}]
         staged = self._file.with_suffix(".new")
         with _refused(self._file):
@@ -109,15 +125,23 @@ class Journal:
             sync(staged)
             staged.replace(self._file)
             self._fd = os.open(self._file, os.O_WRONLY | os.O_APPEND)
+            for other in self._folder.glob("journal-*.jsonl") if self._first else ():
+                if other != self._file:
+                    other.unlink()  # what it held is in this one now
         self._syncer = ThreadPoolExecutor(1)
         self._lines, self._synced_at = len(self._held), time.monotonic()
         if self._lines > self._sure:
             self._sync_beside()
 
-    def finished(self, tensor: str, entry: Mapping[str, Any], nbytes: int) -> None:
-        """Notes a tensor whose bytes, that many, have been written."""
+    def finished(
+        self, tensor: str, entry: Mapping[str, Any], nbytes: int, files: Sequence[str] = (),
+        of: int = 0,
+    ) -> None:  # fmt: skip
+        """Notes a tensor whose bytes, that many, have been written: all of them, or those in
+        `files`, where others `of` its files are for other ranks to write."""
+        part = {"files": files, "of": of} if len(files) < of else {}
         with self._lock:
-            self._append({"tensor": tensor, "entry": entry})
+            self._append({"tensor": tensor, "entry": entry, **part})
             self.done[tensor] = entry
             self._lines += 1
             self._unsynced += nbytes
@@ -244,6 +268,25 @@ def _refused(file: Path) -> Iterator[None]:
 def _line(content: Mapping[str, Any]) -> bytes:
     text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
     return b"%08x %s\n" % (crc32(text), text)
+
+
+def _believed(file: Path) -> tuple[Mapping[str, Any], list[Any], int]:
+    """A journal's key, the lines that can be believed, and how many of them are sure to be on
+    disk."""
+    key: Mapping[str, Any] = {}
+    lines, sure, booted = [], 0, ""
+    for line in _whole_lines(file):
+        if "key" in line:
+            key = line["key"]
+        elif "boot" in line:
+            booted = line["boot"]
+        elif "synced" in line:
+            sure = line["synced"]
+        else:
+            lines.append(line)
+    if not booted or booted != _boot():
+        lines = lines[:sure]
+    return key, lines, min(sure, len(lines))
 
 
 def _whole_lines(file: Path) -> list[Any]:

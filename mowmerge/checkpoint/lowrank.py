@@ -6,11 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mowmerge.methods.ops.spectral import Svd, few, leading_svd, product_svd, svd
 from mowmerge.tensors import Tensor, torch
-
-OVERSAMPLED = 16  # columns that the range finder draws beyond the rank
-ITERATIONS = 4  # passes of its subspace iteration
-WORTH = 8  # a randomised decomposition pays where the rank is below a share of the smaller side
 
 
 @dataclass(frozen=True)
@@ -42,18 +39,13 @@ class Factors:
 def factor(delta: Tensor, rank: int | None, energy: float | None) -> Factors:
     """The best B A for D [m, n] in fp32: of a rank, or of the least rank that keeps the energy.
 
-    By thin SVD, B = U sqrt(S), A = sqrt(S) V^T; for a small rank of a large matrix in the range of
-    D (D^T D)^4 X with X Gaussian of a fixed seed (Halko et al., arXiv:0909.4061), whose error is
-    not guessed: what an orthonormal range keeps is measured.
+    By thin SVD, B = U sqrt(S), A = sqrt(S) V^T; for a small rank of a large matrix in a randomised
+    basis, whose error is not guessed: what an orthonormal range keeps is measured.
     """
     total = float(delta.square().sum(dtype=torch.float64))
-    least = min(delta.shape)
-    if rank is not None and (rank + OVERSAMPLED) * WORTH < least:
-        range_ = _range(delta, rank + OVERSAMPLED)
-        u, s, vh = torch.linalg.svd(range_.T @ delta, full_matrices=False)
-        return _cut(range_ @ u, s, vh, rank, None, total, "randomised")
-    u, s, vh = torch.linalg.svd(delta, full_matrices=False)
-    return _cut(u, s, vh, rank, energy, total, "svd")
+    if rank is not None and few(rank, delta.shape):
+        return _cut(leading_svd(delta, rank), rank, None, total, "randomised")
+    return _cut(svd(delta), rank, energy, total, "svd")
 
 
 def joined(
@@ -68,28 +60,14 @@ def joined(
     total = float(((b.T @ b).double() * (a @ a.T).double()).sum())
     if (rank is None and energy is None) or (rank is not None and rank >= len(a)):
         return Factors(b, a, total, total, "concatenated")
-    q, r = torch.linalg.qr(b)
-    p, t = torch.linalg.qr(a.T)
-    u, s, vh = torch.linalg.svd(r @ t.T, full_matrices=False)
-    total = float(s.double().square().sum())
-    return _cut(q @ u, s, vh @ p.T, rank, energy, total, "concatenated, then cut")
+    found = product_svd(b, a)
+    total = float(found.values.double().square().sum())
+    return _cut(found, rank, energy, total, "concatenated, then cut")
 
 
-def _range(delta: Tensor, width: int) -> Tensor:
-    """An orthonormal basis of nearly the leading left singular vectors."""
-    draws = torch.Generator().manual_seed(0)
-    start = torch.randn(delta.shape[1], width, generator=draws)
-    q: Tensor = torch.linalg.qr(delta @ start)[0]
-    for _ in range(ITERATIONS):
-        p, _ = torch.linalg.qr(delta.T @ q)
-        q, _ = torch.linalg.qr(delta @ p)
-    return q
-
-
-def _cut(
-    u: Tensor, s: Tensor, vh: Tensor, rank: int | None, energy: float | None, total: float, how: str
-) -> Factors:
+def _cut(found: Svd, rank: int | None, energy: float | None, total: float, how: str) -> Factors:
     """The leading triplets, split evenly between the factors."""
+    u, s, vh = found.left, found.values, found.right
     squares = s.double().square()
     if rank is None:
         wanted = (1.0 if energy is None else energy) * float(squares.sum())

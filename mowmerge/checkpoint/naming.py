@@ -30,6 +30,15 @@ _EARLY = re.compile(
     r"embed|wte|wpe|^shared|token|position|patch|conv|stem|pre_?(?:laye?r)?norm", re.I
 )
 
+_BY_TOKEN = re.compile(
+    r"lm_head|vocab_projector|final_logits_bias|predictions\.(?:decoder|bias)", re.I
+)
+_NOT_BY_TOKEN = re.compile(
+    r"position|token_type|wpe|patch|cls_token|class_|segment|pos_embed|relative|time|rotary|dense|transform"
+    r"|score|classifier|qa_outputs|layer_?norm",
+    re.I,
+)
+
 _TIES = (  # a head or copy that may be absent because it is tied, and the embedding it is tied to
     ("lm_head.weight", ("embed_tokens.weight", "wte.weight", "shared.weight", "embed_in.weight")),
     ("embed_out.weight", ("embed_in.weight", "embed_tokens.weight")),
@@ -49,10 +58,23 @@ def role(name: str) -> str:
     return next((role for role, pattern in _ROLES if pattern.search(name)), "other")
 
 
+def by_token(name: str) -> bool:
+    """Whether a tensor may have a row for each token: an embedding of words, a head's weight or
+    bias over them. Whether it has is for its shape to say."""
+    named = role(name) in ("embedding", "head") or _BY_TOKEN.search(name) is not None
+    return named and _NOT_BY_TOKEN.search(name) is None
+
+
 def stack(name: str) -> tuple[str, int] | None:
     """The stack of layers a tensor belongs to and its number in it; None outside the layers."""
     match = _LAYER.search(name)
     return (name[: match.start(1)], int(match[1])) if match else None
+
+
+def layers(names: Iterable[str], of: str) -> int:
+    """How many layers there are in a stack."""
+    places = map(stack, names)
+    return 1 + max((place[1] for place in places if place and place[0] == of), default=-1)
 
 
 def depths(names: Iterable[str]) -> dict[str, float]:

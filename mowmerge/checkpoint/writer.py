@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Lock
@@ -24,6 +24,7 @@ from mowmerge.checkpoint.journal import Journal, sync, sync_folder
 from mowmerge.errors import ResourceError
 from mowmerge.errors import denied as denied
 from mowmerge.plan import Packing, Shard
+from mowmerge.ranks import Lost, Ranks
 from mowmerge.tensors import TensorSpec
 
 ALIGN = 64  # the data section of a shard starts at a multiple of this
@@ -94,6 +95,7 @@ class Staging:
 
     `key` is what decides the output, for merges that keep a journal. With `resume` what a merge
     with that key left is taken up, and what is done is left for the next one where this one fails.
+    Of several ranks the first makes it and takes it away; the others write to it.
     """
 
     def __init__(
@@ -104,6 +106,7 @@ class Staging:
         keep: Sequence[Path] = (),
         key: Mapping[str, Any] | None = None,
         resume: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         self.out = Path(os.path.abspath(out))
         if os.path.islink(self.out):
@@ -116,13 +119,19 @@ class Staging:
                 )  # fmt: skip
         self.stage = self.out.with_name(f".{self.out.name}.partial")
         self.path = self.stage / "checkpoint"
-        self.journal = Journal(self.stage)
+        self.ranks = ranks or Ranks()
+        self.journal = Journal(self.stage, self.ranks.rank)
         self._old = self.out.with_name(f".{self.out.name}.replaced")
         self._force, self._key, self._resume = force, key or {}, resume
         self._vanishes = False
         self._lock: int | None = None
 
     def __enter__(self) -> Staging:
+        self.ranks.together(lambda: self._enter() if self.ranks.first else None)
+        self.ranks = self.ranks.watching(self.stage / "failed")
+        return self
+
+    def _enter(self) -> None:
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self.stage.mkdir(exist_ok=True)
@@ -137,7 +146,6 @@ class Staging:
             if isinstance(error, OSError):
                 raise denied(error, self.stage) from error
             raise
-        return self
 
     def _check(self) -> None:
         if self.out.is_dir() and any(self.out.iterdir()):
@@ -204,6 +212,16 @@ class Staging:
 
         What is there already from a merge that is taken up stays; without all of it none counts.
         """
+
+        def begin() -> tuple[Any, ...]:
+            self._allocate(shards)
+            return self.journal.key, self.journal.done, self.journal.facts
+
+        key, done, facts = self.ranks.from_first(begin)
+        if self._key and not self.ranks.first:
+            self.journal.join(key, done, facts, [self.path / shard.file for shard in shards])
+
+    def _allocate(self, shards: Sequence[Shard]) -> None:
         if self.journal.holds and all(self._stands(shard) for shard in shards):
             lacking: Sequence[Shard] = ()
         else:
@@ -263,7 +281,8 @@ class Staging:
         tb: TracebackType | None,
     ) -> None:
         self.journal.close()
-        if self._vanishes and not (self._resume and self.journal.holds):
+        cut_off = isinstance(error, Lost) or (self._resume and self.journal.holds)
+        if self._vanishes and not cut_off:
             shutil.rmtree(self.stage, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
@@ -320,7 +339,10 @@ class Appender:
 
 
 class ShardSink:
-    """Puts bytes at their planned offsets in the staged shards, those to be packed as fp8."""
+    """Puts bytes at their planned offsets in the staged shards, those to be packed as fp8.
+
+    With `files` those for other files are left to the ranks that write them.
+    """
 
     def __init__(
         self,
@@ -328,14 +350,16 @@ class ShardSink:
         shards: Sequence[Shard],
         advance: Callable[[int], None],
         packings: Mapping[str, Packing] | None = None,
+        files: Collection[str] | None = None,
     ) -> None:
+        self._files = files
         self._packers = {name: fp8.Packer(how) for name, how in (packings or {}).items()}
         self._places = {name: (s.file, at) for s in shards for name, at in s.offsets.items()}
         self._folder, self._advance, self._closing = folder, advance, ExitStack()
         self._fds: dict[str, int] = {}
 
     def __enter__(self) -> ShardSink:
-        for file in {file for file, _ in self._places.values()}:
+        for file in {file for file, _ in self._places.values() if self._ours(file)}:
             self._fds[file] = os.open(self._folder / file, os.O_WRONLY)
             self._closing.callback(os.close, self._fds[file])
         return self
@@ -351,8 +375,13 @@ class ShardSink:
         for piece in pieces:
             self._put(*piece)
 
+    def _ours(self, file: str) -> bool:
+        return self._files is None or file in self._files
+
     def _put(self, name: str, start: int, data: memoryview) -> None:
         file, offset = self._places[name]
+        if not self._ours(file):
+            return
         try:
             write_at(self._fds[file], data, offset + start)
         except OSError as error:

@@ -19,6 +19,7 @@ from mowmerge.cli.merge import merge
 from mowmerge.cli.methods import methods
 from mowmerge.cli.push import push
 from mowmerge.cli.schema import schema
+from mowmerge.cli.soup import soup
 from mowmerge.cli.train_router import train_router
 from mowmerge.cli.verify import verify
 from mowmerge.errors import MowmergeError, ResourceError
@@ -33,8 +34,8 @@ app = typer.Typer(
     " 6 disk, memory or permission, 7 below --fail-under, 130 interrupted.",
 )
 COMMANDS = (
-    merge, verify, train_router, inspect, extract, extract_lora, eval, push, check, methods,
-    schema, demo,
+    merge, verify, train_router, inspect, extract, extract_lora, eval, soup, push, check,
+    methods, schema, demo,
 )  # fmt: skip
 for command in COMMANDS:
     app.command()(command)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from mowmerge.cli import output, reports
 
 DTYPES = ("float32", "float16", "bfloat16")
+Experts = Literal["own", "all"]
 CACHE = ".mowmerge-cache"  # beside the merged folder
 
 
@@ -19,11 +20,14 @@ def eval(
     out: Annotated[Path | None, typer.Argument(help="The merged folder.")] = None,
     tasks: Annotated[
         str | None,
-        typer.Option(help="The recipe that names tasks and models; OUT/recipe.yaml if absent."),
+        typer.Option(help="A recipe, or a file of tasks alone; OUT/recipe.yaml if absent."),
     ] = None,
     against: Annotated[
         str, typer.Option(help="Score these too: base, experts, folders of other merges.")
     ] = "base,experts",
+    experts: Annotated[
+        Experts, typer.Option(help="Score each expert on its own tasks, or on all: what it forgot.")
+    ] = "own",
     batch: Annotated[
         int, typer.Option(min=1, help="Items at once; halved where memory does not suffice.")
     ] = 64,
@@ -82,6 +86,8 @@ def eval(
     if dtype is not None and dtype not in DTYPES:
         raise typer.BadParameter(f"'{dtype}' is none of {', '.join(DTYPES)}", param_hint="--dtype")
     asked = [word.strip() for word in against.split(",") if word.strip()]
+    if experts == "all" and "experts" not in asked:
+        raise typer.BadParameter("--experts all, and --against names no experts")
     least = dict(_threshold(word) for word in fail_under or ())
     recipe = api.tasks_of(out, tasks)
     thresholds.check(least, list(recipe.tasks))
@@ -89,7 +95,8 @@ def eval(
     try:
         with output.Progress(quiet or json_, "item") as progress:
             found = api.evaluate(
-                out, recipe, against=asked, options=Options(batch, device, dtype, kept),
+                out, recipe, against=asked,
+                options=Options(batch, device, dtype, kept, experts=experts),
                 begin=progress.start,
             )  # fmt: skip
     except KeyboardInterrupt:
@@ -98,7 +105,8 @@ def eval(
         raise
     if found.settings["rank"] == 0:
         command = shlex.join(["mowmerge", "eval", str(out), "--tasks", str(recipe.file),
-                              "--against", against, "--batch", str(batch)])  # fmt: skip
+                              "--against", against, "--experts", experts,
+                              "--batch", str(batch)])  # fmt: skip
         made = api.report_on(found, out, recipe, out=report, command=command)
         reports.show(made, report or api.report_folder(out), as_json=json_)
         thresholds.require(made, least)

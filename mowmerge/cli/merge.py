@@ -38,6 +38,9 @@ def merge(
         bool, typer.Option(help="Of a recipe.lock.yaml: fail if an input or the result differs.")
     ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Tensors worked on at once.")] = None,
+    timeout: Annotated[
+        float, typer.Option(min=0.01, help="Under torchrun: minutes a rank waits for another.")
+    ] = 60.0,
     max_memory: Annotated[str | None, typer.Option(help="Peak memory, such as 2GB.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")] = "cpu",
     stats: Annotated[bool, typer.Option(help="Measure task vectors for report.json.")] = True,
@@ -45,13 +48,16 @@ def merge(
     allow_pickle: Annotated[
         bool, typer.Option(help="Also read .bin and .pt files (weights_only).")
     ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Keys that mergekit ignores are errors.")
+    ] = False,
     eval_: Annotated[
         bool, typer.Option("--eval", help="Then score it on the recipe's tasks; see eval.")
     ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
-    """Merge the models of a recipe into one checkpoint.
+    """Merge the models of a recipe, or of a mergekit file, into one checkpoint.
 
     Examples:
 
@@ -66,41 +72,48 @@ def merge(
       mowmerge merge recipe.yaml merged/demo --resume
 
       mowmerge merge merged/demo/recipe.lock.yaml merged/again --locked
+
+      torchrun --nproc_per_node 4 -m mowmerge merge recipe.yaml merged/demo --resume
     """
     from mowmerge import api
 
     if quiet or json_ or not sys.stderr.isatty():
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported
     options = _options(workers, max_memory, device, stats, not dry_run, allow_pickle)
+    parsed = api.check(recipe, set_ or [], strict=strict)
     if dry_run:
         planned = api.survey if survey else api.plan
-        plan = planned(recipe, overrides=set_ or [], options=options)
-        output.show_plan(plan, as_json=json_)
+        output.show_plan(planned(parsed, options=options), as_json=json_)
         return
-    parsed = api.check(recipe, set_ or [])
     if eval_ and not parsed.tasks:
         raise RecipeError("--eval needs tasks, and the recipe has none", where=parsed.file)
     with output.Progress(quiet or json_) as progress:
         result = api.merge(
             parsed, out, options=options, hashes=hash_, force=force, resume=resume, locked=locked,
-            begin=progress.begin, tell=progress.tell,
+            timeout=timeout, begin=progress.begin, tell=progress.tell,
         )  # fmt: skip
     if not eval_:
-        results.show(result, as_json=json_, quiet=quiet)
+        if result.speaks:
+            results.show(result, as_json=json_, quiet=quiet)
         return
     report = _scored(result, parsed, quiet or json_)
+    if report is None:
+        return
     results.show(result, as_json=json_, quiet=quiet, evaluation=report)
     if not json_ and not quiet:
         reports.show(report, api.report_folder(result.path), as_json=False)
 
 
-def _scored(result: Result, recipe: Recipe, hidden: bool) -> Report:
-    """Scores a merge beside what it was made of, and has its card tell of it."""
+def _scored(result: Result, recipe: Recipe, hidden: bool) -> Report | None:
+    """Scores a merge beside what it was made of, and has its card tell of it; None but for the
+    process that speaks for all."""
     from mowmerge import api
 
     against = ["base", "experts"] if recipe.base is not None else ["experts"]
     with output.Progress(hidden, "item") as progress:
         found = api.evaluate(result.path, recipe, against=against, begin=progress.start)
+    if not result.speaks:
+        return None
     command = shlex.join(["mowmerge", "merge", str(recipe.file), str(result.path), "--eval"])
     report = api.report_on(found, result.path, recipe, command=command)
     api.tell_card(result.path)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mowmerge.api import Advance, Trained
+    from mowmerge.placement import Vocabulary
     from mowmerge.plan import Plan, TensorJob
 
 UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -69,11 +70,19 @@ def show_plan(plan: Plan, *, as_json: bool) -> None:
         f" read {size(plan.read_bytes)}, write {bound}{size(plan.write_bytes)},"
         f" peak memory {size(plan.peak_bytes)} with {plan.workers} worker(s)"
     )
+    if plan.vocabulary:
+        _show_vocabulary(plan.vocabulary)
     if plan.rest:
         print(f"the rest: {plan.rest}")
     if plan.encoder:
         weighs = size(sum(spec.nbytes for spec in plan.encoder.specs.values()))
         print(f"copied whole, as what the classifier looks at: {plan.encoder.origin}, {weighs}")
+    if plan.algebra:
+        done, largest = plan.algebra, "x".join(map(str, plan.algebra.largest))
+        print(
+            f"{done.decompositions} singular value decompositions of {done.matrices} matrices, the"
+            f" largest {largest}: about {done.flops:.1e} floating-point operations"
+        )
     if plan.fit:
         fit, drawn = plan.fit, plan.fit.steps * plan.fit.batch
         each = "tensor and model" if fit.granularity == "tensor" else "model"
@@ -87,9 +96,41 @@ def show_plan(plan: Plan, *, as_json: bool) -> None:
         print(f"heads kept as they are: {', '.join(heads)}")
     if plan.undecided:
         print("which tensors are dynamic is decided by a survey of the weights: --survey runs it")
+    if plan.config:
+        print(f"config.json: {json.dumps(plan.config)}")
     if plan.dropped:
         print(f"dropped by a rule: {', '.join(plan.dropped)}")
     warn(plan.warnings)
+
+
+def _show_vocabulary(vocabulary: Vocabulary) -> None:
+    """Whose tokens the output has, and what each model has to do with them."""
+    told = vocabulary
+    added = f" and {told.added:,} added to them" if told.added else ""
+    print(
+        f"\nvocabulary: the tokens of {told.source}{added}, {told.tokens:,} in {told.rows:,} rows"
+        f" ({told.padding:,} without one) of {', '.join(told.tensors)}\n"
+    )
+    rules = {r: r for share in told.models.values() for r in share.missing} | {"all": "own mean"}
+    rules = {
+        r: head for r, head in rules.items() if any(r in s.missing for s in told.models.values())
+    }
+    rows = [
+        (
+            "model",
+            "tokens",
+            "shared",
+            "added",
+            "moved",
+            "left out",
+            *(f"missing: {head}" for head in rules.values()),
+        )
+    ]
+    for name, share in told.models.items():
+        numbers = (share.tokens, share.shared, share.added, share.moved, share.left)
+        counts = (*numbers, *(share.missing.get(rule, 0) for rule in rules))
+        rows.append((name, *(f"{count:,}" for count in counts)))
+    print(table(rows))
 
 
 def plan_object(plan: Plan) -> dict[str, Any]:
@@ -102,6 +143,7 @@ def plan_object(plan: Plan) -> dict[str, Any]:
         "peak_bytes": plan.peak_bytes,
         "workers": plan.workers,
         "block": plan.block,
+        "config": dict(plan.config),
         "shards": [
             {"file": shard.file, "bytes": shard.nbytes, "tensors": list(shard.offsets)}
             for shard in (*plan.shards, *plan.codes, *([plan.router] if plan.router else []))
@@ -132,8 +174,10 @@ def plan_object(plan: Plan) -> dict[str, Any]:
             model: {"file": shard.file, "bytes": shard.nbytes, "tensors": list(shard.offsets)}
             for model, shard in plan.heads.items()
         },
+        "vocabulary": plan.vocabulary.told() if plan.vocabulary else None,
         "rest": plan.rest or None,
         "fit": asdict(plan.fit) if plan.fit else None,
+        "algebra": asdict(plan.algebra) if plan.algebra else None,
         **_dynamic(plan),
         "dropped": list(plan.dropped),
         "warnings": list(plan.warnings),

@@ -14,7 +14,8 @@ from mowmerge.cli import output
 def train_router(
     out: Annotated[Path, typer.Argument(help="The dynamic checkpoint.")],
     recipe: Annotated[
-        str | None, typer.Option(help="The recipe with the tasks; OUT/recipe.yaml if absent.")
+        str | None,
+        typer.Option(help="A recipe, or a file of tasks alone; OUT's own if absent."),
     ] = None,
     objective: Annotated[
         str | None, typer.Option(help="task, entropy, distill or lm; the routers' own if absent.")

@@ -25,7 +25,7 @@ from mowmerge.evals.score import Cost, Score
 from mowmerge.evals.statistics import Array
 
 HELD_OUT, OWN = "held-out tasks", "experts' tasks"
-MEASURED = ("parameters", "bytes_on_disk", "peak_bytes", "latency", "throughput")
+SIZES, MEASURED = ("parameters", "bytes_on_disk"), ("peak_bytes", "latency", "throughput")
 
 
 def summaries(table: Table, scores: Sequence[ScorePart]) -> list[Summary]:
@@ -205,13 +205,14 @@ def calibrations(table: Table) -> list[Calibration]:
 
 
 def costs(found: Sequence[Cost]) -> list[CostPart]:
-    """Every row's costs, and as multiples of one expert's."""
+    """Every row's costs, and as multiples of one expert's: of what was measured only where both
+    ran on the same."""
     expert = next((cost for cost in found if cost.row == EXPERT), None)
     parts = []
     for cost in found:
         ratios = {
             name: getattr(cost, name) / getattr(expert, name)
-            for name in MEASURED
+            for name in (*SIZES, *(MEASURED if expert and cost.on == expert.on else ()))
             if expert and getattr(expert, name) and getattr(cost, name)
         }
         parts.append(CostPart(**asdict(cost), ratios=ratios))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 from mowmerge.checkpoint import writer
 from mowmerge.errors import ResourceError
-from mowmerge.evals.job import Answer
+from mowmerge.evals.job import Answer, Taken
 
 SHA256 = 64  # letters of a digest
 WEIGHTS = ("*.safetensors", "heads/*.safetensors", "encoder/*.safetensors")
@@ -34,17 +34,27 @@ MADE = ("report.json",)  # says nothing of what a model answers
 
 @dataclass
 class Journal:
-    """The answers of one model on one task, by item; new ones go to this process's own file."""
+    """The answers of one model on one task, by item, and what they took; new ones go to this
+    process's own file."""
 
     file: Path | None
     found: dict[int, Answer] = field(default_factory=dict)
+    taken: list[Taken] = field(default_factory=list)
 
     def add(self, answers: Mapping[int, Answer]) -> None:
         """Keeps these, on disk before it returns."""
         self.found.update(answers)
+        self._write({"item": i, **a} for i, a in answers.items())
+
+    def took(self, taken: Taken) -> None:
+        """Keeps what some of the answers took."""
+        self.taken.append(taken)
+        self._write([{"taken": taken.told()}])
+
+    def _write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         if self.file is None:
             return
-        lines = "".join(json.dumps({"item": i, **a}) + "\n" for i, a in answers.items())
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf-8") as stream:
             stream.write(lines)
@@ -71,15 +81,19 @@ class Cache:
             return Journal(None)
         name = sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
         found: dict[int, Answer] = {}
+        taken: list[Taken] = []
         for file in sorted(self._folder.glob(f"{name}.*.jsonl")):
             for line in file.read_bytes().splitlines(keepends=True):
                 if line.endswith(b"\n"):
-                    answer = json.loads(line)
-                    found[answer.pop("item")] = answer
+                    told = json.loads(line)
+                    if "taken" in told:
+                        taken.append(Taken(**told["taken"]))
+                    else:
+                        found[told.pop("item")] = told
         own = self._folder / f"{name}.{self._rank}.jsonl"
         if own.exists():
             _mend(own)
-        return Journal(own, found)
+        return Journal(own, found, taken)
 
     def weights(self, folder: Path) -> str:
         """The sha256 of a folder's weights: of their names and digests, in order."""

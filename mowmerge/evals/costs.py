@@ -1,70 +1,102 @@
-"""What each row took: sizes, and the time of the passes that gave the scores."""
+"""What each row took: sizes, and the time of the passes that gave the scores, now or then.
+
+What a pass took is kept with the answers that it gave, and with a description of what it ran on, so
+that a row whose answers come from the cache still says what they cost, and on what.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import platform
+from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import chain
 from math import fsum
+from os import cpu_count
+from pathlib import Path
 from typing import Any
 
+from mowmerge.evals.job import Taken
 from mowmerge.evals.models import Entry
 from mowmerge.evals.runner import Spent
 from mowmerge.evals.score import Cost
+from mowmerge.tensors import torch
 
 
-@dataclass
-class _Taken:
-    parameters: int = 0
-    peak: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    items: dict[str, int] = field(default_factory=dict)
-    latencies: dict[str, list[float]] = field(default_factory=dict)
+def surroundings(device: Any, processes: int, batch: int) -> dict[str, Any]:
+    """What a pass ran on: passes are compared where all of it is the same."""
+    device = torch.device(device)
+    return {
+        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": device.type,
+        "threads": torch.get_num_threads(),
+        "processes": processes,
+        "batch": batch,
+    }
 
 
-class Costs:
-    """Adds up what each checkpoint took; what came from the cache took nothing."""
-
-    def __init__(self) -> None:
-        self._by: dict[Entry, _Taken] = {}
-
-    def size(self, entry: Entry, model: Any) -> None:
-        """Counts what was loaded."""
-        tensors = chain(model.parameters(), model.buffers())
-        taken = self._by.setdefault(entry, _Taken())
-        taken.parameters = max(taken.parameters, sum(t.numel() for t in tensors))
-
-    def spent(self, entry: Entry, spent: Spent, whole: bool) -> None:
-        """Counts passes; of a whole task's only the memory."""
-        taken = self._by.setdefault(entry, _Taken())
-        taken.peak = max(taken.peak, spent.peak)
-        for way in () if whole else spent.seconds:
-            taken.seconds[way] = taken.seconds.get(way, 0.0) + spent.seconds[way]
-            taken.items[way] = taken.items.get(way, 0) + spent.items[way]
-            taken.latencies.setdefault(way, []).append(spent.latency[way])
-
-    def table(self, entries: Sequence[Entry]) -> list[Cost]:
-        """A row's costs; the expert's are the mean over experts, its time and items their sum."""
-        found: dict[str, list[Cost]] = {}
-        for entry in entries:
-            taken = self._by.get(entry, _Taken())
-            disk = sum(f.stat().st_size for f in entry.folder.rglob("*.safetensors"))
-            for way in taken.seconds:
-                row = f"{entry.row}, {way}" if way else entry.row
-                seconds, n = taken.seconds[way], taken.items[way]
-                latency = fsum(taken.latencies[way]) / len(taken.latencies[way])
-                cost = Cost(
-                    row, taken.parameters, disk, taken.peak, seconds, n, latency, n / seconds
-                )
-                found.setdefault(row, []).append(cost)
-        return [_mean(costs) for costs in found.values()]
+@cache
+def _processor() -> str:
+    """The processor's name and how many there are."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    name = next(named, platform.processor() or platform.machine())
+    return f"{name}, {cpu_count()} cores"
 
 
-def _mean(costs: Sequence[Cost]) -> Cost:
-    n, seconds, items = len(costs), fsum(c.seconds for c in costs), sum(c.items for c in costs)
+def size(model: Any) -> int:
+    """The numbers that a model holds."""
+    return sum(tensor.numel() for tensor in chain(model.parameters(), model.buffers()))
+
+
+def shared(
+    spent: Spent, way: str, items: int, whole: bool, parameters: int, on: Mapping[str, Any]
+) -> Taken:
+    """A task's part of passes over several, by its number of items; of a whole task's one only the
+    memory."""
+    if whole:
+        return Taken(0.0, 0, 0.0, spent.peak, parameters, on, now=True)
+    seconds = spent.seconds[way] * items / spent.items[way]
+    return Taken(seconds, items, spent.latency[way], spent.peak, parameters, on, now=True)
+
+
+def table(taken: Mapping[tuple[Entry, str], Sequence[Taken]]) -> list[Cost]:
+    """A row's costs, from what was taken by checkpoint and way: of the surroundings in which most
+    of its items ran. The expert's are the mean over experts, its time and items their sum."""
+    rows: dict[str, dict[Entry, list[Taken]]] = {}
+    for (entry, way), pieces in taken.items():
+        row = f"{entry.row}, {way}" if way else entry.row
+        if any(piece.items for piece in pieces):
+            rows.setdefault(row, {})[entry] = list(pieces)
+    return [_row(row, by_entry) for row, by_entry in rows.items()]
+
+
+def _row(row: str, by_entry: Mapping[Entry, Sequence[Taken]]) -> Cost:
+    every = [piece for pieces in by_entry.values() for piece in pieces]
+    places: list[Mapping[str, Any]] = []
+    places += (piece.on for piece in every if piece.on not in places)
+    most = max(places, key=lambda on: sum(piece.items for piece in every if piece.on == on))
+    alike = {e: [p for p in pieces if p.on == most] for e, pieces in by_entry.items()}
+    alike = {entry: pieces for entry, pieces in alike.items() if pieces}
+    n, chosen = len(alike), [piece for pieces in alike.values() for piece in pieces]
+    seconds, items = fsum(p.seconds for p in chosen), sum(p.items for p in chosen)
+    latencies = [[p.latency for p in pieces if p.items] for pieces in alike.values()]
+    means = [fsum(each) / len(each) for each in latencies if each]
     return Cost(
-        costs[0].row,
-        sum(c.parameters for c in costs) // n, sum(c.bytes_on_disk for c in costs) // n,
-        sum(c.peak_bytes for c in costs) // n, seconds, items, fsum(c.latency for c in costs) / n,
+        row,
+        sum(max(p.parameters for p in pieces) for pieces in alike.values()) // n,
+        sum(map(_on_disk, alike)) // n,
+        sum(max(p.peak for p in pieces) for pieces in alike.values()) // n,
+        seconds,
+        items,
+        fsum(means) / len(means),
         items / seconds,
-    )  # fmt: skip
+        dict(most),
+        not any(piece.now for piece in chosen),
+    )
+
+
+def _on_disk(entry: Entry) -> int:
+    return sum(file.stat().st_size for file in entry.folder.rglob("*.safetensors"))

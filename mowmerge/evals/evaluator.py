@@ -8,25 +8,26 @@ true task's expert alone.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import product
 from math import fsum
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from mowmerge import __version__
-from mowmerge.errors import RecipeError
-from mowmerge.evals import facts, kinds, models
+from mowmerge.errors import CheckpointError, RecipeError
+from mowmerge.evals import costs, crossed, facts, kinds, models
 from mowmerge.evals.cache import Cache, Journal
-from mowmerge.evals.costs import Costs
-from mowmerge.evals.job import Answer, Job, Place
+from mowmerge.evals.job import Answer, Job, Place, Taken
 from mowmerge.evals.models import Entry, Loaded
-from mowmerge.evals.runner import Batches
+from mowmerge.evals.runner import Batches, Spent
 from mowmerge.evals.score import Evaluation, Gates, Score
-from mowmerge.evals.settings import Advance, Options
+from mowmerge.evals.settings import ALL, Advance, Options
 from mowmerge.recipe.model import Recipe
 from mowmerge.recipe.task_types import TYPES
 from mowmerge.training import processes
@@ -45,9 +46,10 @@ def evaluate(
 ) -> Evaluation:
     """The scores of merged folders on each task, beside those of "base", "experts" and paths.
 
-    The base is scored with each expert's head; an expert on its own tasks; tasks without an expert
-    by all others. Everything that can be checked without a model is, before one is loaded. `begin`
-    is given the number of items, over all checkpoints, and returns what is called as they are done.
+    The base is scored with each expert's head; an expert on its own tasks, or with the option
+    `experts: all` on those of others too; tasks without an expert by all others. Everything that
+    can be checked without a model is, before one is loaded. `begin` is given the number of items,
+    over all checkpoints, and returns what is called as they are done.
 
     Raises:
         RecipeError: no tasks, one that cannot be scored, splits that share samples, an empty one,
@@ -61,10 +63,15 @@ def evaluate(
         raise RecipeError("the recipe has no tasks", where=recipe.file, hint="see docs/recipe.md")
     jobs = [_job(recipe, name) for name in recipe.tasks]
     found = models.entries(merged, recipe, jobs, against)
+    blank: crossed.Blank = {}
+    if asked.experts == ALL:
+        others = crossed.entries(found, recipe, jobs)
+        found += [crossed.able(entry, jobs, blank) for entry in others]
     truths = {entry: _truths(entry, jobs) for entry in found}
     cache = Cache(asked.cache, here.rank)
     data = {job.name: facts.data(job) for job in jobs}
-    costs, scores = Costs(), list[Score]()
+    taken: dict[tuple[Entry, str], list[Taken]] = {}
+    scores = list[Score]()
     batches = Batches(asked.batch, begin(_total(found, jobs)))
     gates: dict[str, dict[str, dict[str, Gates]]] = {}
     for entry in found:
@@ -77,22 +84,30 @@ def evaluate(
             for job in own
             for way in _ways(entry, job)
         }  # fmt: skip
-        _run(entry, own, recipe, asked, here, batches, journals, costs)
+        _run(entry, own, recipe, asked, here, batches, journals, blank)
         for (way, task), journal in journals.items():
+            taken.setdefault((entry, way), []).extend(journal.taken)
+            if crossed.told(blank, entry.expert, task) and entry.crossed:
+                continue
             job = next(job for job in own if job.name == task)
             answers = [journal.found[i] for i in range(len(job.items))]
             score = _scored(entry, way, job, truths[entry][task], answers)
             scores.append(score)
             if score.routed:
                 gates.setdefault(score.row, {})[task] = facts.gates(entry.manifest, answers)
+    scores.sort(key=partial(_order, [e.row for e in found], list(recipe.tasks)))
+    rows = [entry for entry in found if not entry.crossed]
+    beside = {entry.row for entry in found if entry.crossed}
     return Evaluation(
-        sorted(scores, key=partial(_order, [e.row for e in found], list(recipe.tasks))),
-        costs.table(found),
+        [score for score in scores if score.row not in beside],
+        costs.table({key: held for key, held in taken.items() if key[0] in rows}),
         gates,
         data,
-        facts.models(found, cache, asked.dtype),
+        facts.models(rows, cache, asked.dtype),
         _settings(asked, here, batches.size),
-        facts.flags(found, scores, recipe),
+        facts.flags(rows, scores, recipe),
+        [score for score in scores if score.row in beside],
+        blank,
     )
 
 
@@ -134,7 +149,7 @@ def _truths(entry: Entry, jobs: Sequence[Job]) -> dict[str, Sequence[Any]]:
 
 def _run(
     entry: Entry, jobs: Sequence[Job], recipe: Recipe, asked: Options, here: Processes,
-    batches: Batches, journals: Journals, costs: Costs,
+    batches: Batches, journals: Journals, blank: crossed.Blank,
 ) -> None:  # fmt: skip
     """Answers what no journal has yet, and gathers the answers of all processes."""
     held: dict[Any, list[Loaded]] = {}
@@ -149,15 +164,35 @@ def _run(
         mine = [place for place in places[here.rank :: here.count] if _lacks(journals, ways, place)]
         batches.skip(len(places[here.rank :: here.count]) - len(mine))
         if mine and key not in held:
-            held[key] = models.load(entry, family, some, recipe, asked.dtype, device)
-            costs.size(entry, held[key][0].model)
+            try:
+                held[key] = models.load(entry, family, some, recipe, asked.dtype, device)
+            except CheckpointError as error:
+                if not entry.crossed:
+                    raise
+                crossed.note(entry, [job.name for job in some], error, blank)
+                batches.skip(len(mine))
+                continue
         for loaded in held.get(key, []):
             own = [place for place in mine if place.job.name in loaded.truths]
             if own:
-                costs.spent(entry, batches.run(loaded, own, ways, journals), group[0].kind.WHOLE)
+                spent = batches.run(loaded, own, ways, journals)
+                on = costs.surroundings(here.device, here.count, batches.size)
+                _took(spent, own, ways, journals, costs.size(loaded.model), on)
     for theirs in here.gathered({key: journal.found for key, journal in journals.items()}):
         for key, answers in theirs.items():
             journals[key].found.update(answers)
+
+
+def _took(
+    spent: Spent, places: Sequence[Place], ways: Sequence[str], journals: Journals,
+    parameters: int, on: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Keeps what passes took with the answers that they gave, task by task."""
+    counts = Counter(place.job.name for place in places)
+    whole = places[0].job.kind.WHOLE
+    for way, (task, n) in product(ways, counts.items()):
+        if (way, task) in journals:
+            journals[way, task].took(costs.shared(spent, way, n, whole, parameters, on))
 
 
 def _groups(jobs: Sequence[Job]) -> Iterator[list[Job]]:

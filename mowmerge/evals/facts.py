@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
+from mowmerge.errors import MowmergeError
 from mowmerge.evals.cache import Cache
 from mowmerge.evals.job import Answer, Job
 from mowmerge.evals.models import Entry
 from mowmerge.evals.score import Data, Gates, Model, Score
+from mowmerge.recipe import needs, parse
 from mowmerge.recipe.model import Recipe
 from mowmerge.tensors import torch
 
@@ -59,15 +61,17 @@ def models(entries: Sequence[Entry], cache: Cache, dtype: str | None) -> dict[st
 def flags(
     entries: Sequence[Entry], scores: Sequence[Score], recipe: Recipe
 ) -> dict[str, Mapping[str, Any]]:
-    """What each row was given beyond weights.
+    """What each row was given beyond weights; what is None is not known, or means nothing of it.
 
-    needs_task_id: someone says which task an item is of, for its head or its weights. needs_data,
-    tuned_on: of a merge whose coefficients were fitted or whose routers were trained, the splits.
-    uses_test_inputs: one of those is the eval split.
+    needs_task_id: someone says which task an item is of, for its head or its weights. tuned_on: the
+    splits that coefficients were fitted or routers trained on. uses_test_inputs: one of those is
+    the eval split. output: static or dynamic. The others are those of `recipe.needs`, from the
+    recipe that lies in the merged folder.
     """
     found: dict[str, Mapping[str, Any]] = {}
     for entry in entries:
-        learned = _learned(entry)
+        held = _needs(entry)
+        learned = held["needs_data"] is True
         own = [task for name, task in recipe.tasks.items() if name in entry.tasks]
         splits = {task.splits.router for task in own if task.splits.router} if learned else set()
         headed = any(entry.head(task) for task in entry.tasks) and len(entry.tasks) > 1
@@ -75,17 +79,28 @@ def flags(
             told = headed and not entry.dynamic and entry.row != "expert"
             found[score.row] = {
                 "needs_task_id": told or score.way != "",
-                "needs_data": learned,
+                **held,
                 "tuned_on": sorted(splits),
                 "uses_test_inputs": any(t.splits.eval in splits for t in own if learned),
             }
     return found
 
 
-def _learned(entry: Entry) -> bool:
-    """Whether a merge was fitted, or its routers trained, as its report says."""
+def _needs(entry: Entry) -> dict[str, Any]:
+    """What its making needed, by the recipe and the report in its folder; an expert and a base
+    needed nothing."""
+    unmerged = entry.row in ("base", "expert")
     try:
         told = json.loads((entry.folder / "report.json").read_text("utf-8"))
-    except (OSError, ValueError):
-        return False
-    return bool(told.get("fit") or told.get("router", {}).get("trained"))
+        recipe = None if unmerged else parse.load(parse.kept(entry.folder))
+    except (OSError, ValueError, MowmergeError):
+        told, recipe = {}, None
+    heads = "per_task" if entry.keeping else "own" if unmerged else None
+    if recipe is None:
+        names = ("needs_base", "needs_data", "needs_labels", "needs_gradients")
+        found = {**dict.fromkeys(names, False if unmerged else None), "heads": heads}
+        return {**found, "faithful": None, "output": "dynamic" if entry.dynamic else "static"}
+    router = told.get("router", {})
+    objective = router.get("objective", "") if router.get("trained") else None
+    made = needs.needs(recipe, objective)
+    return {**made, "output": "dynamic" if entry.dynamic else "static"}

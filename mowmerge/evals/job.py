@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from threading import Lock
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -53,3 +53,20 @@ class Scored:
     nll: Sequence[float] = ()
     extras: Mapping[str, float] = field(default_factory=dict)
     metric: str = ""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What passes over items of one task took, one way. on: what they ran on. now: in this run."""
+
+    seconds: float
+    items: int
+    latency: float
+    peak: int
+    parameters: int
+    on: Mapping[str, Any]
+    now: bool = False
+
+    def told(self) -> dict[str, Any]:
+        """As JSON has it; `now` is nobody else's."""
+        return {name: value for name, value in asdict(self).items() if name != "now"}

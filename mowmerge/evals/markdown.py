@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mowmerge.evals import words
 from mowmerge.evals.figures import BASE, EXPERT
-from mowmerge.evals.schema import Report
+from mowmerge.evals.schema import CrossPart, Report
 from mowmerge.evals.words import NONE
 
 
@@ -24,6 +24,7 @@ def render(report: Report) -> str:
     lines += ["", *scores(report), "", *_summary(report)]
     for title, found in (
         ("Against the base", _forgetting(report)),
+        ("Every expert on every task", _matrix(report)),
         ("Costs, and as a multiple of one expert", _costs(report)),
         ("What the scores rest on", _flags(report)),
     ):
@@ -94,6 +95,36 @@ def _forgetting(report: Report) -> list[str]:
     return table(rows, numbers_from=2)
 
 
+def _matrix(report: Report) -> list[str]:
+    found = report.matrix
+    if found is None:
+        return []
+    rows = [["", *found.tasks, "others' tasks against the base"]]
+    spilled = {each.expert: each for each in found.forgetting}
+    for expert in found.experts:
+        cells = [_crossed(report, cell) for cell in found.cells if cell.expert == expert]
+        spill = spilled.get(expert)
+        rows.append([expert, *cells, NONE if spill is None else words.signed(spill.signed)])
+    best = [
+        NONE if each is None else f"{each.expert}"
+        for each in ({b.task: b for b in found.best}.get(task) for task in found.tasks)
+    ]
+    gaps = {b.task: b.difference for b in found.best if b.difference is not None}
+    over = [words.signed(gaps[t]) if t in gaps else NONE for t in found.tasks]
+    rows += [["best single", *best, ""], [f"{report.subject} minus it", *over, ""]]
+    blank = [f"- {c.expert} on {c.task}: {_plain(c.absent)}" for c in found.cells if c.absent]
+    note = (
+        "Own tasks in bold, others' with the head of the task's own expert where heads are kept; ▲"
+        " and ▼: better or worse than the base by more than the interval."
+    )
+    return [*table(rows, numbers_from=1), "", note, *(["", *blank] if blank else [])]
+
+
+def _crossed(report: Report, cell: CrossPart) -> str:
+    said = words.figure(cell.value, report.data[cell.task].metric)
+    return f"**{said}**" if cell.own else f"{said} {words.beside_base(cell)}".rstrip()
+
+
 def _costs(report: Report) -> list[str]:
     missing = words.uncosted(report)
     if not report.costs:
@@ -106,8 +137,10 @@ def _costs(report: Report) -> list[str]:
             "throughput": f"{cost.throughput:,.4g}",
         }  # fmt: skip
         cells = [f"{said} {_times(cost.ratios.get(name))}".rstrip() for name, said in told.items()]
-        rows.append([cost.row, *cells])
-    return table(rows, numbers_from=1) + (["", _plain(missing)] if missing else [])
+        name = f"{cost.row} (earlier)" if cost.earlier else cost.row
+        rows.append([name, *cells])
+    said = [f"- {_plain(line)}" for line in (*words.conditions(report), missing) if line]
+    return [*table(rows, numbers_from=1), "", *said]
 
 
 def _times(ratio: float | None) -> str:

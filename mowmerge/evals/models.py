@@ -12,6 +12,7 @@ from typing import Any
 from mowmerge.checkpoint.source import config, find
 from mowmerge.errors import CheckpointError, MowmergeError, RecipeError
 from mowmerge.evals.job import Job, Place, Tools
+from mowmerge.evals.towers import towers
 from mowmerge.recipe.model import Recipe
 from mowmerge.tasks import heads, inputs
 from mowmerge.tensors import Tensor, torch
@@ -29,6 +30,7 @@ class Entry:
 
     experts: of each task the expert, where it has one. keeping: of a task where its head is, if
     not in the checkpoint: a folder with heads/, or an expert. expert: its name, if it is one.
+    crossed: whether the tasks are those of others; `match` are then the names of heads' tensors.
     """
 
     row: str
@@ -39,6 +41,8 @@ class Entry:
     experts: Mapping[str, str | None]
     keeping: Mapping[str, Path] = field(default_factory=dict)
     expert: str = ""
+    crossed: bool = False
+    match: tuple[str, ...] = ()
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -175,7 +179,7 @@ class Loaded:
     truths: what is true of each task's items, in this model's numbers. widths: classes of each
     task. experts: the number of each task's expert, in a dynamic model. told: of each item of the
     batch the gates' coefficients, summed over its rows, with the rows' count, and where a router
-    chose an expert, which.
+    chose an expert, which. prompts: what embeds texts, where that is dynamic too.
     """
 
     entry: Entry
@@ -187,6 +191,7 @@ class Loaded:
     numbers: Mapping[str, int] = field(default_factory=dict)
     context: Any = None
     clip: Any = None
+    prompts: Any = None
     text_tokenizer: Any = None
     gates: dict[int, Tensor] = field(default_factory=dict)
     routed: dict[int, int] = field(default_factory=dict)
@@ -217,7 +222,7 @@ class Loaded:
 
     def __call__(self, way: str, places: Sequence[Place], rows: Sequence[int], **given: Any) -> Any:
         """The model's output on rows of inputs; `rows` says which item of the batch each is of."""
-        told = self._told(way, [places[row] for row in rows])
+        told = self.told(way, [places[row] for row in rows])
         given = {name: value.to(self.device) for name, value in given.items()}
         out = self.model(**given, **told)
         self._note(way, rows, out.get("gates"), out.get("task"))
@@ -228,7 +233,7 @@ class Loaded:
         **given: Tensor,
     ) -> Tensor:  # fmt: skip
         """The tokens of greedy answers [B,T]."""
-        told = self._told(way, places)
+        told = self.told(way, places)
         given = {name: value.to(self.device) for name, value in given.items()}
         first = 1 if self.model.config.is_encoder_decoder else given["input_ids"].shape[1]
         if stops:
@@ -257,7 +262,7 @@ class Loaded:
 
         return stopped
 
-    def _told(self, way: str, rows: Sequence[Place]) -> dict[str, Any]:
+    def told(self, way: str, rows: Sequence[Place]) -> dict[str, Any]:
         """What the model is told of the rows' tasks."""
         if self.context is not None:
             self.context.heads = torch.tensor([self.numbers[p.job.name] for p in rows])
@@ -346,9 +351,12 @@ def _headed(
     """Models with the heads of these tasks; None where the checkpoint has its own in it."""
     if entry.dynamic or not any(entry.head(job.name) for job in jobs):
         return None
+    trunk = heads.load(entry.folder, None, **more) if entry.crossed else None
 
     def one(job: Job) -> Any:
         keeping = entry.keeping.get(job.name)
+        if trunk is not None and keeping is not None:
+            return heads.grafted(trunk, heads.load(keeping, None, **more), entry.match)
         return heads.load(entry.folder, job.name, entry.experts[job.name], keeping=keeping, **more)
 
     if len(jobs) > 1 and (both := heads.joined(one(job) for job in jobs)):
@@ -373,12 +381,9 @@ def _clip(loaded: Loaded, jobs: Sequence[Job], recipe: Recipe, more: Mapping[str
             hint="name the CLIP model that has it: options: {clip: ...}",
         )
     if hasattr(model, "text_model"):
-        if loaded.entry.dynamic:
-            raise CheckpointError(
-                "a whole dynamic CLIP model mixes its text tower by the picture",
-                where=str(loaded.folder), hint="merge the vision tower alone",
-            )  # fmt: skip
         loaded.model, loaded.clip, folder = model.vision_model, model, loaded.folder
+        if loaded.entry.dynamic:
+            loaded.model, loaded.prompts = towers(model, str(loaded.folder))
     else:
         folder = clip_folder(str(named), recipe)
         loaded.clip = heads.load(folder, None, **more).to(loaded.device)

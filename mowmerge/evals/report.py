@@ -19,6 +19,7 @@ from mowmerge.evals import aggregates, figures, statistics
 from mowmerge.evals.anatomy import anatomy
 from mowmerge.evals.cache import Cache
 from mowmerge.evals.figures import BASE, EXPERT, LOWER_IS_BETTER, Table
+from mowmerge.evals.matrix import matrix
 from mowmerge.evals.schema import DataPart, Gate, Merge, ModelPart, Report, Run
 from mowmerge.evals.score import Evaluation, Score
 from mowmerge.recipe.model import Recipe
@@ -58,7 +59,7 @@ def build(found: Evaluation, recipe: Recipe, command: str = "") -> tuple[Report,
     parts = figures.scored(table, experts, owner)
     folder = folders.get(table.scores[subject, table.tasks[0]].model)
     merge = _merge(folder) if folder else None
-    items = items_text(found.scores)
+    items = items_text([*found.scores, *found.crossed])
     report = Report(
         subject=subject,
         run=_run(found, recipe, merge, command),
@@ -70,6 +71,7 @@ def build(found: Evaluation, recipe: Recipe, command: str = "") -> tuple[Report,
         scores=parts,
         tests=aggregates.tests(table, subject, _rivals(scores, subject)),
         forgetting=aggregates.forgetting(table),
+        matrix=matrix(found, held_out, subject, owner),
         routing=aggregates.routing(table, experts, owner),
         gates=_gates(found, experts),
         calibration=aggregates.calibrations(table),
@@ -184,7 +186,8 @@ def read(file: Path) -> Report:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
         raise SourceError(
-            f"this is no evaluation report of version 1: {place}: {first['msg']}", where=str(file)
+            f"this is no evaluation report of version 1 or 2: {place}: {first['msg']}",
+            where=str(file),
         ) from error
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -126,6 +126,50 @@ class Forgetting(Part):
     worse_than_base: Sequence[str] = Field(description="Tasks on which the row is below the base.")
 
 
+class CrossPart(Part):
+    """An expert on a task, its own or another's."""
+
+    expert: str = Field(description="Expert.")
+    task: str = Field(description="Task.")
+    own: bool = Field(description="Whether the expert is this task's own.")
+    value: float | None = Field(description="The metric's value.")
+    interval: Pair | None = Field(description="Bootstrap percentile interval of the value.")
+    over_base: float | None = Field(description="value - base (negated if lower is better).")
+    over_base_interval: Pair | None = Field(description="Its paired bootstrap interval.")
+    absent: str = Field(description="Why there is no value; empty where there is one.")
+
+
+class BestSingle(Part):
+    """The one expert that is best on a task, and the subject beside it."""
+
+    task: str = Field(description="Task.")
+    expert: str = Field(description="The expert with the best score.")
+    difference: float | None = Field(
+        description="Subject minus that expert (negated if lower is better)."
+    )
+    interval: Pair | None = Field(description="Its paired bootstrap interval.")
+
+
+class Spillover(Part):
+    """An expert on the tasks of others, beside the base."""
+
+    expert: str = Field(description="Expert.")
+    tasks: Sequence[str] = Field(description="The others' tasks, where base and it were scored.")
+    signed: float = Field(description="Mean of value - base (negated if lower is better).")
+    interval: Pair | None = Field(description="Its paired bootstrap interval.")
+    worse_than_base: Sequence[str] = Field(description="Tasks on which it is below the base.")
+
+
+class Matrix(Part):
+    """Every expert on every task: with the head of the task's own expert where heads are kept."""
+
+    experts: Sequence[str] = Field(description="Rows.")
+    tasks: Sequence[str] = Field(description="Columns.")
+    cells: Sequence[CrossPart] = Field(description="Every expert on every task.")
+    best: Sequence[BestSingle] = Field(description="By task, the best single expert.")
+    forgetting: Sequence[Spillover] = Field(description="By expert, the others' tasks.")
+
+
 class Routing(Part):
     """Where a router sent each task's items."""
 
@@ -178,7 +222,17 @@ class CostPart(Part):
     items: int = Field(description="Items scored in that time.")
     latency: float = Field(description="Seconds an item in batches of 1; 0 if not measured.")
     throughput: float = Field(description="Items a second.")
-    ratios: Mapping[str, float] = Field(description="Field -> value / the experts' mean.")
+    ratios: Mapping[str, float] = Field(
+        description="Field -> value / the experts' mean; of what was measured only where both ran"
+        " on the same."
+    )
+    on: Mapping[str, Any] = Field(
+        default_factory=dict,
+        description="What it was measured on: machine, device, threads, processes, batch.",
+    )
+    earlier: bool = Field(
+        default=False, description="Whether an earlier run measured it, whose answers were kept."
+    )
 
 
 class LayerPart(Part):
@@ -219,7 +273,9 @@ class Merge(Part):
 class Report(Part):
     """An evaluation: what was scored, how well, how surely, at what cost."""
 
-    version: int = Field(default=1, description="Version of this schema.")
+    version: Literal[1, 2] = Field(
+        default=2, description="Version of this schema; 1 had no matrix, and is read still."
+    )
     subject: str = Field(description="The row that the report is about.")
     run: Run = Field(description="What was run.")
     models: Mapping[str, ModelPart] = Field(description="Every model, by name.")
@@ -230,6 +286,9 @@ class Report(Part):
     scores: Sequence[ScorePart] = Field(description="Every row on every task.")
     tests: Sequence[Test] = Field(description="The subject against each rival.")
     forgetting: Sequence[Forgetting] = Field(description="Rows against the base.")
+    matrix: Matrix | None = Field(
+        default=None, description="Every expert on every task; None unless asked for."
+    )
     routing: Sequence[Routing] = Field(description="Rows whose router chose experts.")
     gates: Sequence[Gate] = Field(description="Rows whose gates were watched.")
     calibration: Sequence[Calibration] = Field(description="Rows that give probabilities.")

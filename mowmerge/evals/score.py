@@ -47,7 +47,9 @@ class Cost:
     parameters: all that is loaded. bytes_on_disk: of its weight files. peak_bytes: the most memory
     while it ran: a GPU's allocated, else the process's resident. seconds: of forward passes,
     encoding left out. items: scored in them. latency: seconds an item in batches of 1; 0 where it
-    was not measured. throughput: items a second. "expert" is the mean over the experts.
+    was not measured. throughput: items a second. "expert" is the mean over the experts. on: the
+    machine, device, threads, processes and batch of the run that was measured; earlier: it was not
+    this one, and the answers were kept from it.
     """
 
     row: str
@@ -58,6 +60,8 @@ class Cost:
     items: int
     latency: float
     throughput: float
+    on: Mapping[str, Any] = field(default_factory=dict)
+    earlier: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,8 @@ class Evaluation:
 
     gates: by row, task and gate, for the rows whose router chose. data: by task. models: by row;
     an expert's is "expert NAME". settings: batch, seed, device, dtype, versions. flags: by row:
-    uses_test_inputs, needs_task_id, needs_data, tuned_on.
+    those of `facts.flags`. crossed: the scores of "expert NAME" on the tasks of others, where that
+    was asked; blank: why there is none, by expert and task.
     """
 
     scores: Sequence[Score]
@@ -109,3 +114,5 @@ class Evaluation:
     models: Mapping[str, Model] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     flags: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    crossed: Sequence[Score] = ()
+    blank: Mapping[str, Mapping[str, str]] = field(default_factory=dict)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mowmerge.evals.figures import BASE, EXPERT, LOWER_IS_BETTER
-from mowmerge.evals.schema import Pair, Report, ScorePart, Summary, Test
+from mowmerge.evals.schema import CrossPart, Pair, Report, ScorePart, Summary, Test
 
 NONE = "\N{EN DASH}"
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -112,6 +112,14 @@ def test_of(report: Report, rival: str, task: str) -> Test | None:
     return next((t for t in report.tests if t.rival == rival and t.task == task), None)
 
 
+def beside_base(cell: CrossPart) -> str:
+    """▲ or ▼ where an expert is better or worse than the base by more than the interval."""
+    if cell.over_base_interval is None or cell.own:
+        return ""
+    low, high = cell.over_base_interval
+    return "▲" if low > 0 else "▼" if high < 0 else ""
+
+
 def better(report: Report, test: Test) -> float:
     """A test's difference, above 0 where the subject is better."""
     return test.difference if report.data[test.task].higher_is_better else -test.difference
@@ -161,9 +169,26 @@ def uncosted(report: Report) -> str:
     if not missing:
         return ""
     return (
-        f"Not measured here, for what they answered was kept from an earlier run (--no-cache"
-        f" measures anew): {', '.join(missing)}."
+        "Not measured: what they answered was kept from an earlier run, and not what it took"
+        f" (--no-cache measures anew): {', '.join(missing)}."
     )
+
+
+def conditions(report: Report) -> list[str]:
+    """What the costs were measured on, a line for each set of rows that ran on the same."""
+    found: dict[str, list[str]] = {}
+    for cost in report.costs:
+        if cost.on:
+            what = ", ".join(f"{name} {flag(value)}" for name, value in cost.on.items())
+            when = "in an earlier run, whose answers were kept" if cost.earlier else "in this run"
+            found.setdefault(f"{what}, {when}", []).append(cost.row)
+    lines = [f"{', '.join(rows)}: measured on {what}." for what, rows in found.items()]
+    if len({json.dumps(dict(cost.on), sort_keys=True) for cost in report.costs}) > 1:
+        lines.append(
+            "Memory, latency and throughput are put beside the experts' only for rows that ran on"
+            " the same as they."
+        )
+    return lines
 
 
 def reading(report: Report) -> list[str]:

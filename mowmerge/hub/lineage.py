@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mowmerge.checkpoint.source import CARD
-from mowmerge.plan import Adapted, Plan, Source
+from mowmerge.plan import Adapted, Plan, Source, unplaced
 
 _KEPT = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag")
 
@@ -21,6 +21,7 @@ def inputs(plan: Plan, within: str = "") -> list[dict[str, Any]]:
 
 
 def _rows(name: str, origin: Source) -> list[dict[str, Any]]:
+    origin = unplaced(origin)
     if isinstance(origin, Plan):
         return inputs(origin, f"{name}.")
     if isinstance(origin, Adapted):

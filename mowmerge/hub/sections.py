@@ -11,8 +11,10 @@ from typing import Any
 from mowmerge import __version__
 from mowmerge.dynamic.format import Manifest
 from mowmerge.dynamic.remote import AUTO, auto_name
+from mowmerge.errors import MowmergeError
 from mowmerge.hub.licence import HUB, propagated, terms
 from mowmerge.methods import registry
+from mowmerge.recipe import needs, parse
 
 CHOOSERS = {
     "task": "whoever calls it says whose sample it is, with `task_ids`",
@@ -55,8 +57,8 @@ class About:
 def body(about: About) -> str:
     """The card's text, without its front matter."""
     parts = [
-        _head(about), _inputs(about), _merging(about), _dynamic(about), _results(about),
-        _loading(about), _reproducing(about), _limits(about), _licences(about),
+        _head(about), _inputs(about), _merging(about), _needs(about), _dynamic(about),
+        _results(about), _loading(about), _reproducing(about), _limits(about), _licences(about),
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part)
 
@@ -115,11 +117,14 @@ def _inputs(about: About) -> str:
 
 def _merging(about: About) -> str:
     """Which method made how many tensors, and what the task vectors were like."""
-    rows = [["method", "tensors", "paper"]]
-    rows += [[name, str(count), _paper(name)] for name, count in methods(about.report).items()]
+    rows = [["method", "tensors", "paper", "as published"]]
+    rows += [
+        [name, str(count), _paper(name), _faithful(name)]
+        for name, count in methods(about.report).items()
+    ]
     copied = sum(t.get("action") == "copied" for t in about.report.get("tensors", []))
     if copied:
-        rows.append(["copied as they are", str(copied), ""])
+        rows.append(["copied as they are", str(copied), "", ""])
     if len(rows) == 1:
         return ""
     lines = ["## Merge", "", _table(rows)]
@@ -134,6 +139,51 @@ def _paper(name: str) -> str:
     paper = registry.get(name).paper if name in registry.names() else ""
     id = paper.removeprefix("arXiv:")
     return f"[{paper}](https://arxiv.org/abs/{id})" if id != paper else paper
+
+
+def _faithful(name: str) -> str:
+    """Whether a method is as its paper says; what differs is in `mowmerge methods NAME`."""
+    return registry.get(name).faithful if name in registry.names() else "unverified"
+
+
+def _needs(about: About) -> str:
+    """What the merge needed, and what it needs of whoever uses it."""
+    try:
+        merged = about.recipe and "models" in about.report
+        recipe = parse.loads(about.recipe) if merged else None
+    except MowmergeError:
+        recipe = None
+    if recipe is None:
+        return ""
+    router = about.report.get("router", {})
+    trained = router.get("objective", "") if router.get("trained") else None
+    held = needs.needs(recipe, trained)
+    told = {True: "yes", False: "no"}
+    splits = [task.splits for _, task in recipe.trained.values()] if held["needs_data"] else []
+    used = sorted({each.router for each in splits if each.router})
+    tested = any(each.eval in used for each in splits)
+    rows = [
+        ["needs base", told[held["needs_base"]]],
+        ["needs data", f"yes: {', '.join(used)}" if used else told[held["needs_data"]]],
+        ["needs labels", told[held["needs_labels"]]],
+        ["needs gradients", told[held["needs_gradients"]]],
+        ["uses test inputs", told[tested]],
+        ["needs to be told the task", _asked(about)],
+        ["heads", held["heads"]],
+        ["methods as published", held["faithful"]],
+    ]
+    return "\n".join(["## What it rests on", "", _table([["", ""], *rows])])
+
+
+def _asked(about: About) -> str:
+    """Whether whoever calls the model has to say which task an input is of."""
+    manifest = about.manifest
+    if manifest is None:
+        return "for the head" if "heads" in about.files else "no"
+    scopes = {gate.scope for gate in manifest.gates.values()}
+    if scopes == {"task"}:
+        return "for weights and head" if manifest.heads else "for the weights"
+    return "for the head" if manifest.heads and "sample" not in scopes else "no"
 
 
 def _norms(report: Mapping[str, Any]) -> dict[str, float]:

@@ -4,6 +4,7 @@ A method is a plain function. It asks for what it needs by reserved parameter na
 
     models [N,*S]   the experts' values          deltas [N,*S]  the experts minus the base, in fp32
     base [*S]       the base's values            state          what the method's `reduce` returned
+    factors         B [m,r], A [r,k] of each delta, where all are known as such a product; else None
     rng             random draws that depend on nothing but seed, model, tensor and element
     anchor [*S]     what the static method for the rest gave, as stored (dynamic methods)
     code            how this tensor is to be coded (dynamic methods)
@@ -42,7 +43,7 @@ Count = Annotated[int, Range(0)]
 Positive = Annotated[int, Range(1)]
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 
-RESERVED = frozenset({"models", "base", "deltas", "state", "rng", "anchor", "code"})
+RESERVED = frozenset({"models", "base", "deltas", "state", "factors", "rng", "anchor", "code"})
 SCOPES = ("element", "row", "tensor", "model")
 
 
@@ -115,7 +116,8 @@ class Block:
     """A piece of one tensor on its way through a fold: values [N,*B], and what goes with them.
 
     B is a run of elements; for a method of scope row it is some whole rows, [rows,*R], of which a
-    vector is one. `base` [*B] is there for a method that asks for it.
+    vector is one; for a method on matrices it is a whole `matrix`, with its `factors`. `base`
+    [*B] is there for a method that asks for it.
     """
 
     values: Tensor
@@ -123,10 +125,15 @@ class Block:
     rng: Draws
     numel: int  # of the whole tensor
     base: Tensor | None = None
+    matrix: bool = False
+    factors: Sequence[tuple[Tensor, Tensor]] | None = None
 
     def runs(self) -> Iterator[Block]:
         """The block in runs of 65,536 elements, or of as many whole rows: cut at the same places
-        of the tensor, whatever the block."""
+        of the tensor, whatever the block. A matrix is not cut."""
+        if self.matrix:
+            yield self
+            return
         row = self.values[0, :1].numel()
         step = run_length(row) // max(1, row)
         for at in range(0, max(1, self.values.shape[1]), step):
@@ -158,9 +165,13 @@ class Fold(Protocol):
     """One streamed pass: observes blocks in order, and merges with the folds of other tensors.
 
     `share` below 1 asks for a sample of about that share of the elements instead of all of them.
+    `exact` says that folds of neighbours may be merged with each other first, to the same bits: so
+    counts may, and maxima, and sums of floats not. What a fold has seen is in those attributes that
+    are not functions, and can be pickled: so it goes from one rank to another.
     """
 
     share: float
+    exact: bool
 
     def fresh(self) -> Fold:
         """An empty fold of the same kind."""
@@ -173,6 +184,18 @@ class Fold(Protocol):
     def merge(self, other: Any) -> None:
         """Takes in what a later tensor's fold has seen."""
         ...
+
+
+def seen(fold: Fold) -> dict[str, Any]:
+    """What a fold holds, without its functions: plain data that can be sent."""
+    return {name: value for name, value in vars(fold).items() if not callable(value)}
+
+
+def with_seen(fold: Fold, held: Mapping[str, Any]) -> Fold:
+    """A fold of the same kind that holds what another one, of another process, has seen."""
+    made = fold.fresh()
+    vars(made).update(held)
+    return made
 
 
 Reduction = Generator[Any, Any, Any]

@@ -29,6 +29,7 @@ FITTING = ("granularity", "steps", "rate", "batch", "balance", "seed")
 F = TypeVar("F", bound=Callable[..., Any])
 Scope = str | Callable[[Mapping[str, Any]], str]
 Workspace = Callable[[tuple[int, ...], int], int]
+Decompositions = Callable[[tuple[int, ...], int], Sequence[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class MethodSpec:
     reduce: Callable[[Sequence[Extent]], Reduction] | None = None
     validate: Callable[[Mapping[str, Any], int], None] | None = None
     workspace: Workspace | None = None
+    decompositions: Decompositions | None = None
     dynamic: Dynamic | None = None
     fit: str | None = None
     origin: str = "mowmerge"
@@ -116,9 +118,28 @@ class MethodSpec:
         """The whole docstring."""
         return inspect.getdoc(self.function) or ""
 
+    @property
+    def faithful(self) -> str:
+        """By the docstring's `Differs:`: yes (none), variant (some), or unverified (not there)."""
+        _, told, text = self.doc.partition("\nDiffers:")
+        words = text.split(maxsplit=1)
+        return "unverified" if not told else "yes" if words[0].strip(".;,") == "none" else "variant"
+
     def scope(self, parameters: Mapping[str, Any]) -> str:
         """The smallest unit on which the result is exact, for these parameters."""
         return self.scopes(parameters) if callable(self.scopes) else self.scopes
+
+    def sees(
+        self, shape: Sequence[int], role: str, parameters: Mapping[str, Any]
+    ) -> tuple[str, bool]:
+        """The scope at which the method works on such a tensor, and whether that is a matrix to it,
+        which it gets whole."""
+        scope = self.scope(parameters)
+        if self.decompositions is None:
+            return scope, False
+        table = role in ("embedding", "head") and not parameters["vocabulary"]
+        matrix = len(shape) == 2 and not table
+        return scope if matrix or scope == "model" else "element", matrix
 
     def holds(self, law: str, parameters: Mapping[str, Any]) -> bool:
         """Whether the method keeps a declared law with these parameters."""
@@ -158,6 +179,7 @@ def merge_method(
     reduce: Callable[[Sequence[Extent]], Reduction] | None = None,
     validate: Callable[[Mapping[str, Any], int], None] | None = None,
     workspace: Workspace | None = None,
+    decompositions: Decompositions | None = None,
     dynamic: Dynamic | None = None,
     fit: str | None = None,
 ) -> Callable[[F], F]:
@@ -176,6 +198,10 @@ def merge_method(
         validate: raises MethodError where parameters contradict each other.
         workspace: of a method that works on whole tensors, how many elements it holds beside the
             inputs, from the tensor's shape and the number of models.
+        decompositions: of a method on matrices, the shapes of the singular value decompositions
+            that it takes for a matrix of that shape and so many models. Such a method gets
+            matrices whole, and elements of everything else, which is what vocabulary tables and
+            heads are where its parameter `vocabulary` is false.
         dynamic: which tensors are coded, how, and by what they are mixed; the function then gives
             the parts of a code.
         fit: the per-model parameter in which the method is linear and that is found on data, within
@@ -193,6 +219,8 @@ def merge_method(
             raise TypeError(
                 f"{name}: a fitted method has the parameters {fit}, {', '.join(FITTING)}"
             )
+        if decompositions and "vocabulary" not in parameters:
+            raise TypeError(f"{name}: a method on matrices has the parameter vocabulary")
         _found[name] = MethodSpec(
             name=name,
             family=f"other.{function.__module__}".split(".")[-2],
@@ -209,6 +237,7 @@ def merge_method(
             reduce=reduce,
             validate=validate,
             workspace=workspace,
+            decompositions=decompositions,
             dynamic=dynamic,
             fit=fit,
             origin=function.__module__.partition(".")[0],

@@ -9,8 +9,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from mowmerge.errors import Problem
+from mowmerge.errors import Problem, did_you_mean
 from mowmerge.methods import registry
+from mowmerge.recipe import vocabulary
+from mowmerge.recipe.layers import Slice
 from mowmerge.recipe.model import (
     NAME,
     AdapterRef,
@@ -59,9 +61,10 @@ def check(data: Mapping[str, Any], origin: Origin) -> tuple[Recipe | None, list[
     except ValidationError as error:
         faults = list(_structure(error, origin))
     faults += [*_names(data), *method_faults(data, partial(_match_faults, origin)), *_fit(data)]
+    faults += _slices(data)
     for name, task in as_map(data.get("tasks")).items():
         faults += _task(("tasks", name), as_map(task))
-    faults += _output(data)
+    faults += [*_vocabulary(data), *_output(data)]
     return recipe, [Problem(f.message, origin.where(f.loc), f.hint) for f in faults]
 
 
@@ -69,7 +72,7 @@ def _structure(error: ValidationError, origin: Origin, above: Loc = ()) -> Itera
     """Pydantic's findings in our words."""
     for found in error.errors(include_url=False):
         kind, value, context = found["type"], found["input"], found.get("ctx", {})
-        loc = (*above, *found["loc"])
+        loc = (*above, *(part for part in found["loc"] if part not in vocabulary.TAGS))
         here = loc if kind in ("missing", "extra_forbidden") else origin.known(loc)
         path, hint = dotted(here) or "the recipe", ""
         if kind == "extra_forbidden":
@@ -99,6 +102,8 @@ def _model(loc: Loc) -> type[BaseModel]:
             return AdapterRef
         case ("rules", _):
             return Rule
+        case ("slices", _):
+            return Slice
         case ("tasks", _):
             return Task
         case ("tasks", _, "splits"):
@@ -111,6 +116,12 @@ def _model(loc: Loc) -> type[BaseModel]:
             return Heads
         case ("output",):
             return Output
+        case ("vocabulary",):
+            return vocabulary.Vocabulary
+        case ("vocabulary", "tokens", _):
+            return vocabulary.Token
+        case ("vocabulary", *_):
+            return vocabulary.Row
         case ("lock",):
             return Lock
         case ("lock", *_):
@@ -152,6 +163,60 @@ def _names(data: Mapping[str, Any]) -> Iterator[Fault]:
         yield Fault(("missing",), "missing: base needs a base, and the recipe names none")
 
 
+def _slices(data: Mapping[str, Any]) -> Iterator[Fault]:
+    """Models of slices that are none, and what slices do not go with."""
+    known = [*as_map(data.get("models")), *(["base"] if data.get("base") is not None else [])]
+    pieces = as_list(data.get("slices"))
+    for i, piece in enumerate(map(as_map, pieces)):
+        taken = as_map(piece.get("layers"))
+        if list(taken) == ["base"]:
+            told = f"slices.{i}.layers names the base alone"
+            yield Fault(
+                ("slices", i, "layers"), told, "name it under models too, and that one here"
+            )
+        for name in taken:
+            yield from unknown_model(name, ("slices", i, "layers", name), known)
+    if not pieces:
+        return
+    for key, value in as_map(data.get("output")).items():
+        if (key, value) in (("dtype", "fp8"), ("format", "adapter")):
+            message = f"output.{key}: {value} does not go with slices"
+            yield Fault(("output", key), message, "merge them into a checkpoint first")
+    used: dict[Loc, Any] = {("method",): data.get("method")}
+    for section in ("slices", "rules"):
+        for i, part in enumerate(map(as_map, as_list(data.get(section)))):
+            used[section, i, "method"] = part.get("method")
+    for loc, method in used.items():
+        spec = registry.get(method) if method in registry.names() else None
+        if spec and (spec.dynamic or spec.fit):
+            what = "dynamic" if spec.dynamic else "fitted"
+            message = f"'{method}' is {what}, and does not go with slices"
+            yield Fault(loc, message, "merge the slices first")
+
+
+def _vocabulary(data: Mapping[str, Any]) -> Iterator[Fault]:
+    """Models that `vocabulary` names and the recipe does not."""
+    given: Mapping[str, Any] = as_map(data.get("vocabulary"))
+    at: Loc = ("vocabulary",)
+    based = data.get("base") is not None
+    known = {**as_map(data.get("models")), **({"base": None} if based else {})}
+    source = given.get("source", "union")
+    if source == "base" and "base" not in known:
+        message = "vocabulary.source is base, and the recipe names none"
+        yield Fault((*at, "source"), message, "add base:, or name a model, or union")
+    elif isinstance(source, str) and source != "union":
+        yield from unknown_model(source, (*at, "source"), known)
+    rows: dict[Loc, Any] = {(*at, "missing"): given.get("missing")}
+    for token, about in as_map(given.get("tokens")).items():
+        loc: Loc = (*at, "tokens", token)
+        rows[loc] = about
+        rows[*loc, "source"] = as_map(about).get("source")
+    for loc, row in rows.items():
+        model = as_map(row).get("model")
+        if isinstance(model, str):
+            yield from unknown_model(model, (*loc, "model"), known)
+
+
 def _task(loc: Loc, task: Mapping[str, Any]) -> Iterator[Fault]:
     """What a task says that its type knows nothing of, and what it lacks."""
     kind, metric = task.get("type"), task.get("metric")
@@ -185,6 +250,9 @@ def _fit(data: Mapping[str, Any]) -> Iterator[Fault]:
     if not fitted:
         return
     loc, method = next(iter(fitted.items()))
+    if data.get("vocabulary") is not None:
+        message = f"'{method}' is fitted on experts as they are, and vocabulary: places their rows"
+        yield Fault(("vocabulary",), message, "replay an earlier fit, or name another method")
     tasks = {n: t for n, t in as_map(data.get("tasks")).items() if _trains(as_map(t))}
     if not tasks:
         hint = "name tasks, or replay an earlier fit: `coefficients: OUT/coefficients.json`"
@@ -219,6 +287,13 @@ def _dynamic(data: Mapping[str, Any]) -> bool:
 def _output(data: Mapping[str, Any]) -> Iterator[Fault]:
     """What does not go with an adapter as output, or only with one."""
     output = as_map(data.get("output"))
+    template = output.get("chat_template")
+    if isinstance(template, str) and "{" not in template and template != "auto":
+        names = [*as_map(data.get("models")), *(["base"] if data.get("base") is not None else [])]
+        if template not in names:
+            told = f"output.chat_template: there is no model '{template}'"
+            hint = did_you_mean(template, ["auto", *names]) + ", or write the Jinja text"
+            yield Fault(("output", "chat_template"), told, hint)
     if output.get("format") != "adapter":
         for key in ("rank", "energy"):
             if output.get(key) is not None:
@@ -231,7 +306,7 @@ def _output(data: Mapping[str, Any]) -> Iterator[Fault]:
         yield Fault(loc, "an adapter needs a base, and the recipe names none", "add base:")
     if output.get("rank") is not None and output.get("energy") is not None:
         yield Fault(("output", "energy"), "output.rank and output.energy are two ways to say one")
-    for key in ("heads", "rest", "coefficients"):
+    for key in ("heads", "rest", "coefficients", "vocabulary"):
         if data.get(key) is not None:
             yield Fault((key,), f"{key} cannot go into an adapter", "merge to a checkpoint first")
     if output.get("dtype") is not None:

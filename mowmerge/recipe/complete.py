@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mowmerge.methods.registry import get
+from mowmerge.recipe.layers import Slice, written
 from mowmerge.recipe.model import Recipe
 from mowmerge.recipe.task import Task
 from mowmerge.recipe.task_types import TYPES
@@ -18,9 +19,7 @@ def completed(recipe: Recipe) -> dict[str, Any]:
         plain = rule.model_dump(mode="json", exclude_defaults=True)
         layers = plain["match"].get("layers")
         if layers:
-            plain["match"]["layers"] = [
-                low if low == high else f"{low}..{high}" for low, high in layers
-            ]
+            plain["match"]["layers"] = [written((low, high)) for low, high in layers]
         if rule.method not in (None, recipe.method):
             plain["parameters"] = get(str(rule.method)).complete(rule.parameters)
         rules.append(plain)
@@ -39,14 +38,29 @@ def completed(recipe: Recipe) -> dict[str, Any]:
         "method": recipe.method,
         "parameters": get(recipe.method).complete(recipe.parameters),
         "rules": rules,
+        "slices": [_slice(recipe, piece) for piece in recipe.slices],
         "rest": _rest(recipe),
         "encoder": recipe.encoder,
         "missing": recipe.missing,
+        "vocabulary": recipe.vocabulary and recipe.vocabulary.model_dump(mode="json"),
         "heads": recipe.heads and recipe.heads.model_dump(mode="json"),
         "tasks": {name: _task(task) for name, task in recipe.tasks.items()},
         "coefficients": recipe.coefficients,
         "output": recipe.output.model_dump(mode="json"),
     }
+
+
+def _slice(recipe: Recipe, piece: Slice) -> dict[str, Any]:
+    """A slice, with every parameter of its method where that is another."""
+    taken = {model: written(span) for model, span in piece.layers.items()}
+    own = piece.method not in (None, recipe.method)
+    return {
+        "layers": taken.get("", taken),
+        **({"stack": piece.stack} if piece.stack else {}),
+        **({"method": piece.method} if own else {}),
+        "parameters": get(str(piece.method)).complete(piece.parameters) if own else dict(
+            piece.parameters),
+    }  # fmt: skip
 
 
 def _task(task: Task) -> dict[str, Any]:

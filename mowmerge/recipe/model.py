@@ -23,28 +23,18 @@ from pydantic import (
     model_validator,
 )
 
+from mowmerge.errors import Problem
 from mowmerge.recipe.fields import Globs, Names, Strict, listed, one_or_more
+from mowmerge.recipe.layers import Layers, Slice
 from mowmerge.recipe.task import Task
 from mowmerge.recipe.task_types import TYPES
+from mowmerge.recipe.vocabulary import Vocabulary
 
 Loc = tuple[str | int, ...]
 Role = Literal["embedding", "attention", "mlp", "norm", "head", "router", "other"]
 BESIDE = ("source", "adapter")  # what an entry of `models` holds beside parameters
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
-SPAN = r"[0-9]+\.\.[0-9]+"
 SIZE = r"([0-9]+(?:\.[0-9]+)?) ?([KMGTkmgt]?)([Ii]?)[Bb]"
-
-
-def _span(value: Any) -> tuple[int, int]:
-    """3 is (3, 3); "0..11" is (0, 11)."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value, value
-    if not isinstance(value, str) or not re.fullmatch(SPAN, value):
-        raise ValueError("must be a layer such as 3, a range such as 0..11, or a list of those")
-    first, last = map(int, value.split(".."))
-    if first > last:
-        raise ValueError(f"runs backwards: {value}")
-    return first, last
 
 
 def parse_size(value: Any) -> int:
@@ -82,13 +72,6 @@ Roles = Annotated[
     BeforeValidator(listed),
     one_or_more({"enum": list(get_args(Role))}),
 ]
-Layers = Annotated[
-    tuple[Annotated[tuple[int, int], BeforeValidator(_span)], ...],
-    BeforeValidator(listed),
-    one_or_more(
-        {"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "pattern": f"^{SPAN}$"}]}
-    ),
-]
 Bytes = Annotated[
     int,
     BeforeValidator(parse_size),
@@ -101,7 +84,8 @@ Version = Annotated[int, BeforeValidator(_version), WithJsonSchema({"const": 1})
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a recipe was read: name, folder, text as run, and the line (or --set) of each key."""
+    """Where a recipe was read: name, folder, text as run, and the line (or --set) of each key;
+    `ignored` is what in a file of another tool's grammar says nothing."""
 
     name: str = "recipe"
     folder: Path = field(default_factory=Path)
@@ -109,6 +93,7 @@ class Origin:
     file: str = "<recipe>"
     lines: Mapping[Loc, int | str] = field(default_factory=dict)
     overridden: bool = False
+    ignored: tuple[Problem, ...] = ()
 
     def known(self, loc: Loc) -> Loc:
         """The longest part of `loc` that stands in the text."""
@@ -130,7 +115,7 @@ class Match(Strict):
     role: Roles | None = Field(default=None, description="Role of the tensor, or a list of roles.")
     layers: Layers | None = Field(
         default=None,
-        description="A layer, a range with both ends included (0..11), or a list of those.",
+        description="A layer, a range with both ends included (0..11, 8..), or a list of those.",
     )
     tensors: Globs | None = Field(
         default=None,
@@ -249,6 +234,12 @@ class Output(Strict):
     shard_size: Bytes = Field(
         default=5_000_000_000, description="Largest weight file: 5GB, 500MB, 1GiB, or bytes."
     )
+    chat_template: str | None = Field(
+        default=None,
+        min_length=1,
+        description="auto: that of most models; the name of a model, or base: that one's; or the"
+        " Jinja text itself. Absent that of the donor.",
+    )
     format: Literal["checkpoint", "adapter"] = Field(
         default="checkpoint", description="adapter: what differs from the base, as a LoRA for peft."
     )
@@ -299,10 +290,15 @@ class Recipe(Strict):
     rules: tuple[Rule, ...] = Field(
         default=(), description="Exceptions for some tensors; the first rule that matches wins."
     )
+    slices: tuple[Slice, ...] = Field(
+        default=(),
+        description="The output's layers, from the first to the last; absent those of the models.",
+    )
     missing: Literal["error", "base"] = Field(
         default="error",
         description="Where a model lacks a tensor of the base: stop, or take the base's.",
     )
+    vocabulary: Vocabulary | None = Field(default=None, description="Rows are placed by token.")
     rest: Rest | None = Field(
         default=None,
         description="With a dynamic method: the static one for what stays static.",
@@ -356,8 +352,8 @@ class Recipe(Strict):
                 return f"task '{name}' is no classification"
             if task.splits.router is None:
                 return f"task '{name}' has no router split"
-        nested = any(isinstance(model.source, Recipe) for model in self.models.values())
-        return "a model is itself a recipe" if nested else "" if self.heads else "no heads are kept"
+        remade = self.vocabulary or any(isinstance(m.source, Recipe) for m in self.models.values())
+        return "models are made as they are read" if remade else "" if self.heads else "no heads"
 
     @property
     def name(self) -> str:
@@ -371,13 +367,18 @@ class Recipe(Strict):
 
     @property
     def text(self) -> str:
-        """The YAML as run: verbatim, or with the overrides in it."""
+        """The YAML as run: verbatim, or with the overrides in it, or as it was converted."""
         return self._origin.text
 
     @property
     def overridden(self) -> bool:
         """Whether overrides changed what the file says."""
         return self._origin.overridden
+
+    @property
+    def ignored(self) -> tuple[Problem, ...]:
+        """What in a file of another tool's grammar says nothing."""
+        return self._origin.ignored
 
     @property
     def file(self) -> str:

@@ -9,17 +9,10 @@ from typing import Any
 from mowmerge.errors import RecipeError, did_you_mean
 from mowmerge.methods.contracts import MethodError
 from mowmerge.methods.registry import MethodSpec, Parameter, get
+from mowmerge.recipe.mergekit.presets import OURS
 from mowmerge.recipe.model import BESIDE, Loc, Recipe
 from mowmerge.recipe.text import dotted
 
-OURS = {  # mergekit's words, and what they are called here
-    "merge_method": "method",
-    "base_model": "base",
-    "dtype": "output.dtype",
-    "out_dtype": "output.dtype",
-    "lambda": "scale",
-    "model": "source",
-}
 MatchFaults = Callable[[Any, Loc], "Iterator[Fault]"]
 
 
@@ -77,8 +70,7 @@ def unknown_model(name: str, loc: Loc, models: Collection[str]) -> Iterator[Faul
 def method_faults(data: Mapping[str, Any], match_faults: MatchFaults) -> Iterator[Fault]:
     """Faults of the methods, of their parameters at every level, and of what they need."""
     entries: dict[str, Mapping[str, Any]] = {
-        name: {key: value for key, value in as_map(entry).items() if key not in BESIDE}
-        for name, entry in as_map(data.get("models")).items()
+        name: _beside(entry) for name, entry in as_map(data.get("models")).items()
     }
     outer = as_map(data.get("parameters"))
     rules = [as_map(rule) for rule in as_list(data.get("rules"))]
@@ -90,11 +82,14 @@ def method_faults(data: Mapping[str, Any], match_faults: MatchFaults) -> Iterato
         for name, own in entries.items():
             faults += checked.entry_faults(spec, own, ("models", name))
         yield from faults
-        if not any(rule.get("models") for rule in rules):  # else the planner knows who takes part
+        some = data.get("slices") or any(rule.get("models") for rule in rules)
+        if not some:  # else the slices say who takes part, or the planner knows
             levels = [per_model(entries), outer]
             yield from _together(spec, levels, list(entries), (), not faults)
     yield from _rest_faults(spec, data, checked)
     yield from _nested_faults(data)
+    for i, piece in enumerate(map(as_map, as_list(data.get("slices")))):
+        yield from _slice_faults(spec, piece, ("slices", i), data, checked)
     for i, rule in enumerate(rules):
         loc: Loc = ("rules", i)
         own_spec = yield from _spec(rule.get("method"), (*loc, "method"), data)
@@ -106,13 +101,42 @@ def method_faults(data: Mapping[str, Any], match_faults: MatchFaults) -> Iterato
         own_faults = list(checked.faults(used, own, (*loc, "parameters")))
         yield from own_faults
         if own_spec or own or rule.get("models"):
-            if not own_spec and not rule.get("models"):
+            if (not own_spec and not rule.get("models")) or data.get("slices"):
                 used = replace(used, count=None, at_least=0)  # said for the recipe already
             inherits = spec is not None and used.name == spec.name
             levels = [own, per_model(entries), outer] if inherits else [own]
             named = [name for name in as_list(rule.get("models")) if isinstance(name, str)]
             plain = not own_faults and not (inherits and faults)
             yield from _together(used, levels, named or list(entries), loc, plain)
+
+
+def _slice_faults(
+    spec: MethodSpec | None,
+    piece: Mapping[str, Any],
+    loc: Loc,
+    data: Mapping[str, Any],
+    checked: Parameters,
+) -> Iterator[Fault]:
+    """Faults of a slice's method and parameters, and of both with the models that it has."""
+    used = yield from _spec(piece.get("method"), (*loc, "method"), data)
+    used = used or (spec if piece.get("method") is None else None)
+    if used is None:
+        return
+    own = as_map(piece.get("parameters"))
+    faults = list(checked.faults(used, own, (*loc, "parameters")))
+    yield from faults
+    levels = [own]
+    if spec is not None and used.name == spec.name:
+        entries = {name: _beside(entry) for name, entry in as_map(data.get("models")).items()}
+        levels += [per_model(entries), as_map(data.get("parameters"))]
+    taken = piece.get("layers")
+    models = [m for m in taken if m != "base"] if isinstance(taken, Mapping) else checked.models
+    yield from _together(used, levels, models, loc, not faults)
+
+
+def _beside(entry: Any) -> dict[str, Any]:
+    """The parameters of an entry of `models`, beside its source."""
+    return {key: value for key, value in as_map(entry).items() if key not in BESIDE}
 
 
 def _rest_faults(

@@ -10,20 +10,37 @@ from pathlib import Path
 from typing import Any
 
 from mowmerge.errors import Problem, RecipeError, did_you_mean
+from mowmerge.recipe import mergekit
 from mowmerge.recipe.check import check
 from mowmerge.recipe.model import Loc, Origin, Recipe, existing
-from mowmerge.recipe.text import dump, override, read
+from mowmerge.recipe.text import Document, dump, override, read, read_all
 
 SUFFIXES = (".yaml", ".yml")
 LOCK = "recipe.lock.yaml"
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a file, or of stdin for "-"; RecipeError with every fault in it."""
+def load(path: str | Path, overrides: Sequence[str] = (), *, strict: bool = False) -> Recipe:
+    """The recipe of a file, or of stdin for "-"; RecipeError with every fault in it.
+
+    With `strict` keys that a tool of another grammar ignores are faults too.
+    """
     if str(path) == "-":
-        return loads(sys.stdin.read(), overrides=overrides, file="<stdin>")
-    file = Path(path)
-    return loads(_text(file), file.stem, file.parent, overrides, str(path), (file.resolve(),))
+        recipe = loads(sys.stdin.read(), overrides=overrides, file="<stdin>")
+    else:
+        file, above = Path(path), (Path(path).resolve(),)
+        recipe = loads(content(file), file.stem, file.parent, overrides, str(path), above)
+    if strict and recipe.ignored:
+        raise RecipeError(recipe.ignored)
+    return recipe
+
+
+def native(path: str | Path, overrides: Sequence[str] = ()) -> str:
+    """The recipe of a file as YAML in the grammar of this tool, whatever the file's."""
+    text = sys.stdin.read() if str(path) == "-" else content(Path(path))
+    document, _, changed = _document(text, "<stdin>" if str(path) == "-" else str(path), overrides)
+    if document.problems:
+        raise RecipeError(document.problems)
+    return dump(document.data) if changed else text
 
 
 def kept(folder: Path) -> Path:
@@ -50,11 +67,12 @@ def loads(
         file: what errors call the text.
         above: the files whose nested recipe this is.
     """
-    document = read(text, file)
-    if overrides:
-        override(document, overrides)
+    document, ignored, changed = _document(text, file, overrides)
+    if changed:
         text = dump(document.data)
-    origin = Origin(name, folder or Path(), text, file, document.lines, bool(overrides))
+    origin = Origin(
+        name, folder or Path(), text, file, document.lines, bool(overrides), tuple(ignored)
+    )
     lock = document.data.get("lock") if isinstance(document.data, Mapping) else None
     if isinstance(lock, Mapping):
         found = document.data.get("coefficients")
@@ -63,6 +81,22 @@ def loads(
         place = origin.folder / str(lock.get("folder", "."))
         origin = replace(origin, name=str(lock.get("name", name)), folder=place)
     return _recipe(document.data, origin, document.problems, above)
+
+
+def _document(
+    text: str, file: str, overrides: Sequence[str]
+) -> tuple[Document, list[Problem], bool]:
+    """The text as data in the recipe's grammar, with the overrides in it; what in a file of
+    mergekit's is ignored; and whether it was one, or is changed."""
+    documents = read_all(text, file)
+    if not mergekit.recognised(documents):
+        document = documents[0] if len(documents) == 1 else read(text, file)
+        override(document, overrides)
+        return document, [], bool(overrides)
+    if overrides and len(documents) > 1:
+        raise RecipeError("--set is for a file of one document", where=file)
+    override(documents[0], overrides)
+    return (*mergekit.converted(documents), True)
 
 
 def _recipe(
@@ -139,11 +173,11 @@ def _inner(source: Any, loc: Loc, origin: Origin, above: tuple[Path, ...]) -> Re
         chain = [p.name for p in above[above.index(path.resolve()) :]]
         message = f"the recipe includes itself: {' -> '.join([*chain, path.name])}"
         raise RecipeError(message, where=origin.where(loc))
-    text = _text(path, origin.where(loc))
+    text = content(path, origin.where(loc))
     return loads(text, path.stem, path.parent, file=str(path), above=(*above, path.resolve()))
 
 
-def _text(path: Path, where: str = "") -> str:
+def content(path: Path, where: str = "") -> str:
     """The file's text; RecipeError where it cannot be read."""
     try:
         return path.read_text("utf-8-sig")

@@ -45,10 +45,16 @@ def json_schema() -> Node:
         "required": ["drop"],
         "anyOf": [{"required": [key]} for key in ("method", "parameters", "models")],
     }
+    tokens = definitions["Vocabulary"]["properties"]["tokens"]
+    row = definitions["Vocabulary"]["properties"]["missing"]["oneOf"]
+    tokens["additionalProperties"] = {"anyOf": [*row, tokens["additionalProperties"]]}
     specs = [get(name) for name in names()]
     summaries = " ".join(f"{spec.name}: {spec.summary}" for spec in specs)
     method = {"enum": [s.name for s in specs], "description": f"The merge method. {summaries}"}
     properties["method"] = rule["properties"]["method"] = method
+    piece = definitions["Slice"]
+    piece["properties"]["method"] = method
+    piece["allOf"] = [_when(spec, {"parameters": _parameters(spec)}) for spec in specs]
     rest = definitions["Rest"]
     rest["properties"]["method"] = {"enum": [s.name for s in specs if s.dynamic is None]}
     rest["allOf"] = [_when(s, {"parameters": _parameters(s)}) for s in specs if s.dynamic is None]
@@ -87,6 +93,7 @@ def _method(spec: MethodSpec, shared: Mapping[str, Any]) -> Node:
         "parameters": _parameters(spec),
         "models": {"additionalProperties": entry},
         "rules": {"items": inherits},
+        "slices": {"items": inherits},
     }
     return _when(spec, followed, ["base"] if spec.needs_base else [])
 

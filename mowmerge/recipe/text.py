@@ -78,11 +78,21 @@ def dump(data: Any) -> str:
 
 def read(text: str, file: str) -> Document:
     """Text to data; a syntax error is a RecipeError with its line, other faults are collected."""
-    document = Document(file)
+    documents = read_all(text, file)
+    if len(documents) > 1:
+        where = f"{file}:{documents[1].lines.get((), 1)}"
+        raise RecipeError("not a recipe: several documents in one file", where=where)
+    return documents[0]
+
+
+def read_all(text: str, file: str) -> list[Document]:
+    """The same of every document that is not empty; of an empty text the empty one."""
+    found = []
     try:
-        node = yaml.compose(text, Loader)
-        if node is not None:
+        for node in yaml.compose_all(text, Loader):
+            document = Document(file)
             document.data = _build(node, (), document, ())
+            found.append(document)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{file}:{mark.line + 1}" if mark else file
@@ -91,7 +101,11 @@ def read(text: str, file: str) -> Document:
         raise RecipeError(f"not YAML: {str(error).splitlines()[0]}", where=file) from None
     except RecursionError:
         raise RecipeError("not a recipe: nested too deeply", where=file) from None
-    return document
+    return (
+        [document for document in found if document.data is not None]
+        or found[:1]
+        or [Document(file)]
+    )
 
 
 def _build(node: yaml.Node, loc: Loc, document: Document, above: tuple[int, ...]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,12 +17,15 @@ class Place:
     """Where a tensor stands in its model.
 
     `depth` is 0 before the layers, layer / (layers - 1) inside, 1 after; 0 in a stack of one.
+    `within` is the same over the slice, the number of which is `slice` where the recipe has any.
     """
 
     name: str
     role: str
     layer: int | None
     depth: float
+    slice: int | None = None
+    within: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,8 @@ class Settings:
         entries = {name: model.parameters for name, model in recipe.models.items()}
         self.outer = [_ready(per_model(entries)), _ready(recipe.parameters)]
         self.rules = [_ready(rule.parameters) for rule in recipe.rules]
-        levels = [*self.outer, *self.rules]
+        self.slices = [_ready(piece.parameters) for piece in recipe.slices]
+        levels = [*self.outer, *self.rules, *self.slices]
         matches = [rule.match for rule in recipe.rules]
         matches += [match for level in levels for match in _matches(level)]
         self.globs = [match for match in matches if match.tensors is not None]
@@ -115,7 +119,8 @@ class Settings:
         key = (
             place.role if self.by_role else None,
             place.layer if self.by_layer else None,
-            place.depth if self.by_depth else None,
+            (place.depth, place.within) if self.by_depth else None,
+            place.slice,
             *[match.names(place.name) for match in self.globs],
         )
         found = self.known.get(key)
@@ -126,6 +131,13 @@ class Settings:
     def _settle(self, place: Place) -> Setting:
         recipe, levels, models = self.recipe, self.outer, tuple(self.recipe.models)
         method, drop, index = recipe.method, False, None
+        own: Any = {}  # of the slice
+        if place.slice is not None:
+            piece = recipe.slices[place.slice]
+            changes = piece.method is not None and piece.method != method
+            own, levels = self.slices[place.slice], [] if changes else levels
+            method, models = piece.method or method, piece.models(recipe.models)
+            levels = [own, *levels]
         for i, rule in enumerate(recipe.rules):
             if rule.match.accepts(place.name, place.role, place.layer):
                 changes = rule.method is not None and rule.method != method
@@ -133,18 +145,20 @@ class Settings:
                 method, drop, index = rule.method or method, rule.drop, i
                 models = rule.models or models
                 break
+        inner = replace(place, depth=place.within)
+        places = [(level, inner if level is own else place) for level in levels]
         parameters = {
-            name: tuple(_value(p, levels, model, place) for model in models)
+            name: tuple(_value(p, places, model) for model in models)
             if p.per_model
-            else _value(p, levels, None, place)
+            else _value(p, places, None)
             for name, p in get(method).parameters.items()
         }
         return Setting(method, parameters, models, drop, index)
 
 
-def _value(p: Parameter, levels: Sequence[Any], model: str | None, place: Place) -> Any:
+def _value(p: Parameter, levels: Sequence[tuple[Any, Place]], model: str | None) -> Any:
     """The first level's value that holds, else the method's default."""
-    found = (_at(level.get(p.name), model, place) for level in levels)
+    found = (_at(level.get(p.name), model, place) for level, place in levels)
     value = next((v for v in found if v is not None), p.default)
     return {"number": float, "integer": int}.get(p.kind, lambda v: v)(value)
 

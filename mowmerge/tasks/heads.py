@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +12,7 @@ from mowmerge.checkpoint.reader import StoredReader
 from mowmerge.checkpoint.source import config, find
 from mowmerge.errors import CheckpointError, SourceError, did_you_mean
 from mowmerge.recipe import parse
+from mowmerge.recipe.model import Match
 from mowmerge.tensors import DTYPES, torch
 
 
@@ -78,6 +79,28 @@ def load(
         keys = "; ".join(f"{what}: {', '.join(names)}" for what, names in wrong.items() if names)
         raise CheckpointError(f"does not load as {name}: {keys}", where=str(folder))
     return model.eval()
+
+
+def grafted(trunk: Any, whole: Any, head: Sequence[str]) -> Any:
+    """`whole` with every tensor of `trunk`'s but those whose names match `head`, which it keeps.
+
+    Raises:
+        CheckpointError: the two differ in more than in these.
+    """
+    named = Match(tensors=tuple(head))
+    theirs, ours = (
+        {name: value for name, value in model.state_dict().items() if not named.names(name)}
+        for model in (trunk, whole)
+    )
+    for name in [*ours, *theirs]:
+        one, two = (list(each[name].shape) if name in each else "absent" for each in (theirs, ours))
+        if one != two:
+            raise CheckpointError(
+                f"its '{name}' is {one}, and in the expert that has the head {two}"
+            )
+    for name, value in ours.items():
+        value.copy_(theirs[name])
+    return whole
 
 
 def joined(models: Iterable[Any]) -> tuple[Any, Any] | None:

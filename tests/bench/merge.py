@@ -34,13 +34,21 @@ OURS: Mapping[str, Mapping[str, Any]] = {
     "ties": {"method": "ties", "parameters": {"density": 0.5, "trim": "tensor"}},
     "dare": {"method": "dare", "parameters": {"density": 0.5, "elect": "mass"}},
     "ties-global": {"method": "ties", "parameters": {"density": 0.5, "trim": "global"}},
+    "breadcrumbs": {"method": "breadcrumbs", "parameters": {"density": 0.5, "gamma": 0.01}},
+    "della": {"method": "della", "parameters": {"density": 0.5, "epsilon": 0.1}},
+    "sce": {"method": "sce", "parameters": {"density": 0.5}},
 }
 THEIRS: Mapping[str, Mapping[str, Any]] = {
     "linear": {"merge_method": "linear", "parameters": {"normalize": True}},
     "ties": {"merge_method": "ties", "parameters": {"normalize": True}},
     "dare": {"merge_method": "dare_ties", "parameters": {"normalize": False}},
+    "breadcrumbs": {"merge_method": "breadcrumbs", "parameters": {"gamma": 0.01}},
+    "della": {"merge_method": "della", "parameters": {"epsilon": 0.1}},
+    "sce": {"merge_method": "sce", "parameters": {"select_topk": 0.5}},
 }
-LEAST = {"linear": 5, "ties": 10, "dare": 6}  # times less CPU than mergekit
+LEAST = {  # times less CPU than mergekit
+    "linear": 5, "ties": 10, "dare": 6, "breadcrumbs": 6, "della": 6, "sce": 6,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from mowmerge import api
 from mowmerge.errors import RecipeError, ResourceError, SourceError
-from mowmerge.evals import models
+from mowmerge.evals import aggregates, costs, markdown, models, page, words
 from mowmerge.evals.kinds import causal_lm
 from mowmerge.evals.score import Evaluation
 from mowmerge.evals.settings import Options
@@ -164,6 +165,8 @@ def test_other_merges_stand_beside_it(tmp_path: Path, file: Path) -> None:
     assert all(len(g.mean) == 2 and g.entropy >= 0 for g in gates.values())
     assert sum(next(iter(gates.values())).mean) == pytest.approx(1.0, abs=1e-4)
     assert found.flags["mow, oracle"]["needs_task_id"] and not found.flags["mow"]["needs_task_id"]
+    assert found.flags["mow"]["output"] == "dynamic"
+    assert found.flags["mow"]["faithful"] == "variant (mow)"
     shutil.copytree(tmp_path / "out", tmp_path / "x/merged")
     with pytest.raises(RecipeError, match="two of the models to score are called 'merged'"):
         api.evaluate(tmp_path / "out", file, against=[str(tmp_path / "x/merged")])
@@ -185,7 +188,64 @@ def test_what_is_known_of_models_data_and_costs(tmp_path: Path, file: Path) -> N
         assert cost.throughput == pytest.approx(cost.items / cost.seconds)
     assert costs["merged"].items == 3 * N and costs["expert"].items == 2 * N
     assert {"torch", "transformers", "mowmerge"} <= set(found.settings["versions"])
-    assert not found.flags["merged"]["needs_data"]
+    flags = found.flags["merged"]
+    assert flags["needs_base"] and not flags["needs_data"] and not flags["needs_labels"]
+    assert (flags["heads"], flags["faithful"], flags["output"]) == ("merged", "yes", "static")
+    assert (
+        found.flags["expert"] | {"needs_base": False, "heads": "own", "faithful": None}
+        == (found.flags["expert"])
+    )
+    (tmp_path / "out/recipe.yaml").unlink()
+    (tmp_path / "out/recipe.lock.yaml").unlink()  # a folder that somebody else merged
+    unknown = api.evaluate(tmp_path / "out", file, against=()).flags["merged"]
+    assert unknown["needs_base"] is None and unknown["faithful"] is None
+
+
+def test_what_answers_cost_is_kept_with_them_and_with_what_they_ran_on(
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = Options(cache=tmp_path / "cache")
+    first = api.evaluate(tmp_path / "out", file, options=options)
+    assert {c.row: (c.items, c.earlier) for c in first.costs} == {
+        "merged": (3 * N, False), "base": (3 * N, False), "expert": (2 * N, False)
+    }  # fmt: skip
+    on = first.costs[0].on
+    assert set(on) == {"machine", "device", "threads", "processes", "batch"}
+    assert (on["device"], on["threads"], on["batch"]) == ("cpu", torch.get_num_threads(), 64)
+    again = api.evaluate(tmp_path / "out", file, options=options)
+    for one, two in zip(first.costs, again.costs, strict=True):
+        assert two.earlier and two.latency > 0
+        assert two == replace(one, earlier=True)
+    monkeypatch.setattr(costs, "_processor", lambda: "another machine")
+    shutil.copytree(tmp_path / "out", tmp_path / "second")
+    model = load_file(tmp_path / "second/model.safetensors")
+    save_file({n: v * 1.01 for n, v in model.items()},
+              tmp_path / "second/model.safetensors", {"format": "pt"})  # fmt: skip
+    both = api.evaluate(
+        tmp_path / "out", file, against=("base", "experts", str(tmp_path / "second")),
+        options=options,
+    )  # fmt: skip
+    found = {c.row: c for c in aggregates.costs(both.costs)}
+    assert found["second"].on["machine"] == "another machine" and not found["second"].earlier
+    assert found["base"].on == on and found["base"].earlier
+    assert set(found["second"].ratios) == {"parameters", "bytes_on_disk"}
+    assert set(found["base"].ratios) == {
+        "parameters", "bytes_on_disk", "peak_bytes", "latency", "throughput",
+    }  # fmt: skip
+    made = api.report_on(both, tmp_path / "out", file)
+    said = " ".join(words.conditions(made))
+    assert "second: measured on machine another machine" in said and "earlier run" in said
+    assert "merged (earlier)" in page.render(made) and "merged (earlier)" in markdown.render(made)
+    monkeypatch.undo()
+    content = json.loads(file.read_text())
+    rows(tmp_path / "more.jsonl", {"text": "a hen sat"})
+    content["tasks"]["more"] = content["tasks"]["general"] | {
+        "data": {"path": "json", "data_files": {"test": "./more.jsonl"}}
+    }
+    file.write_text(json.dumps(content))  # a task more: what is new and what was kept add up
+    added = {c.row: c for c in api.evaluate(tmp_path / "out", file, options=options).costs}
+    assert added["merged"].items == 3 * N + 1 and not added["merged"].earlier
+    assert added["expert"].items == 2 * N and added["expert"].earlier
 
 
 def test_an_expert_that_is_gone_is_named_with_its_task(tmp_path: Path, file: Path) -> None:
@@ -207,6 +267,27 @@ def test_the_command_keeps_by_default_and_says_so(tmp_path: Path, file: Path) ->
     assert ran.rc == 5 and "out2" in ran.err
     assert not (tmp_path / ".mowmerge-cache").exists()
     assert zoo.here("eval", "out", "--dtype", "int8").rc == 2
+
+
+def test_a_file_of_tasks_alone_is_scored_with_the_folders_models(
+    tmp_path: Path, file: Path
+) -> None:
+    tasks = json.loads(file.read_text())["tasks"]
+    (tmp_path / "elsewhere").mkdir()
+    alone = tmp_path / "elsewhere/tasks.yaml"
+    for name in list(tasks):
+        shutil.copy(tmp_path / f"{name}.jsonl", tmp_path / "elsewhere")
+    alone.write_text(json.dumps({"tasks": tasks}))
+    found = api.evaluate(tmp_path / "out", alone)
+    assert figures(found) == figures(api.evaluate(tmp_path / "out", file))
+    zoo = Zoo(tmp_path)
+    ran = zoo.here("eval", "out", "--tasks", "elsewhere/tasks.yaml", "--no-cache", "--json")
+    assert ran.rc == 0, ran.err
+    told = json.loads(ran.out)
+    assert told["run"]["recipe"] == "recipe" and "elsewhere/tasks.yaml" in told["run"]["command"]
+    alone.write_text("tasks:\n  one: {expert: oen, type: causal-lm, data: {path: json}}\n")
+    ran = zoo.here("eval", "out", "--tasks", "elsewhere/tasks.yaml")
+    assert ran.rc == 3 and "tasks.yaml:2" in ran.err and "did you mean 'one'" in ran.err
 
 
 def test_a_model_that_is_spread_over_devices_scores_the_same(tmp_path: Path, file: Path) -> None:

@@ -93,6 +93,11 @@ def test_front_matter_unites_what_the_inputs_say(out: Path) -> None:
     }  # fmt: skip
     assert "| a | `a` (not published) |  | apache-2.0 |" in made.text
     assert 'AutoModelForCausalLM.from_pretrained("org/demo")' in made.text
+    assert "[arXiv:2306.01708](https://arxiv.org/abs/2306.01708) | variant |" in made.text
+    for row in ("needs base | yes", "needs data | no", "needs labels | no", "heads | merged",
+                "uses test inputs | no", "needs to be told the task | no",
+                "methods as published | variant (ties)"):  # fmt: skip
+        assert f"| {row} |" in made.text
 
 
 def test_what_a_merge_wrote_is_what_a_push_completes(out: Path) -> None:
@@ -163,16 +168,25 @@ def test_trained_routers_and_kept_heads_are_told(zoo: Zoo) -> None:
     zoo.family("llama", 2)
     zoo.merge({"method": "wemoe"})
     report = zoo.folder / "out" / "report.json"
-    section = {"objective": "task", "steps": 9, "kept_step": 8, "metrics": {"accuracy": 0.5}}
+    section = {
+        "trained": True,
+        "objective": "task",
+        "steps": 9,
+        "kept_step": 8,
+        "metrics": {"accuracy": 0.5},
+    }
     report.write_text(json.dumps({**json.loads(report.read_text()), "router": section}))
     text = card(zoo.folder / "out").text
     assert "trained routers choose. Objective task, step 8 of 9, accuracy 0.5." in text
     for name in "ab":
         tensors = {"w": torch.ones(2), "classifier.weight": torch.ones(3, 2)}
         zoo.save(name, tensors)
+    assert "| needs data | yes |" in text and "| needs to be told the task | no |" in text
     content = {"method": "linear", "models": {n: f"./{n}" for n in "ab"}}
     zoo.merge({**content, "heads": {"match": "classifier.*"}}, "headed")
-    assert 'mowmerge.load(folder, task="...")' in (zoo.folder / "headed/README.md").read_text()
+    text = (zoo.folder / "headed/README.md").read_text()
+    assert 'mowmerge.load(folder, task="...")' in text and "| heads | per_task |" in text
+    assert "| needs to be told the task | for the head |" in text
 
 
 def test_a_card_that_cannot_be_read_says_nothing(zoo: Zoo) -> None:

@@ -10,28 +10,22 @@ import pytest
 import torch
 from golden_cases import (
     CASES,
-    Parameters,
-    Recipe,
     assert_within_tolerance,
-    by_token,
     deltas,
     expected,
     extra,
-    renamed,
     stored,
     wide,
 )
 from torch import Tensor
 
 from mowmerge.methods import ops, registry
-from mowmerge.methods.contracts import Draws
 
 torch.set_num_threads(1)
-MERGEKIT = [name for name in CASES if re.match(r"mergekit_(?!stat_)", name)]
+MERGEKIT = [name for name in CASES if name.startswith("mergekit_")]  # tests/recipe
 GLOBAL = [name for name in CASES if name.startswith("ties_global_")]
-STATISTICAL = [name for name in CASES if name.startswith("mergekit_stat_")]
 DYNAMIC = [name for name in CASES if re.match("mow_merge|wemoe_|smile_", name)]  # tests/dynamic
-SEEDS = 200
+SPECTRAL = [name for name in CASES if re.match("iso_c|tsvm|star|knots|opcm", name)]  # its own file
 
 
 def method(name: str) -> Callable[..., Any]:
@@ -39,108 +33,6 @@ def method(name: str) -> Callable[..., Any]:
 
 
 dare, ties, adamerging_pp = method("dare"), method("ties"), method("adamerging_pp")
-
-
-# --- mergekit's recipes
-
-
-TASK_VECTORS = {
-    "task_arithmetic": ("task_arithmetic", {}),
-    "ties": ("ties", {"trim": "tensor", "zero_sign": "plus"}),
-    "breadcrumbs": ("breadcrumbs", {"elect": "none"}),
-    "breadcrumbs_ties": ("breadcrumbs", {"elect": "mass"}),
-}
-
-
-def merged(recipe: Recipe, name: str, tensors: dict[str, Tensor]) -> Tensor:
-    """One output tensor by the recipe's method, in fp32."""
-    p = Parameters(recipe, name)
-    base = tensors.get(recipe.base)
-    experts = [model for model in tensors if model != recipe.base]
-    everyone, others = (torch.stack([tensors[m] for m in who]) for who in (tensors, experts))
-    if recipe.method in ("linear", "passthrough", "slerp", "karcher"):
-        return on_models(recipe, p, list(tensors), everyone)
-    if recipe.method in ("nuslerp", "multislerp", "nearswap", "arcee_fusion"):
-        return beside_a_base(recipe, p, experts, others, base)
-    assert base is not None
-    moved = others - base
-    if recipe.method in TASK_VECTORS:
-        return base + on_task_vectors(recipe, p, experts, moved)
-    if recipe.method == "model_stock":
-        wise = bool(p.shared("filter_wise", False))
-        return base + method("model_stock")(moved, filter_wise=wise, clamp=False)
-    if recipe.method == "sce":
-        return base + method("sce")(moved, density=p.shared("select_topk", 1.0), floor=1e-6)
-    plus = recipe.method == "ramplus_tl"
-    return base + method("ram")(
-        moved,
-        eps=p.shared("epsilon", 1e-5),
-        boost=p.shared("r", 0.1) if plus else 0.0,
-        cap=p.shared("alpha", 0.2),
-        counts="tensor",
-    )
-
-
-def on_models(recipe: Recipe, p: Parameters, names: list[str], models: Tensor) -> Tensor:
-    if recipe.method == "linear":
-        normalize = bool(p.shared("normalize", True))
-        return method("linear")(models, weight=p.each("weight", names, ...), normalize=normalize)
-    if recipe.method == "passthrough":
-        return method("passthrough")(models, scale=p.each("scale", names, 1.0))
-    if recipe.method == "karcher":
-        return method("karcher")(
-            models, max_iter=p.shared("max_iter", 10), tol=p.shared("tol", 1e-5)
-        )
-    first = names.index(recipe.base)
-    return method("slerp")(models[[first, 1 - first]], t=p.shared("t", ...))
-
-
-def beside_a_base(
-    recipe: Recipe, p: Parameters, names: list[str], models: Tensor, base: Tensor | None
-) -> Tensor:
-    if recipe.method == "nearswap":
-        return method("nearswap")(models, base, t=p.shared("t", ...), floor=1e-6)
-    if recipe.method == "arcee_fusion":
-        return method("arcee_fusion")(models, base)
-    weight = p.each("weight", names, ...)
-    if recipe.method == "multislerp":
-        return method("multislerp")(models, base, weight=weight)
-    by_row = "columns" if p.shared("nuslerp_row_wise", False) else "rows"
-    axis = "all" if p.shared("nuslerp_flatten", True) else by_row
-    return method("nuslerp")(models, base, weight=weight, axis=axis)
-
-
-def on_task_vectors(recipe: Recipe, p: Parameters, names: list[str], moved: Tensor) -> Tensor:
-    ours, given = TASK_VECTORS[recipe.method]
-    given = {**given, "weight": p.each("weight", names, ...), "scale": p.shared("lambda", 1.0)}
-    normalize = bool(p.shared("normalize", recipe.method == "ties"))
-    if ours == "task_arithmetic":
-        return method(ours)(moved, normalize=normalize, **given)
-    if ours == "breadcrumbs":
-        given["gamma"] = p.each("gamma", names, 0.01)
-    return method(ours)(
-        moved,
-        density=p.each("density", names, 1.0),
-        aggregate="mean" if normalize else "sum",
-        rescale=bool(p.shared("rescale", False)),
-        **given,
-    )
-
-
-@pytest.mark.parametrize("case", MERGEKIT)
-def test_mergekit(case: str) -> None:
-    recipe = Recipe(case)
-    ids = extra(case)["output_vocab"] if "tokenizer" in recipe.raw else None
-    got = {}
-    for name, value in expected(case).items():
-        piece, offset, _ = recipe.place(name)
-        tensors = {
-            model: wide(model, renamed(name, start + offset)) for model, start, _ in piece.sources
-        }
-        if ids:
-            tensors = by_token(name, tensors, recipe.base, ids)
-        got[name] = merged(recipe, name, tensors).to(value.dtype)
-    assert_within_tolerance(case, got)
 
 
 # --- the papers' own code
@@ -213,62 +105,6 @@ def test_dare_by_magnitude() -> None:
             _, expert, name = key.split("/")
             got[key] = dare(deltas(base, [f"models/{expert}"], name), **options)
     assert_within_tolerance(case, got)
-
-
-@pytest.mark.parametrize("case", STATISTICAL)
-def test_random_drops_in_distribution(case: str) -> None:
-    told = extra(case)
-    p = told["parameters"]
-    name, _, variant = told["method"].partition("_")
-    elect = "mass" if variant == "ties" or told["method"] == "della" else "none"
-    drop = method(name)
-    own = [{"epsilon": e} for e in p["epsilon"]] if name == "della" else [{}] * len(p["experts"])
-    shared = {"epsilon": p["epsilon"]} if name == "della" else {}
-    experts = [f"models/{e}" for e in p["experts"]]
-    rescale = "l1" if p["extra"].get("rescale", True) else "none"
-    for tensor, want in told["tensors"].items():
-        base, moved = wide("models/base", tensor), deltas("models/base", experts, tensor)
-        draws = [Draws(seed, p["experts"], tensor) for seed in range(SEEDS)]
-
-        for i, expert in enumerate(want["experts"]):
-            one, given = moved[i : i + 1], {"density": p["density"][i], **own[i]}
-            given |= {"elect": "none", "aggregate": "sum"}
-            alone = [Draws(d.seed, [expert["expert"]], tensor) for d in draws]
-            left = [(drop(one, rescale="none", rng=d, **given) != 0).sum().item() for d in alone]
-            kept = [count / max(1, int((one != 0).sum())) for count in left]
-            error = sum(kept) / SEEDS - expert["expected_kept_fraction"]
-            assert abs(error) <= 5 * expert["binomial_sd"] / SEEDS**0.5
-            norm = one.double().abs().sum().item()
-            for d in alone[:20]:
-                after = drop(one, rescale="l1", rng=d, **given).double().abs().sum().item()
-                assert after == pytest.approx(norm, rel=1e-6)
-
-        runs = torch.stack([
-            base.double()
-            + drop(
-                moved,
-                weight=p["weight"],
-                density=p["density"],
-                elect=elect,
-                aggregate="mean" if told["method"] == "della" else "sum",
-                rescale=rescale,
-                scale=p["extra"].get("lambda", 1.0),
-                rng=d,
-                **shared,
-            )
-            for d in draws
-        ]).reshape(SEEDS, -1)  # fmt: skip
-        at, mean = want["positions"], runs.mean(0)
-        index = torch.tensor(at["flat_index"])
-        ours, theirs = runs.std(0)[index] / SEEDS**0.5, torch.tensor(at["mc_standard_error"])
-        gap = (mean[index] - torch.tensor(at["mc_mean"])).abs()
-        assert (gap <= 5 * (ours**2 + theirs**2).sqrt() + 1e-7).all()
-        if elect == "none" and rescale == "none":
-            p_delta = torch.tensor([w * d for w, d in zip(p["weight"], p["density"], strict=True)])
-            hope = torch.tensordot(p_delta.double(), moved.double(), 1) * p["extra"]["lambda"]
-            noise = (runs.var(0).sum() / SEEDS).sqrt()
-            far = (mean - (base.double() + hope).reshape(-1)).norm()
-            assert far <= 1.5 * noise
 
 
 def whole_model(base: str, experts: list[str]) -> tuple[list[str], Tensor]:
@@ -353,6 +189,7 @@ def test_every_case_is_run() -> None:
         *PER_COLUMN,
         *PER_MODEL,
     }
-    static = {n for n, case in CASES.items() if case.get("family") != "dynamic"} - {*DYNAMIC}
-    assert {*MERGEKIT, *GLOBAL, *STATISTICAL, *named} == static
+    static = {n for n, case in CASES.items() if case.get("family") != "dynamic"}
+    static -= {*DYNAMIC, *SPECTRAL}
+    assert {*MERGEKIT, *GLOBAL, *named} == static
     assert len(static) == 79

@@ -111,7 +111,7 @@ def test_no_recipe_at_all(text: str, message: str) -> None:
     [
         ("a: 1\nb: [1\n", "r.yaml:3", "not YAML: expected ',' or ']', but got '<stream end>'"),
         ("a: *b\n", "r.yaml:1", "not YAML: found undefined alias 'b'"),
-        ("a: 1\n---\nb: 2\n", "r.yaml:2", "not YAML: but found another document"),
+        ("a: 1\n---\nb: 2\n", "r.yaml:3", "not a recipe: several documents in one file"),
         ("a: &x [1, *x]\n", "r.yaml:1", "an anchor contains itself"),
         ("[" * 1500, "r.yaml", "not a recipe: nested too deeply"),
         ("a: \x07", "r.yaml",

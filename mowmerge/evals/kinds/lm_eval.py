@@ -1,8 +1,10 @@
 """Anything in lm-evaluation-harness by name, through its Python API around the model as loaded.
 
 A task's metric is the harness's, such as acc or exact_match,strict-match; the task's first if none
-is named. The others are among the extras. Dynamic checkpoints are asked one request at a time: the
-harness pads without a mask, and a router would see the padding.
+is named. The others are among the extras. The harness pads what it scores without a mask, and a
+router would see the padding: dynamic decoders are asked through `_masked`, which gives one, so that
+each request's gates are those that it has alone. Dynamic encoder-decoders are asked one request at
+a time: the harness pads what the decoder reads, and says nowhere how far.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 from mowmerge.errors import RecipeError, SourceError, did_you_mean
 from mowmerge.evals.job import Answer, Job, Place, Scored, Tools
 from mowmerge.evals.models import Loaded
+from mowmerge.evals.tokens import padded, parts
 from mowmerge.recipe.model import Recipe
 from mowmerge.recipe.task import Asking
 from mowmerge.tensors import torch
@@ -129,9 +132,10 @@ def _ask(loaded: Loaded, way: str, place: Place) -> Answer:
 
     harness: Harness = place.job.items
     backend = "seq2seq" if loaded.model.config.is_encoder_decoder else "causal"
-    size = 1 if loaded.entry.dynamic else BATCH
+    dynamic = loaded.entry.dynamic
+    size = 1 if dynamic and backend == "seq2seq" else BATCH
     with _silent(), _forced(loaded, way, place):
-        model = HFLM(
+        model = (_masked(loaded.pad) if dynamic and backend == "causal" else HFLM)(
             pretrained=loaded.model, backend=backend, tokenizer=loaded.tools.processor,
             batch_size=size,
         )  # fmt: skip
@@ -153,6 +157,36 @@ def _ask(loaded: Loaded, way: str, place: Place) -> Answer:
     mean = fsum(items) / len(items) if items else None
     kept = items if mean is not None and isclose(mean, values[metric], abs_tol=1e-9) else []
     return {"metric": metric, "values": values, "items": kept}
+
+
+def _masked(pad: int) -> Any:
+    """The harness's model with a mask of what counts among the tokens that it scores; what it
+    generates from has one of its own."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Masked(HFLM):  # type: ignore[misc]
+        """Sums of log p(continuation | context), and whether each is the greedy one."""
+
+        def _loglikelihood_tokens(
+            self, requests: Sequence[Any], disable_tqdm: bool = False, override_bs: Any = None
+        ) -> list[tuple[float, bool]]:
+            wholes = [(before + after)[-(self.max_length + 1) :] for _, before, after in requests]
+            order = sorted(range(len(wholes)), key=lambda i: -len(wholes[i]))  # of like length
+            found: dict[int, tuple[float, bool]] = {}
+            for some in parts(order, BATCH):
+                ids, mask = padded([wholes[i][:-1] for i in some], pad)
+                given = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+                with torch.no_grad():
+                    logits = self.model(**given).logits
+                for i, each in zip(some, logits, strict=True):
+                    last, n = len(wholes[i]) - 1, len(requests[i][2])
+                    logp = torch.log_softmax(each[last - n : last], -1, dtype=self.softmax_dtype)
+                    at = torch.tensor(wholes[i][-n:], device=logp.device)
+                    greedy = bool((logp.argmax(-1) == at).all())
+                    found[i] = float(logp.gather(-1, at[:, None]).sum()), greedy
+            return [found[i] for i in range(len(wholes))]
+
+    return Masked
 
 
 def _metric(job: Job, known: Sequence[str]) -> str:

@@ -2,7 +2,8 @@
 
 A class's embedding is the mean of its prompts' normalised embeddings, normalised; logits are
 logit_scale * cosine. The text tower is the model's own, or that of `options: {clip: ...}` where
-only vision towers were merged.
+only vision towers were merged. In a whole dynamic CLIP each tower mixes its weights by its own
+input.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def answer(loaded: Loaded, way: str, places: Sequence[Place], given: Any) -> lis
     """The nearest class of each item's own task."""
     images = _images(loaded, way, places, given)
     scale = loaded.clip.logit_scale.exp().float()
-    texts = {p.job.name: _texts(loaded, p.job) for p in places}
+    texts = {p.job.name: _texts(loaded, way, p.job) for p in places}
     widest = max(map(len, texts.values()))
     logits = torch.full((len(places), widest), float("-inf"), device=images.device)
     for row, place in enumerate(places):
@@ -72,7 +73,7 @@ def answer(loaded: Loaded, way: str, places: Sequence[Place], given: Any) -> lis
 def _images(loaded: Loaded, way: str, places: Sequence[Place], given: Any) -> Tensor:
     """Normalised embeddings [B,d]."""
     out = loaded(way, places, range(len(places)), **given)
-    embedded = out.get("image_embeds")
+    embedded = out.get("embeds") if loaded.prompts else out.get("image_embeds")
     if embedded is None:
         pooled = out.get("pooler_output")
         if pooled is None:
@@ -84,20 +85,31 @@ def _images(loaded: Loaded, way: str, places: Sequence[Place], given: Any) -> Te
     return torch.nn.functional.normalize(embedded.float(), dim=-1)
 
 
-def _texts(loaded: Loaded, job: Job) -> Tensor:
-    """Normalised embeddings of a task's classes [C,d]; worked out once a model."""
-    if job.name not in loaded.kept:
+def _texts(loaded: Loaded, way: str, job: Job) -> Tensor:
+    """Normalised embeddings of a task's classes [C,d]; worked out once a model and way."""
+    key = f"{job.name}, {way}"
+    if key not in loaded.kept:
         prompts = job.asked.options.templates
         names = classes(job)
         texts = [prompt.replace("{}", name) for name in names for prompt in prompts]
         given = loaded.text_tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        clip, rows = loaded.clip, []
+        rows = []
         for start in range(0, len(texts), 64):
             some = {k: v[start : start + 64].to(loaded.device) for k, v in given.items()}
-            pooled = clip.text_model(**some).pooler_output
-            embedded = clip.text_projection(pooled).float()
+            embedded = _embedded(loaded, way, job, some).float()
             rows.append(torch.nn.functional.normalize(embedded, dim=-1))
         each = torch.cat(rows).view(len(names), len(prompts), -1).mean(1)
-        loaded.kept[job.name] = torch.nn.functional.normalize(each, dim=-1)
-    found: Tensor = loaded.kept[job.name]
+        loaded.kept[key] = torch.nn.functional.normalize(each, dim=-1)
+    found: Tensor = loaded.kept[key]
+    return found
+
+
+def _embedded(loaded: Loaded, way: str, job: Job, some: Mapping[str, Tensor]) -> Tensor:
+    """The embeddings of prompts [B,d]; under the task's expert where its weights are told."""
+    found: Tensor
+    if loaded.prompts is None:
+        found = loaded.clip.text_projection(loaded.clip.text_model(**some).pooler_output)
+        return found
+    told = loaded.told(way, [Place(job, 0)] * len(some["input_ids"]))
+    found = loaded.prompts(**some, **told)["embeds"]
     return found

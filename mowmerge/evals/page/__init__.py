@@ -5,14 +5,15 @@ from __future__ import annotations
 from importlib.resources import files
 
 from mowmerge.evals import words
-from mowmerge.evals.page import facts, sections
+from mowmerge.evals.page import facts, matrix, sections
 from mowmerge.evals.page.nodes import Node, node, text
 from mowmerge.evals.schema import Report
 
 NAMED = {
     "scores": "scores", "normalised": "beside the experts", "rivals": "more than chance?",
-    "routing": "routing", "calibration": "calibration", "merge": "the merge", "costs": "costs",
-    "forgetting": "against the base", "provenance": "provenance",
+    "matrix": "every expert", "routing": "routing", "calibration": "calibration",
+    "merge": "the merge", "costs": "costs", "forgetting": "against the base",
+    "provenance": "provenance",
 }  # fmt: skip
 
 
@@ -20,6 +21,7 @@ def render(report: Report) -> str:
     """The page."""
     made = [
         sections.heat(report), sections.bars(report), sections.rivals(report),
+        matrix.matrix(report),
         sections.routing(report), sections.calibration(report), facts.merge(report),
         facts.costs(report), facts.forgetting(report), facts.rests(report),
     ]  # fmt: skip

@@ -144,7 +144,7 @@ def costs(report: Report) -> Element:
     for cost in report.costs:
         ratios = cost.ratios
         rows.append([
-            cost.row,
+            f"{cost.row} (earlier)" if cost.earlier else cost.row,
             _cost(f"{cost.parameters / 1e6:,.3g} M", ratios.get("parameters")),
             _cost(words.size(cost.bytes_on_disk), ratios.get("bytes_on_disk")),
             _cost(words.size(cost.peak_bytes), ratios.get("peak_bytes")),
@@ -152,9 +152,16 @@ def costs(report: Report) -> Element:
             _cost(f"{cost.throughput:,.4g} /s", ratios.get("throughput")),
         ])  # fmt: skip
     heads: list[Node] = ["", "parameters", "on disk", "peak memory", "latency", "throughput"]
-    made = table(heads, rows, "As measured, and as a multiple of one expert", kind="figures",
-                 strong=lambda row: row[0] == report.subject)  # fmt: skip
-    return section("costs", "What it costs", f"{note} {missing}".strip(), made)
+    made = table(
+        heads,
+        rows,
+        "As measured, and as a multiple of one expert",
+        kind="figures",
+        strong=lambda row: str(row[0]).removesuffix(" (earlier)") == report.subject,
+    )
+    said = [node("li", line) for line in (*words.conditions(report), missing) if line]
+    under = node("ul", *said, class_="under") if said else None
+    return section("costs", "What it costs", note, made, under)
 
 
 def _cost(said: str, ratio: float | None) -> Element:

@@ -18,19 +18,22 @@ def settle(
     *,
     base: Tensor | None = None,
     rows: bool = False,
+    matrix: bool = False,
 ) -> Any:
     """Runs a reduction on one tensor in memory and returns its state: what the engine streams.
 
-    rows: in whole rows, as for scope row.
+    rows: in whole rows, as for scope row. matrix: in one piece, as for a method on matrices.
     """
     rounds = reduce([Extent(tuple(values.shape[1:]), parameters)])
-    shape = values.shape[1:] if rows and values.dim() > 2 else (1, -1) if rows else (-1,)
+    whole_rows = rows and values.dim() > 2
+    shape = values.shape[1:] if matrix or whole_rows else (1, -1) if rows else (-1,)
     whole = Block(
         values.reshape(len(values), *shape),
         parameters,
         rng or Draws(),
         values[0].numel(),
         None if base is None else base.reshape(shape),
+        matrix,
     )
     try:
         fold = next(rounds)
@@ -75,7 +78,7 @@ class Sum:
 class Most:
     """The largest of fn(block), entry by entry, over all blocks."""
 
-    share = 1.0
+    share, exact = 1.0, True
 
     def __init__(self, fn: Callable[[Block], Tensor]) -> None:
         self.fn = fn

@@ -48,7 +48,13 @@ def kth_largest(
     return found
 
 
-def trim_thresholds(density: Sequence[float], total: int, *, extra: int) -> Reduction:
+def trim_thresholds(
+    density: Sequence[float],
+    total: int,
+    *,
+    extra: int,
+    of: Scores = lambda block: block.values,
+) -> Reduction:
     """Returns each model's least magnitude of those that trimming keeps; 0s where all keep all.
 
     Of `total` entries model i keeps floor(total * density[i]) + extra, at least 1; none at 0.
@@ -56,7 +62,7 @@ def trim_thresholds(density: Sequence[float], total: int, *, extra: int) -> Redu
     if all(d == 1 for d in density):
         return [0.0] * len(density)
     ranks = [min(total, max(1, int(total * d) + extra)) if d > 0 else 0 for d in density]
-    return (yield from kth_largest(ranks, total))
+    return (yield from kth_largest(ranks, total, of))
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,8 @@ class _Order:
 class _Sample:
     """Keeps a share of each model's numbers."""
 
+    exact = True
+
     def __init__(self, n: int, share: float, of: Scores, order: _Order) -> None:
         self.n, self.share, self.of, self.order = n, share, of, order
         self.kept: list[list[Any]] = [[] for _ in range(n)]
@@ -102,7 +110,9 @@ class _Sample:
         return _Sample(self.n, self.share, self.of, self.order)
 
     def observe(self, block: Block) -> None:
+        step = round(1 / min(1.0, self.share)) | 1 if block.matrix else 1  # matrices come whole
         for kept, value in zip(self.kept, self.of(block), strict=True):
+            value = value.reshape(-1)[::step]
             kept.append(value.cpu().numpy().ravel().copy())
             self.order = _Order(self.order.signed, value.element_size())
 
@@ -132,7 +142,7 @@ class _Count:
     in most bins, the bin is as good as one code.
     """
 
-    share = 1.0
+    share, exact = 1.0, True
 
     def __init__(self, spans: Sequence[tuple[int, int] | None], of: Scores, order: _Order) -> None:
         self.spans, self.of, self.order = spans, of, order

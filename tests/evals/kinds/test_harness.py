@@ -8,6 +8,7 @@ from random import Random
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from mowmerge import api
@@ -108,6 +109,48 @@ def test_a_dynamic_checkpoint_told_its_expert_scores_as_the_expert(
         assert oracle.items == expert.items
     assert len(scores["merged", "own"].routed) == 17
     assert set(found.gates) == {"merged"}
+
+
+@pytest.mark.parametrize("method", ["mow", "wemoe"])
+def test_a_dynamic_checkpoint_answers_in_batches_as_one_at_a_time(
+    tmp_path: Path, tasks: dict[str, Any], method: str
+) -> None:
+    """Log likelihoods whole, rolled and greedy ones, and generations, whatever is beside them."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    from mowmerge.evals.kinds.lm_eval import _masked
+
+    parameters = {"blocks": 2} if method == "mow" else {}
+    file = recipe(tmp_path, "base", ["one", "two"], tasks, method=method, parameters=parameters,
+                  rest={"method": "linear"})  # fmt: skip
+    model = api.load(api.merge(file, tmp_path / "out").path)
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for value in model.mow_router.parameters():
+            value.add_(torch.randn_like(value) * 0.3)
+    words = AutoTokenizer.from_pretrained(tmp_path / "one")
+    chance = Random(1)
+    pairs = [(sentence(chance, 1 + i % 9), f" {sentence(chance, 1 + i % 4)}") for i in range(40)]
+    pairs.append((sentence(chance, 60), " the cat"))  # loses its beginning
+
+    def asked(kind: Any, size: int) -> tuple[list[Any], list[Any], list[str]]:
+        lm = kind(pretrained=model, backend="causal", tokenizer=words, batch_size=size)
+        told = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+        texts = [Instance("loglikelihood_rolling", {}, p[:1], i) for i, p in enumerate(pairs)]
+        how = {"until": ["."], "max_gen_toks": 4}
+        open_ = [Instance("generate_until", {}, (p[0], how), i) for i, p in enumerate(pairs)]
+        return (lm.loglikelihood(told, disable_tqdm=True),
+                lm.loglikelihood_rolling(texts, disable_tqdm=True),
+                lm.generate_until(open_, disable_tqdm=True))  # fmt: skip
+
+    alone, batched, careless = asked(HFLM, 1), asked(_masked(0), 16), asked(HFLM, 16)
+    assert [p for p, _ in batched[0]] == pytest.approx([p for p, _ in alone[0]], abs=1e-5)
+    assert [greedy for _, greedy in batched[0]] == [greedy for _, greedy in alone[0]]
+    assert batched[1] == pytest.approx(alone[1], rel=1e-6, abs=1e-5)
+    assert batched[2] == alone[2]
+    far = [abs(a - b) for (a, _), (b, _) in zip(alone[0], careless[0], strict=True)]
+    assert max(far) > 1e-3  # without a mask the routers see the padding
 
 
 def test_what_is_refused(tmp_path: Path, tasks: dict[str, Any]) -> None:

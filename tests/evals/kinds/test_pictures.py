@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,9 +19,10 @@ from transformers import (
 )
 
 from mowmerge import api
-from mowmerge.errors import RecipeError
+from mowmerge.errors import CheckpointError, RecipeError
+from mowmerge.evals.settings import Options
 from mowmerge.tasks import metrics
-from tests.evals.making import clips, recipe
+from tests.evals.making import clips, recipe, tokenizer
 
 CLASSES = {"pets": ["cat", "dog", "hen"], "places": ["mat", "the mat"]}
 TEMPLATES = ["a photo of the {}.", "the {}"]
@@ -97,6 +100,77 @@ def test_a_whole_clip_and_a_dynamic_tower(tmp_path: Path, tasks: dict[str, Any])
     for name in CLASSES:
         assert found["merged, oracle", name].true == found["expert", name].true
         assert set(found["merged", name].routed) <= {0, 1}
+
+
+def whole(tmp_path: Path, tasks: dict[str, Any], method: str, **parameters: Any) -> Path:
+    """A recipe over experts of a whole CLIP, text tower and all."""
+    base = CLIPModel.from_pretrained(tmp_path / "clip")
+    for i, name in enumerate(CLASSES):
+        model = copy.deepcopy(base)
+        torch.manual_seed(i + 1)
+        with torch.no_grad():
+            for value in model.parameters():
+                value.add_(torch.randn_like(value) * 0.05)
+        shutil.rmtree(tmp_path / name)
+        model.save_pretrained(tmp_path / name)
+        tokenizer(tmp_path / name)
+        ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(tmp_path / name)
+    own = {n: t | {"options": {"templates": TEMPLATES}} for n, t in tasks.items()}
+    return recipe(tmp_path, "clip", list(CLASSES), own, method=method, parameters=parameters)
+
+
+@pytest.mark.parametrize("method", ["wemoe", "smile", "emr"])
+def test_a_whole_dynamic_clip_told_its_expert_is_that_expert_extracted(
+    tmp_path: Path, tasks: dict[str, Any], method: str
+) -> None:
+    file = whole(tmp_path, tasks, method)
+    out = api.merge(file, tmp_path / "out").path
+    found = {(s.row, s.task): s for s in api.evaluate(out, file).scores}
+    assert ("merged" in {row for row, _ in found}) == (method != "emr")  # which has to be told
+    for name in CLASSES:
+        dense = api.extract(out, tmp_path / f"{name}-again", expert=name).path
+        (alone,) = [s for s in api.evaluate(dense, file, against=()).scores if s.task == name]
+        told = found["merged, oracle", name]
+        assert told.predicted == alone.predicted
+        assert told.confidence == pytest.approx(alone.confidence, abs=1e-5)
+        base = found["base", name]
+        assert told.confidence != pytest.approx(base.confidence, abs=1e-4)
+
+
+def test_each_tower_of_a_whole_dynamic_clip_mixes_by_its_own_input(
+    tmp_path: Path, tasks: dict[str, Any]
+) -> None:
+    file = whole(tmp_path, tasks, "wemoe")
+    out = api.merge(file, tmp_path / "out").path
+    one, many = (
+        {s.task: s for s in api.evaluate(out, file, against=(), options=Options(batch=b)).scores
+         if s.row == "merged"}
+        for b in (1, 64)
+    )  # fmt: skip
+    model = api.load(out)
+    for name, classes in CLASSES.items():
+        assert one[name].nll == pytest.approx(many[name].nll, abs=1e-5)
+        given = AutoTokenizer.from_pretrained(tmp_path / "clip")(
+            [t.format(c) for c in classes for t in TEMPLATES], padding=True, return_tensors="pt"
+        )
+        file_ = sorted((tmp_path / f"data-{name}").rglob("*.png"))[0]
+        processor = ViTImageProcessorPil.from_pretrained(tmp_path / "clip")
+        with Image.open(file_) as image, torch.no_grad():
+            seen = processor(image.convert("RGB"), return_tensors="pt")["pixel_values"]
+            # as many pictures as prompts, so that forward itself can answer
+            both = model(**given, pixel_values=seen.repeat(len(given["input_ids"]), 1, 1, 1))
+        texts = both.text_embeds.view(len(classes), len(TEMPLATES), -1).mean(1)
+        texts = texts / texts.norm(dim=-1, keepdim=True)
+        logits = model.logit_scale.exp() * texts @ both.image_embeds[0]
+        best = float(logits.softmax(0).max())
+        assert min(abs(best - c) for c in many[name].confidence) < 1e-5
+
+
+def test_a_router_for_both_towers_is_refused(tmp_path: Path, tasks: dict[str, Any]) -> None:
+    file = whole(tmp_path, tasks, "mow", blocks=1)
+    out = api.merge(file, tmp_path / "out").path
+    with pytest.raises(CheckpointError, match="(?s)one router for both towers.*as wemoe"):
+        api.evaluate(out, file)
 
 
 def test_a_tower_alone_needs_a_clip(tmp_path: Path, tasks: dict[str, Any]) -> None:

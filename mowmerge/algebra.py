@@ -1,0 +1,52 @@
+"""What a merge costs beside reading and writing, and what in it is rarely meant, from its jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from mowmerge.methods import registry
+from mowmerge.plan import Algebra, TensorJob
+
+HOURS = 10**15  # floating-point operations from which on a processor takes hours
+
+
+def algebra(jobs: Sequence[TensorJob]) -> Algebra | None:
+    """What the methods on matrices decompose; None where there are none.
+
+    A thin SVD of [m,k] is counted as 6 l s^2 + 20 s^3 operations, l and s its longer and shorter
+    side (Golub and Van Loan, R-SVD).
+    """
+    each = [one for job in jobs for one in (job, job.anchor) if one is not None and one.matrix]
+    shapes = [shape for job in each for shape in _decomposed(job)]
+    if not shapes:
+        return None
+    costs = [6 * max(s) * min(s) ** 2 + 20 * min(s) ** 3 for s in shapes]
+    return Algebra(len(each), len(shapes), sum(costs), shapes[costs.index(max(costs))])
+
+
+def _decomposed(job: TensorJob) -> Sequence[tuple[int, int]]:
+    """The shapes of the decompositions that a job's method takes."""
+    decompositions = registry.get(str(job.method)).decompositions
+    assert decompositions is not None
+    return decompositions(job.output.shape, len(job.models))
+
+
+def cautions(jobs: Sequence[TensorJob], found: Algebra | None) -> Iterator[str]:
+    """What the user should know before the merge runs."""
+    if found and found.flops >= HOURS:
+        rows, columns = found.largest
+        yield (
+            f"{found.decompositions} decompositions, the largest {rows}x{columns}, take about"
+            f" {found.flops:.0e} floating-point operations: hours on a processor; --device cuda is"
+            " for that"
+        )
+    for job in jobs:
+        if job.method == "task_arithmetic":
+            p = job.parameters
+            total = p["scale"] * sum(p["weight"])
+            if len(job.models) > 1 and total > 1 and not p["normalize"]:
+                yield (
+                    f"task_arithmetic adds up {total:g} task vectors (scale times the weights);"
+                    " above 1 results often break: the paper tunes scale between 0 and 1"
+                )
+                return

@@ -1,0 +1,198 @@
+"""Singular values and vectors: what the methods on matrices share.
+
+A thin SVD is in the dtype of its matrix, after a QR where that is long or wide; what needs no more
+than a polar factor or the leading vectors of the shorter side has them from the Gram matrix of that
+side in fp64, which knows singular values down to 1e-8 of the largest: LAPACK in fp32 to 1e-7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from mowmerge.tensors import Tensor, torch
+
+NOTHING = 1e-6  # share of the largest singular value up to which one is the rounding of none
+LONG = 2  # from this ratio of the sides on a QR comes first
+COLUMNS = 1024  # worked on at a time in fp64
+OVERSAMPLED = 16  # columns that the range finder draws beyond the rank
+ITERATIONS = 4  # passes of its subspace iteration
+WORTH = 8  # a randomised decomposition pays where the rank is below a share of the shorter side
+
+Factors = tuple[Tensor, Tensor]
+"""B [m,r] and A [r,k] of a matrix that is known as their product."""
+
+
+@dataclass(frozen=True)
+class Svd:
+    """left [m,r] diag(values [r]) right [r,k], the values in descending order."""
+
+    left: Tensor
+    values: Tensor
+    right: Tensor
+
+    @property
+    def matrix(self) -> Tensor:
+        """The product [m,k]."""
+        found: Tensor = (self.left * self.values) @ self.right
+        return found
+
+    @property
+    def rank(self) -> int:
+        """How many singular values are more than the rounding of none."""
+        return int((self.values > NOTHING * self.values.amax()).sum()) if len(self.values) else 0
+
+    def cut(self, rank: int) -> Svd:
+        """The leading triplets, without the memory of the others."""
+        left, right = self.left[:, :rank], self.right[:rank]
+        return Svd(left.clone(), self.values[:rank].clone(), right.clone())
+
+
+def svd(matrix: Tensor) -> Svd:
+    """The thin SVD of [m,k], with min(m,k) triplets."""
+    rows, columns = matrix.shape
+    if rows < columns:
+        turned = svd(matrix.T)
+        return Svd(turned.right.T, turned.values, turned.left.T)
+    if rows < LONG * columns:
+        return _svd(matrix)
+    basis, core = torch.linalg.qr(matrix)
+    found = _svd(core)
+    return Svd(basis @ found.left, found.values, found.right)
+
+
+def _svd(matrix: Tensor) -> Svd:
+    """By LAPACK; in fp64 where the driver does not converge, or gives what is not finite."""
+    try:
+        found = Svd(*torch.linalg.svd(matrix, full_matrices=False))
+        if found.values.isfinite().all():
+            return found
+    except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
+        pass
+    again = torch.linalg.svd(matrix.double().cpu(), full_matrices=False)
+    return Svd(*(part.to(matrix) for part in again))
+
+
+def product_svd(left: Tensor, right: Tensor) -> Svd:
+    """The thin SVD of left [m,r] right [r,k], which is never formed.
+
+    QR of both, SVD of the small core between them: O((m + k) r^2).
+    """
+    q, r = torch.linalg.qr(left)
+    p, t = torch.linalg.qr(right.T)
+    core = _svd(r @ t.T)
+    return Svd(q @ core.left, core.values, core.right @ p.T)
+
+
+def svds(deltas: Tensor, factors: Sequence[Factors] | None = None) -> Iterator[Svd]:
+    """The thin SVD of each of [N,m,k]; from their factors, of those ranks, where they are known."""
+    if factors is None:
+        yield from map(svd, deltas)
+    else:
+        for left, right in factors:
+            yield product_svd(left, right)
+
+
+def few(rank: int, shape: Sequence[int]) -> bool:
+    """Whether a randomised decomposition pays for that many triplets of a matrix."""
+    return (rank + OVERSAMPLED) * WORTH < min(shape)
+
+
+def leading_svd(matrix: Tensor, rank: int) -> Svd:
+    """The leading `rank` triplets of [m,k]; where that is few of many, in a randomised basis.
+
+    In the range of D (D' D)^4 X with X Gaussian of a fixed seed (Halko et al., arXiv:0909.4061).
+    The error is not guessed: |D|^2 less the squares of the values is what was lost.
+    """
+    if not few(rank, matrix.shape):
+        return svd(matrix).cut(rank)
+    draws = torch.Generator().manual_seed(0)
+    start = torch.randn(matrix.shape[1], rank + OVERSAMPLED, generator=draws, dtype=matrix.dtype)
+    basis = torch.linalg.qr(matrix @ start.to(matrix.device))[0]
+    for _ in range(ITERATIONS):
+        across = torch.linalg.qr(matrix.T @ basis)[0]
+        basis = torch.linalg.qr(matrix @ across)[0]
+    found = _svd(basis.T @ matrix)
+    return Svd(basis @ found.left, found.values, found.right).cut(rank)
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Of a matrix the singular values [r], in descending order, and the singular vectors [s,r] of
+    its shorter side s, both in fp64; r is the number of values above NOTHING."""
+
+    values: Tensor
+    vectors: Tensor
+
+
+def spectrum(matrix: Tensor) -> Spectrum:
+    """Singular values and left vectors of [m,k], right ones where it is longer than wide."""
+    wide = _wide(matrix)
+    products = wide.new_zeros(len(wide), len(wide), dtype=torch.float64)
+    for start in range(0, wide.shape[1], COLUMNS):
+        part = wide[:, start : start + COLUMNS].double()
+        products.addmm_(part, part.T)
+    return _of_gram(products)
+
+
+def _of_gram(products: Tensor) -> Spectrum:
+    """Singular values and vectors from the inner products of a matrix's rows."""
+    squares, vectors = torch.linalg.eigh(products)
+    values = squares.clamp_(min=0.0).sqrt_().flip(0)
+    used = values > NOTHING * values.amax() if len(values) else values > 0
+    return Spectrum(values[used], vectors.flip(1)[:, used])
+
+
+def completed(matrix: Tensor, found: Spectrum, rank: int) -> Svd:
+    """The leading `rank` triplets of [m,k], from its spectrum: V' = U' D / S, in fp64."""
+    wide, inner = _wide(matrix), found.vectors[:, :rank]
+    turn = (inner / found.values[:rank]).T
+    outer = torch.empty(turn.shape[0], wide.shape[1], dtype=matrix.dtype, device=matrix.device)
+    for start in range(0, wide.shape[1], COLUMNS):
+        outer[:, start : start + COLUMNS] = turn @ wide[:, start : start + COLUMNS].double()
+    values, inner = found.values[:rank].to(matrix), inner.to(matrix)
+    long = len(matrix) > matrix.shape[1]
+    return Svd(outer.T, values, inner.T) if long else Svd(inner, values, outer)
+
+
+def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """The polar factor U V' of [m,k] = U S V', of the rank that it has, and S in fp64.
+
+    Directions with S_j <= 1e-6 S_1 are left out: there U and V are whatever LAPACK returns.
+    """
+    found = spectrum(matrix)
+    root = (found.vectors / found.values) @ found.vectors.T
+    wide = _wide(matrix)
+    factor = torch.empty_like(wide)
+    for start in range(0, wide.shape[1], COLUMNS):
+        factor[:, start : start + COLUMNS] = root @ wide[:, start : start + COLUMNS].double()
+    return (factor.T if len(matrix) > matrix.shape[1] else factor), found.values
+
+
+def left_basis(deltas: Tensor, factors: Sequence[Factors] | None = None) -> tuple[Tensor, Tensor]:
+    """The left singular vectors [m,R] and the singular values [R] of [D_1 .. D_N], side by side.
+
+    R counts the values above NOTHING. Through Gram matrices: the long right vectors, U' D_i over S,
+    are never formed. From factors D_i = L_i R_i through one QR of [L_1 .. L_N].
+    """
+    if factors is None:
+        beside = torch.cat(list(deltas), 1)
+        found = spectrum(beside)
+        basis = found.vectors
+        if len(beside) > beside.shape[1]:
+            basis = (beside.double() @ basis) / found.values
+        return basis.to(deltas), found.values.to(deltas)
+    turn, core = torch.linalg.qr(torch.cat([left for left, _ in factors], 1).double())
+    products = core.new_zeros(len(core), len(core))
+    for (_, right), part in zip(
+        factors, core.split([len(right) for _, right in factors], 1), strict=True
+    ):
+        wide = right.double()
+        products += part @ (wide @ wide.T) @ part.T
+    found = _of_gram(products)
+    return (turn @ found.vectors).to(deltas), found.values.to(deltas)
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    """The matrix, or its transpose where it is longer than wide."""
+    return matrix.T if len(matrix) > matrix.shape[1] else matrix

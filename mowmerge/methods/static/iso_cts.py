@@ -1,0 +1,73 @@
+"""Iso-CTS: an isotropic merge in what the task vectors share, and in what is each one's own."""
+
+from __future__ import annotations
+
+from mowmerge.methods.contracts import Unit
+from mowmerge.methods.ops import added, weighted_sum
+from mowmerge.methods.ops.spectral import NOTHING, polar, svd
+from mowmerge.methods.registry import merge_method
+from mowmerge.tensors import Tensor, torch
+
+
+def _workspace(shape: tuple[int, ...], n: int) -> int:
+    """One decomposition, all kept triplets, and the Gram matrices of both sides in fp64."""
+    return 2 * shape[0] * shape[1] + 3 * sum(shape) * min(shape) + 16 * min(shape) ** 2
+
+
+def _decompositions(shape: tuple[int, ...], n: int) -> list[tuple[int, int]]:
+    rows, columns = shape
+    return [(rows, columns)] * (n + 1) + [(rows, min(shape)), (min(shape), columns)]
+
+
+def _ranks(rank: int, n: int, common: float) -> tuple[int, int]:
+    """How many directions are shared, and how many each model's own: c + n s = rank."""
+    own = min(round((rank - int(rank * common)) / n), rank // n)
+    return rank - n * own, own
+
+
+@merge_method(
+    paper="arXiv:2502.04959",
+    scope="tensor",
+    workspace=_workspace,
+    decompositions=_decompositions,
+    laws=("permutation", "scale"),
+    exempt={"float64": "fp32's rounding turns directions whose singular values are close"},
+)
+def iso_cts(
+    deltas: Tensor, *, common: Unit = 0.8, vocabulary: bool = False, scale: float = 1.0
+) -> Tensor:
+    """The isotropic merge in shared and in own directions, made orthogonal, times scale.
+
+    r = min(m,k) directions, c of them the leading ones of sum_i D_i = U S V', s of each model those
+    of D_i - U_c U_c' D_i, with c + N s = r; out = scale * mean(all their singular values) * P Q'
+    with P and Q the polar factors of all left and of all right directions.
+
+    Shapes: deltas [N,m,k] -> delta [m,k]; of what is no matrix scale * the mean of D_i.
+
+    Args:
+        common: share of the directions that are the sum's, rounded so that each model gets as many
+            of its own.
+        vocabulary: whether embeddings and output heads are matrices too.
+        scale: factor on the result, the paper's alpha, which is tuned there.
+
+    Source: Iso-CTS, arXiv:2502.04959, algorithm 2; reference code iso.py.
+    Differs: directions without a singular value (below 1e-6 of the largest) take no part, neither
+    in P Q' nor in the mean, where the code has arbitrary ones. No more own directions than there
+    are: the code's count can leave less than none to the sum. Vocabulary tables are not decomposed,
+    where the code spares text_projection.
+    """
+    n = len(deltas)
+    if deltas.dim() != 3 or not deltas.numel():
+        return weighted_sum(deltas, [scale / n] * n)
+    shared, own = _ranks(min(deltas.shape[1:]), n, common)
+    parts = [svd(added(list(deltas))).cut(shared)]
+    if own:
+        basis = parts[0].left
+        parts += [svd(delta - basis @ (basis.T @ delta)).cut(own) for delta in deltas]
+    values = torch.cat([part.values for part in parts])
+    used = values > NOTHING * values.amax()
+    if not used.any():
+        return torch.zeros_like(deltas[0])
+    left = polar(torch.cat([part.left for part in parts], 1)[:, used])[0]
+    right = polar(torch.cat([part.right for part in parts])[used])[0]
+    return (left @ right).mul_(scale * float(values[used].double().mean()))

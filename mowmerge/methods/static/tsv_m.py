@@ -1,0 +1,73 @@
+"""TSV-M: the leading singular triplets of every task vector, their directions made orthogonal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mowmerge.methods.contracts import PerModel, Unit
+from mowmerge.methods.ops import spread, weighted_sum
+from mowmerge.methods.ops.spectral import NOTHING, Factors, polar, svds
+from mowmerge.methods.registry import merge_method
+from mowmerge.tensors import Tensor, torch
+
+
+def _workspace(shape: tuple[int, ...], n: int) -> int:
+    """One decomposition, all kept triplets, and the Gram matrices of both sides in fp64."""
+    return 3 * sum(shape) * min(shape) + 16 * min(shape) ** 2
+
+
+def _decompositions(shape: tuple[int, ...], n: int) -> list[tuple[int, int]]:
+    rows, columns = shape
+    kept = n * max(1, min(shape) // n)
+    return [(rows, columns)] * n + [(rows, kept), (kept, columns)]
+
+
+@merge_method(
+    paper="arXiv:2412.00081",
+    scope="tensor",
+    workspace=_workspace,
+    decompositions=_decompositions,
+    laws=("permutation", "scale"),
+    exempt={"float64": "fp32's rounding turns directions whose singular values are close"},
+)
+def tsv_m(
+    deltas: Tensor,
+    *,
+    weight: PerModel[float] = 1.0,
+    density: Unit = 0.0,
+    vocabulary: bool = False,
+    scale: float = 1.0,
+    factors: Sequence[Factors] | None = None,
+) -> Tensor:
+    """The sum of the task vectors' leading singular triplets, with directions made orthogonal.
+
+    D_i = U_i S_i V_i', of each the first q triplets; U = polar([U_1 .. U_N]) and V =
+    polar([V_1 .. V_N]) with polar(A) = P Q' for A = P S Q'; out = scale * U diag(weight_i S_i) V'.
+
+    Shapes: deltas [N,m,k] -> delta [m,k]; of what is no matrix scale * the mean of weight_i D_i.
+
+    Args:
+        weight: coefficient of each task vector.
+        density: share of a matrix's triplets kept of each task vector, at least one; 0 shares them
+            out: 1/N.
+        vocabulary: whether embeddings and output heads are matrices too.
+        scale: factor on the result, the paper's alpha.
+
+    Source: Task Singular Vectors, arXiv:2412.00081, TSV-M; reference code TSVM_utils.py.
+    Differs: triplets without a singular value (below 1e-6 of the largest) take no part, and polar
+    is of the rank that there is: a task vector of zeros, of low rank, or there twice does not bend
+    the others' directions by arbitrary ones. More models than triplets keep one each, where the
+    code keeps none. Vocabulary tables are not decomposed, where the code spares text_projection.
+    Adapters on the base are decomposed as the products that they are.
+    """
+    n, each = len(deltas), [float(w) for w in spread(weight, len(deltas))]
+    if deltas.dim() != 3 or not deltas.numel():
+        return weighted_sum(deltas, [scale * w / n for w in each])
+    least = min(deltas.shape[1:])
+    rank = max(1, int(least * density) if density else least // n)
+    parts = [found.cut(rank) for found in svds(deltas, factors)]
+    values = torch.cat([part.values * w for part, w in zip(parts, each, strict=True)])
+    used = values.abs() > NOTHING * values.abs().amax() if len(values) else values > 0
+    left = polar(torch.cat([part.left for part in parts], 1)[:, used])[0]
+    right = polar(torch.cat([part.right for part in parts])[used])[0]
+    return ((left * values[used]) @ right).mul_(scale)

@@ -1,0 +1,110 @@
+"""What a document of mergekit's says beside the merge: dtype, chat template and tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mowmerge.recipe.mergekit.presets import DTYPES
+from mowmerge.recipe.mergekit.reading import Reader, Reference, as_map
+from mowmerge.recipe.model import Loc
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+ELSEWHERE = ("alpaca", "exaone", "llama3", "mistral")  # templates that are not written here
+
+Names = Mapping[tuple[Reference, int], str]
+Found = dict[str, tuple[Any, Loc]]  # what a key of the recipe holds, and where it comes from
+
+
+def found(reader: Reader, names: Names) -> Found:
+    """`output` and `vocabulary`, where the document says anything of them."""
+    return _output(reader) | _vocabulary(reader, names)
+
+
+def _output(reader: Reader) -> Found:
+    """The dtype that is written, which out_dtype says, else dtype; and the chat template."""
+    given, output = reader.document.data, {}
+    at: Loc = ()
+    for key in ("dtype", "out_dtype"):
+        named = given.get(key)
+        dtype = str(named).removeprefix("torch.")
+        if named is None:
+            continue
+        if dtype not in DTYPES:
+            reader.fault((key,), f"{key} must be one of {', '.join(DTYPES)}, not '{named}'")
+            continue
+        output["dtype"], at = dtype, (key,)
+    template = given.get("chat_template")
+    if template in ELSEWHERE:
+        hint = "write `chat_template:` as the Jinja text, or auto for that of most models"
+        reader.fault(("chat_template",), f"the template '{template}' is not built in here", hint)
+    elif template:
+        output["chat_template"] = CHATML if template == "chatml" else template
+        at = ("chat_template",)
+    return {"output": (output, at)} if output else {}
+
+
+def _vocabulary(reader: Reader, names: Names) -> Found:
+    """tokenizer, or the tokenizer_source that it replaces."""
+    given = reader.document.data
+    block, at = given.get("tokenizer"), ("tokenizer",)
+    if given.get("tokenizer_source"):
+        if block:
+            reader.fault(("tokenizer_source",), "tokenizer and tokenizer_source are two for one")
+        block, at = {"source": given["tokenizer_source"]}, ("tokenizer_source",)
+    if not block:
+        return {}
+    if not isinstance(block, Mapping):
+        reader.fault(at, "tokenizer must be a mapping: {source: union}")
+        return {}
+    reader.known(at, block, ("source", "tokens", "pad_to_multiple_of"))
+    source = block.get("source") or "union"
+    if source == "base":
+        source = _named(reader, names, at, given.get("base_model"))
+    elif source != "union":
+        source = _named(reader, names, at, source)
+    told: dict[str, Any] = {"source": source}
+    tokens = {
+        token: _token(reader, names, (*at, "tokens", token), as_map(asked))
+        for token, asked in as_map(block.get("tokens")).items()
+    }
+    told |= {"tokens": tokens} if tokens else {}
+    if block.get("pad_to_multiple_of"):
+        told["pad_to_multiple_of"] = block["pad_to_multiple_of"]
+    return {"vocabulary": (told, at)}
+
+
+def _named(reader: Reader, names: Names, loc: Loc, given: Any) -> str:
+    """What a model is called in the recipe: base, or its name."""
+    reference = reader.reference(loc, given)
+    if reference is None:
+        reader.fault(loc, "there is no base_model whose tokens these could be")
+        return "base"
+    if (reference, 0) in names:
+        return names[reference, 0]
+    if reference != reader.reference(loc, reader.document.data.get("base_model")):
+        reader.fault(loc, f"'{reference.model}' is none of the models that are merged")
+    return "base"
+
+
+def _token(reader: Reader, names: Names, loc: Loc, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """One token's exception: whose row models take that lack it, or with `force` all models."""
+    reader.known(loc, asked, ("source", "force"))
+    given = asked.get("source")
+    parts = as_map(given)
+    kind = parts.get("kind")
+    told: dict[str, Any] = {"force": True} if asked.get("force") else {}
+    if kind == "zero":
+        return {"source": "zero", **told}
+    if kind == "model_token":
+        row: dict[str, Any] = {"model": _named(reader, names, loc, parts.get("model"))}
+        for theirs, ours in (("token", "token"), ("token_id", "id")):
+            if parts.get(theirs) is not None:
+                row[ours] = parts[theirs]
+        return {"source": row, **told}
+    if given is not None:
+        return {"source": {"model": _named(reader, names, loc, given)}, **told}
+    return told

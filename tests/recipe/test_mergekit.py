@@ -1,0 +1,444 @@
+"""mergekit's files: what each becomes, what is ignored, what is refused, and where."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pytest
+import torch
+from zoo import Zoo, llama, raw
+
+from mowmerge import api
+from mowmerge.errors import CheckpointError, RecipeError
+from mowmerge.methods import registry
+from mowmerge.planner import build
+from mowmerge.recipe import parse
+from mowmerge.recipe.mergekit.presets import PRESETS
+from mowmerge.recipe.text import read
+
+TIES = """\
+merge_method: ties
+base_model: org/base@v1
+models:
+  - model: org/math
+    parameters: {weight: 0.5, density: 0.6}
+  - model: org/code+me/lora@r2
+    parameters:
+      weight: 0.3
+parameters: {normalize: false, int8_mask: true, lambda: 1e-1}
+dtype: torch.bfloat16
+"""
+
+
+def native(text: str, tmp_path: Path) -> Any:
+    """The converted recipe as data."""
+    (tmp_path / "k.yml").write_text(text)
+    return read(parse.native(tmp_path / "k.yml"), "k").data
+
+
+def faults(text: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        parse.loads(text, file="k.yml")
+    return [str(problem) for problem in caught.value.problems]
+
+
+def ignored(text: str) -> list[str]:
+    return [str(problem) for problem in parse.loads(text, file="k.yml").ignored]
+
+
+# --- what each part becomes
+
+
+def test_a_recipe_with_every_default_said(tmp_path: Path) -> None:
+    assert native(TIES, tmp_path) == {
+        "method": "ties", "base": "org/base@v1",
+        "models": {
+            "math": {"source": "org/math", "weight": 0.5, "density": 0.6},
+            "code-lora": {"source": "org/code", "adapter": "me/lora@r2", "weight": 0.3},
+        },
+        "parameters": {
+            "trim": "tensor", "zero_sign": "plus", "scale": 0.1, "aggregate": "sum",
+            "density": 1.0, "rescale": False,
+        },
+        "output": {"dtype": "bfloat16"},
+    }  # fmt: skip
+
+
+def test_every_preset_names_what_its_method_takes() -> None:
+    for preset in PRESETS.values():
+        spec = registry.get(preset.method)
+        for name, value in preset.defaults.items():
+            assert not spec.parameters[name].fault(value), (preset, name)
+        for word in preset.words.values():
+            assert spec.parameters[word.ours].per_model == word.each, (preset, word)
+            for value in word.flag or ():
+                assert not spec.parameters[word.ours].fault(value)
+        assert (preset.base == "required") == spec.needs_base
+
+
+WEIGHTED = "merge_method: linear\nmodels:\n  - {model: a, parameters: {weight: %s}}\n"
+
+
+@pytest.mark.parametrize(("given", "ours"), [
+    ("0.3", 0.3),
+    ("'1e-3'", 1e-3),
+    ("true", 1.0),
+    ("[0.2]", 0.2),
+    ("[0.5, 0.5]", 0.5),
+    ("[0, 1]", [{"match": {"layers": "0.."}, "value": [0, 1]}, {"value": 0}]),
+    ("{filter: mlp, value: 0.2}", [{"match": {"tensors": "*mlp*"}, "value": 0.2}, {"value": 9}]),
+    ("[{filter: 'a[*]?', value: 1}, {filter: '*', value: 2}, {value: 3}]",
+     [{"match": {"tensors": "*a[[][*]][?]*"}, "value": 1}, {"value": 2}]),
+    ("[{filter: mlp, value: [1, 3]}]",
+     [{"match": {"tensors": "*mlp*", "layers": "0.."}, "value": [1, 3]},
+      {"match": {"tensors": "*mlp*"}, "value": 1}, {"value": 9}]),
+    ("[]", 9),
+])  # fmt: skip
+def test_settings(tmp_path: Path, given: str, ours: Any) -> None:
+    found = native(WEIGHTED % given + "parameters: {weight: 9}", tmp_path)
+    assert found["parameters"]["weight"] == ours
+
+
+def test_levels_from_the_source_to_the_top(tmp_path: Path) -> None:
+    found = native(
+        """
+merge_method: task_arithmetic
+base_model: b
+modules:
+  default:
+    slices:
+      - sources:
+          - {model: b, layer_range: [0, 2]}
+          - {model: x, layer_range: [0, 2], parameters: {weight: [{filter: q, value: 1}]}}
+        parameters: {weight: [{filter: k, value: 2}], lambda: 0.5}
+    parameters: {weight: [{filter: v, value: 3}]}
+parameters: {weight: 4, lambda: 7}
+""",
+        tmp_path,
+    )
+    assert found["parameters"]["scale"] == 1.0  # of what no slice is
+    (piece,) = found["slices"]
+    assert piece["layers"] == {"x": "0..1", "base": "0..1"}
+    assert piece["parameters"]["scale"] == 0.5
+    assert [item["value"] for item in piece["parameters"]["weight"]] == [1, 2, 3, 4]
+
+
+def test_filters_know_layers_by_the_source_s_numbers(tmp_path: Path) -> None:
+    found = native(
+        """
+merge_method: passthrough
+slices:
+  - sources:
+      - {model: x, layer_range: [0, 4], parameters: {scale: {filter: layers.2., value: 0.5}}}
+  - sources:
+      - model: x
+        layer_range: [10, 13]
+        parameters:
+          scale:
+            - {filter: layers.11.mlp, value: 0.1}
+            - {filter: layers.1, value: 0.2}
+            - {filter: layers.2., value: 0.3}
+            - {value: 1}
+""",
+        tmp_path,
+    )
+    first, second = (piece["parameters"]["scale"] for piece in found["slices"])
+    assert first == [{"match": {"tensors": "*layers.2.*"}, "value": 0.5}]
+    assert second == [
+        {"match": {"tensors": "*layers.5.mlp*"}, "value": 0.1},
+        {"match": {"tensors": ["*layers.4.*", "*layers.5.*", "*layers.6.*"]}, "value": 0.2},
+        {"value": 1},
+    ]
+
+
+def test_the_base_is_what_the_method_makes_of_it(tmp_path: Path) -> None:
+    plain = "base_model: z\nmodels: [{model: x}, {model: z}]\n"
+    assert list(native("merge_method: karcher\n" + plain, tmp_path)["models"]) == ["z", "x"]
+    unlisted = "base_model: z\nmodels: [{model: x}]\nparameters: {t: 0.5}\n"
+    found = native("merge_method: slerp\n" + unlisted, tmp_path)
+    assert list(found["models"]) == ["z", "x"]
+    assert "base" not in found
+    found = native(
+        "merge_method: multislerp\nparameters: {weight: 1}\n"
+        + plain.replace("x}", "x}, {model: y}"),
+        tmp_path,
+    )
+    assert (found["base"], list(found["models"])) == ("z", ["x", "y"])
+
+
+def test_the_donor_of_a_stack_is_the_base(tmp_path: Path) -> None:
+    text = """
+merge_method: passthrough
+base_model: %s
+slices:
+  - sources: [{model: x, layer_range: [0, 2]}]
+  - sources: [{model: y, layer_range: [0, 2]}]
+"""
+    assert list(native(text % "y", tmp_path)["models"]) == ["y", "x"]
+    found = native(text % "z", tmp_path)
+    assert (found["base"], list(found["models"])) == ("z", ["x", "y"])
+
+
+def test_a_model_twice_in_a_slice_has_two_names(tmp_path: Path) -> None:
+    found = native(
+        "merge_method: linear\nparameters: {weight: 1}\nslices: [{sources: "
+        "[{model: o/x, layer_range: [0, 1]}, {model: o/x, layer_range: [3, 4]}]}]",
+        tmp_path,
+    )
+    assert found["models"] == {"x": "o/x", "x-2": "o/x"}
+    assert found["slices"][0]["layers"] == {"x": 0, "x-2": 3}
+
+
+def test_models_as_mappings(tmp_path: Path) -> None:
+    text = """
+merge_method: linear
+models:
+  - model: {model: {path: o/x, revision: r}, lora: o/l}
+    parameters: {weight: 1}
+  - {model: "./some where/x", parameters: {weight: 1}}
+"""
+    assert native(text, tmp_path)["models"] == {
+        "x-l": {"source": "o/x@r", "adapter": "o/l"}, "x": "./some where/x",
+    }  # fmt: skip
+
+
+def test_several_modules_are_rules(tmp_path: Path) -> None:
+    found = native(
+        """
+merge_method: linear
+modules:
+  text_decoder:
+    models: [{model: x, parameters: {weight: 1}}, {model: y, parameters: {weight: 3}}]
+  vision_tower:
+    models: [{model: x, parameters: {weight: 1}}]
+""",
+        tmp_path,
+    )
+    vision, text, rest = found["rules"]
+    assert (vision["models"], text["models"]) == (["x"], ["x", "y"])
+    assert text["parameters"] == {"weight": {"x": 1, "y": 3}}
+    assert "*language_model.*" in text["match"]["tensors"]
+    assert rest == {"match": {}, "drop": True}
+
+
+def test_documents_are_nested_recipes(zoo: Zoo) -> None:
+    made = zoo.family("llama", 2)
+    text = """
+name: half
+merge_method: linear
+models:
+  - {model: a, parameters: {weight: 1}}
+  - {model: b, parameters: {weight: 1}}
+---
+merge_method: task_arithmetic
+base_model: base
+models:
+  - {model: half, parameters: {weight: 0.5}}
+"""
+    found, _ = zoo.merge(text, name="multi")
+    name = "model.norm.weight"
+    mean = (made["a"][name] + made["b"][name]) / 2
+    torch.testing.assert_close(found[name], (mean + made["base"][name]) / 2)
+    plain = parse.native(zoo.folder / "multi.yaml")
+    again, _ = zoo.merge(plain, "again", name="plain")
+    assert raw(again) == raw(found)
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("name: x\nmerge_method: linear\nmodels: [{model: y}]\n---\n"
+     "name: y\nmerge_method: linear\nmodels: [{model: x}]\n", "use each other"),
+    ("name: x\nmerge_method: linear\nmodels: [{model: z}]\n---\n"
+     "name: y\nmerge_method: linear\nmodels: [{model: z}]\n", "2 documents give a model"),
+    ("name: x\nmerge_method: linear\n---\nname: x\nmerge_method: linear\n", "two documents are"),
+])  # fmt: skip
+def test_documents_that_are_no_recipe(text: str, says: str) -> None:
+    assert says in faults(text)[0]
+
+
+def test_tokenizers_and_templates(tmp_path: Path) -> None:
+    text = TIES.replace("org/code+me/lora@r2", "org/code") + (
+        "tokenizer:\n  source: union\n  pad_to_multiple_of: 64\n  tokens:\n"
+        "    <s>: {source: org/math, force: true}\n"
+        "    <z>: {source: {kind: zero}}\n"
+        "    <t>: {source: {kind: model_token, model: org/base@v1, token_id: 3}}\n"
+    )
+    assert native(text, tmp_path)["vocabulary"] == {
+        "source": "union", "pad_to_multiple_of": 64,
+        "tokens": {
+            "<s>": {"source": {"model": "math"}, "force": True},
+            "<z>": {"source": "zero"},
+            "<t>": {"source": {"model": "base", "id": 3}},
+        },
+    }  # fmt: skip
+    legacy = TIES + "tokenizer_source: %s\n"
+    for given, ours in (("union", "union"), ("base", "base"), ("org/math", "math")):
+        assert native(legacy % given, tmp_path)["vocabulary"] == {"source": ours}
+
+
+# --- what is ignored
+
+
+@pytest.mark.parametrize(("more", "key", "line"), [
+    ("weigth: 0.5\n", "weigth", 11),
+    ("parameters_: {t: 1}\n", "parameters_", 11),
+    ("name: x\n", "name", 11),
+])  # fmt: skip
+def test_unknown_keys_are_named(more: str, key: str, line: int) -> None:
+    (told,) = ignored(TIES + more)
+    assert told.startswith(f"k.yml:{line}: mergekit ignores '{key}'")
+
+
+@pytest.mark.parametrize(("old", "new", "key"), [
+    ("normalize: false", "normalise: false", "parameters.normalise"),
+    ("density: 0.6", "densty: 0.6", "models.0.parameters.densty"),
+    ("density: 0.6", "lambda: 0.6", "models.0.parameters.lambda"),
+    ("model: org/math", "model: org/math\n    layer_range: [0, 2]", "models.0.layer_range"),
+    ("merge_method: ties", "merge_method: task_arithmetic", "models.0.parameters.density"),
+    ("model: org/math", "model: {model: org/math, override_architecture: X}",
+     "models.0.model.override_architecture"),
+    ("- model: org/math", "- {model: org/base@v1, parameters: {weight: 1}}\n  - model: org/math",
+     "models.0.parameters.weight"),
+])  # fmt: skip
+def test_what_mergekit_does_not_read_is_named(old: str, new: str, key: str) -> None:
+    told = ignored(TIES.replace(old, new))
+    assert any(f"'{key}'" in each for each in told), told
+
+
+def test_strict_makes_errors_of_them(tmp_path: Path) -> None:
+    (tmp_path / "k.yml").write_text(TIES + "weigth: 1\n")
+    assert api.check(tmp_path / "k.yml").method == "ties"
+    with pytest.raises(RecipeError, match="mergekit ignores 'weigth'"):
+        api.check(tmp_path / "k.yml", strict=True)
+
+
+def test_the_command_line(zoo: Zoo) -> None:
+    zoo.family("llama", 2)
+    text = (
+        "merge_method: linear\nmodels: [{model: a}, {model: b}]\n"
+        "parameters: {weight: 1}\nresidual_weight: 3\n"
+    )
+    (zoo.folder / "k.yml").write_text(text)
+    ran = zoo.here("check", "k.yml", "--convert")
+    assert (ran.rc, "residual_weight" in ran.err) == (0, True)
+    assert read(ran.out, "r").data["models"] == {"a": "a", "b": "b"}
+    assert zoo.here("check", "k.yml", "--strict").rc == 3
+    assert zoo.here("merge", "k.yml", "out", "--strict").rc == 3
+    assert not (zoo.folder / "out").exists()
+    ran = zoo.here("merge", "k.yml", "out", "--json")
+    assert ran.rc == 0, ran.err
+    report = json.loads(ran.out)
+    assert any("residual_weight" in str(each) for each in report["warnings"])
+    assert (zoo.folder / "out/recipe.yaml").read_text() == parse.native(zoo.folder / "k.yml")
+    ran = zoo.here(
+        "merge", "k.yml", "2", "--set", "parameters.weight=[1, 2]", "--dry-run", "--json"
+    )
+    assert json.loads(ran.out)["tensors"][0]["parameters"]["weight"] == [1.0, 1.0]
+
+
+def test_a_native_recipe_converts_to_itself(zoo: Zoo) -> None:
+    zoo.family("llama", 1)
+    file = zoo.recipe("models: {a: ./a}\nmethod: linear   # as it is\n")
+    assert parse.native(file) == file.read_text()
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(("text", "says"), [
+    ("base_model: b\nexperts: [{source_model: a}]\n", "a file of mergekit-moe"),
+    ("genome: {models: [a]}\ntasks: [x]\n", "a file of mergekit-evolve"),
+    ("merge_method: linear\nmodels: [{model: a.safetensors}, {model: b.pt}]\n",
+     "a file of mergekit-pytorch"),
+    ("merge_method: tis\nmodels: [{model: a}]\n", "no method 'tis'\n  -> did you mean 'ties'"),
+    ("merge_method: linear\n", "takes one of models, slices and modules, and this has none"),
+    ("merge_method: linear\nmodels: [{model: a}]\nslices: [{sources: []}]\n",
+     "has models and slices"),
+    ("merge_method: linear\nmodels: [{model: a}]\n", "mergekit needs 'weight' here"),
+    ("merge_method: slerp\nbase_model: b\nmodels: [{model: a, parameters: {t: 1}}]\n",
+     "mergekit needs 't' here"),
+    ("merge_method: linear\nmodels: [{parameters: {weight: 1}}]\n", "'models.0.model' is missing"),
+    ("merge_method: linear\nmodels: {a: b}\n", "models must be a list"),
+    ("merge_method: linear\nmodels: [{model: a, parameters: {weight: x}}]\n", "must be a number"),
+    ("merge_method: linear\nmodels: [{model: a, parameters: {weight: [1, {value: 2}]}}]\n",
+     "mixes values and filters"),
+    ("merge_method: linear\nparameters: {weight: 1, normalize: [true, false]}\n"
+     "models: [{model: a}]\n", "gradient of true and false"),
+    ("merge_method: karcher\nmodels: [{model: a}]\ndtype: bf16\n", "dtype must be one of"),
+    ("merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [0, -1]}]}]\n",
+     "the first below the end"),
+    ("merge_method: passthrough\nslices: [{sources: [{model: a}]}]\n", "the first below the end"),
+    ("merge_method: karcher\nslices: [{sources: [{model: a, layer_range: [0, 2]},"
+     " {model: b, layer_range: [0, 1]}]}]\n", "other numbers of layers"),
+    ("merge_method: passthrough\nbase_model: b\nmodels: [{model: a}]\n", "takes exactly 1 model"),
+    ("merge_method: ties\nparameters: {weight: 1}\nmodels: [{model: a}]\n", "needs a base"),
+    ("merge_method: ties\nbase_model: b\nparameters: {weight: 1}\n"
+     "slices: [{sources: [{model: a, layer_range: [0, 2]}]}]\n", "needs the same base"),
+    ("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\ntokenizer: union\n",
+     "tokenizer must be a mapping"),
+])  # fmt: skip
+def test_what_is_wrong_is_said_with_its_line(text: str, says: str) -> None:
+    told = faults(text)
+    assert any(says in each for each in told), told
+    assert all(each.startswith("k.yml:") for each in told), told
+
+
+def test_faults_of_the_recipe_have_the_file_s_lines() -> None:
+    (told,) = faults(TIES.replace("density: 0.6", "density: 1.6"))
+    assert told == "k.yml:4: models.math.density must be 0..1, not 1.6"
+
+
+def test_a_slice_past_the_depth_has_the_file_s_line(zoo: Zoo) -> None:
+    zoo.save("a", {n: torch.ones(s) for n, s in llama(2).items()})
+    text = (
+        "merge_method: passthrough\nslices:\n  - sources: [{model: a, layer_range: [0, 2]}]\n"
+        "  - sources: [{model: a, layer_range: [1, 3]}]\n"
+    )
+    with pytest.raises(CheckpointError) as caught:
+        build(parse.load(zoo.recipe(text)))
+    assert "recipe.yaml:4: slices.1: layers 1..2 of 'a', which has 2" in str(caught.value)
+
+
+def test_a_conversion_loads_no_torch(zoo: Zoo) -> None:
+    (zoo.folder / "k.yml").write_text(TIES)
+    code = (
+        "import sys\nfrom mowmerge.cli.check import check\ncheck('k.yml', convert=True)\n"
+        "print('torch' in sys.modules, file=sys.stderr)"
+    )
+    ran = zoo.python(code)
+    assert (ran.rc, ran.err.strip()) == (0, "False")
+
+
+def test_chat_templates(tmp_path: Path) -> None:
+    for given in ("auto", "'{% for m in messages %}{{ m }}{% endfor %}'"):
+        found = native(f"{TIES}chat_template: {given}\n", tmp_path)
+        assert found["output"]["chat_template"] == given.strip("'")
+    found = native(f"{TIES}chat_template: chatml\n", tmp_path)["output"]["chat_template"]
+    told = [{"role": "user", "content": "hi"}]
+    text = jinja2.Template(found).render(messages=told, add_generation_prompt=True)
+    assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert "'llama3' is not built in" in faults(f"{TIES}chat_template: llama3\n")[0]
+    assert "there is no model 'ato'" in faults(f"{TIES}chat_template: ato\n")[0]
+
+
+DOC = (Path(__file__).parents[2] / "docs" / "from-mergekit.md").read_text("utf-8")
+
+
+def test_the_example_of_the_docs_is_what_is_printed(tmp_path: Path) -> None:
+    theirs, ours = re.findall(r"```yaml\n(.*?)```", DOC, re.S)
+    (tmp_path / "k.yml").write_text(theirs)
+    assert parse.native(tmp_path / "k.yml") == ours
+
+
+def test_the_docs_name_every_method_and_default() -> None:
+    table = DOC.partition("## The methods")[2].partition("## The command line")[0]
+    for name, preset in PRESETS.items():
+        row = next(
+            line for line in table.splitlines() if f"`{name}`" in "".join(line.split("|")[1:2])
+        )
+        for value in (preset.method, *preset.fixed):
+            if value != "mode":
+                assert value in row, (name, value)

@@ -1,0 +1,140 @@
+"""Methods on matrices, from recipe to bytes: which tensors they get, adapters, what it costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from zoo import Shapes, Zoo, raw
+
+from mowmerge import algebra, engine, planner
+from mowmerge.methods import registry
+from mowmerge.methods.ops import spectral
+from mowmerge.methods.static.tsv_m import tsv_m
+from mowmerge.plan import RUN, Plan
+from mowmerge.planner import Options
+from mowmerge.recipe import parse
+
+TABLES = {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+LARGE: Shapes = {
+    "model.embed_tokens.weight": (700, 257),
+    "model.layers.0.mlp.up_proj.weight": (90, 800),
+    "model.layers.0.self_attn.q_proj.bias": (2 * RUN + 3,),
+    "model.layers.0.conv.weight": (4, 5, 2, 2),
+    "model.layers.1.mlp.up_proj.weight": (3 * RUN, 2),
+    "model.layers.1.scalar": (),
+    "model.layers.1.empty": (0, 4),
+}
+METHODS = [name for name in registry.names() if registry.get(name).decompositions]
+
+
+def planned(zoo: Zoo, **content: Any) -> Plan:
+    return planner.build(parse.load(zoo.recipe(content)), Options(workers=1))
+
+
+def test_every_method_on_matrices_says_which_and_at_what_cost(zoo: Zoo) -> None:
+    zoo.family("llama", 2)
+    assert {"tsv_m", "iso_c", "iso_cts", "star"} <= set(METHODS)
+    for name in METHODS:
+        jobs = planned(zoo, method=name).jobs
+        whole = {job.output.name for job in jobs if job.matrix}
+        square = {job.output.name for job in jobs if len(job.output.shape) == 2}
+        assert whole == square - TABLES, name
+        assert {job.scope for job in jobs if not job.matrix} in ({"element"}, {"model"})
+        jobs = planned(zoo, method=name, parameters={"vocabulary": True}).jobs
+        assert {job.output.name for job in jobs if job.matrix} == square
+
+
+def test_vocabulary_tables_have_the_mean_and_matrices_the_method(zoo: Zoo) -> None:
+    family = zoo.family("llama", 2)
+    got, _ = zoo.merge({"method": "tsv_m", "parameters": {"scale": 0.5}})
+    base = family["base"]
+    for name, value in base.items():
+        moved = torch.stack([family[m][name] - value for m in "ab"])
+        whole = value.dim() == 2 and name not in TABLES
+        want = tsv_m(moved, scale=0.5) if whole else moved.mean(0) / 2
+        assert torch.allclose(got[name], value + want, atol=1e-6), name
+    rules = [{"match": {"role": "head"}, "parameters": {"vocabulary": True}}]
+    with_head, _ = zoo.merge({"method": "tsv_m", "parameters": {"scale": 0.5}, "rules": rules}, "h")
+    assert not torch.allclose(with_head["lm_head.weight"], got["lm_head.weight"], atol=1e-4)
+    assert torch.equal(with_head["model.embed_tokens.weight"], got["model.embed_tokens.weight"])
+
+
+def test_the_plan_says_what_is_decomposed(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    zoo.family("llama", 2)
+    found = planned(zoo, method="iso_c").algebra
+    assert found is not None
+    # of two layers: q, o 16x16, k, v 8x16, gate, up 32x16, down 16x32
+    costs = 2 * 26 * 16**3 + 2 * (6 * 16 * 64 + 20 * 512) + 3 * (6 * 32 * 256 + 20 * 4096)
+    assert (found.matrices, found.decompositions, found.flops) == (14, 14, 2 * costs)
+    assert sorted(found.largest) == [16, 32]
+    shown = zoo.here("merge", zoo.recipe({"method": "iso_c"}), "--dry-run")
+    assert "14 singular value decompositions of 14 matrices, the largest 16x32" in shown.out
+    told = json.loads(zoo.here("merge", "recipe.yaml", "--dry-run", "--json").out)["algebra"]
+    assert told["flops"] == 2 * costs
+    assert planned(zoo, method="ties").algebra is None
+    monkeypatch.setattr(algebra, "HOURS", 10)
+    assert "hours on a processor" in planned(zoo, method="iso_c").warnings[-1]
+
+
+def test_peak_memory_is_of_the_largest_matrix_and_tables_stream(zoo: Zoo) -> None:
+    shapes = {"model.embed_tokens.weight": (4000, 500), "model.layers.0.mlp.up_proj.weight": (9, 7)}
+    zoo.family(shapes, 2)
+    plain = planned(zoo, method="task_arithmetic").peak_bytes
+    assert planned(zoo, method="iso_cts").peak_bytes < plain + 2**20
+    whole = planned(zoo, method="iso_cts", parameters={"vocabulary": True})
+    assert whole.peak_bytes > plain + 4 * 3 * 4000 * 500
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bytes_depend_on_nothing_but_plan_and_inputs(
+    zoo: Zoo, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "SPAN", 2 * RUN)
+    zoo.family(LARGE, 3)
+    wanted = raw(zoo.merge({"method": method}, "one", workers=1, stats=False)[0])
+    for workers, block, shard_size in ((2, RUN, "600kB"), (3, 4 * RUN, "5GB")):
+        monkeypatch.setattr(planner, "BLOCK", block)
+        content = {"method": method, "output": {"shard_size": shard_size}}
+        found, _ = zoo.merge(content, f"w{workers}", workers=workers, stats=workers > 2)
+        assert raw(found) == wanted
+
+
+def test_bytes_of_a_nested_recipe(zoo: Zoo) -> None:
+    zoo.family("llama", 2)
+    plain, _ = zoo.merge({"method": "iso_c"})
+    inner = {"base": "./base", "models": {"a": "./a", "b": "./b"}, "method": "iso_c"}
+    nested, _ = zoo.merge({"models": {"x": {"source": inner}}, "method": "passthrough"}, "nested")
+    assert all(torch.equal(nested[name], value) for name, value in plain.items())
+
+
+def test_adapters_are_decomposed_as_products(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    from peft_models import adapt, save
+
+    base = save(tmp_path / "base", "llama")
+    for i, name in enumerate("ab"):
+        adapt(base, tmp_path / f"lora-{name}", seed=i, target_modules=["q_proj", "up_proj"])
+    models: dict[str, Any] = {n: {"source": "base", "adapter": f"./lora-{n}"} for n in "ab"}
+    content = {"base": "./base", "models": models, "method": "tsv_m"}
+    dense, svd = [], spectral.svd
+    monkeypatch.setattr(
+        spectral, "svd", lambda matrix: (dense.append(matrix.shape), svd(matrix))[1]
+    )
+    got, _ = zoo.merge(content, workers=1)
+    assert not dense
+    for name in "ab":
+        zoo.merge({"models": {name: {"source": "./base", "adapter": f"./lora-{name}"}},
+                   "method": "passthrough"}, f"dense-{name}")  # fmt: skip
+    models = {name: f"./dense-{name}" for name in "ab"}
+    want, _ = zoo.merge({**content, "models": models}, "dense", workers=1)
+    assert len(dense) == 2 * 4  # what no adapter is on is the base's, without a decomposition
+    for name, value in want.items():
+        assert torch.allclose(got[name], value, atol=1e-4), name
