@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from mowmerge.blocks import block_length
 from mowmerge.errors import ResourceError
 from mowmerge.methods import registry
-from mowmerge.plan import RUN, TensorJob, block_length
+from mowmerge.plan import RUN, TensorJob
 from mowmerge.tensors import DTYPES
 
 RUNTIME = 250 << 20  # bytes that Python, torch and the plan itself take
