@@ -33,32 +33,33 @@ class Case:
     parameters: str = ""
     rest: str = ""
     seeded: bool = False
-    training: Options | None = None
+    training: tuple[Options, ...] = ()
 
 
 SUM = (
     "{method: task_arithmetic, parameters: {scale: 0.05}}"  # the demo's scale, of its select split
 )
 FIT = "weight: 0.05, balance: true, steps: 150"  # docs/learned.md says why
-ENTROPY = Options(objective="entropy")
+ENTROPY, SCALES = Options(objective="entropy"), Options(objective="distill")
 CASES = (
     Case("linear", "linear"),
     Case("task_arithmetic", "task_arithmetic", "scale: 0.05"),
     Case("ties", "ties", "density: 0.2, scale: 0.2"),
     Case("adamerging", "adamerging", FIT, seeded=True),
     Case("adamerging_pp", "adamerging_pp", FIT, seeded=True),
-    Case("mow, 0 blocks", "mow", "blocks: 0", SUM, True, Options()),
-    Case("mow, 2 blocks", "mow", "blocks: 2", SUM, True, Options()),
-    Case("mow, all", "mow", "blocks: 4, norms: all, embeddings: all", SUM, True, Options()),
-    Case("wemoe", "wemoe", "scale: 0.05", "", True, Options()),
-    Case("wemoe, entropy", "wemoe", "scale: 0.05", "", True, ENTROPY),
-    Case("e_wemoe, 90 % pruned", "e_wemoe", "density: 0.1, scale: 0.05", "", True, Options()),
-    Case("twin_merging, rank 25 %", "twin_merging", "density: 0.25", SUM, True, Options()),
-    Case("one_bit", "one_bit", "", "", True, Options()),
+    Case("mow, 0 blocks", "mow", "blocks: 0", SUM, True, (Options(),)),
+    Case("mow, 2 blocks", "mow", "blocks: 2", SUM, True, (Options(),)),
+    Case("mow, all", "mow", "blocks: 4, norms: all, embeddings: all", SUM, True, (Options(),)),
+    Case("wemoe", "wemoe", "scale: 0.05", "", True, (Options(),)),
+    Case("wemoe, entropy", "wemoe", "scale: 0.05", "", True, (ENTROPY,)),
+    Case("e_wemoe, 90 % pruned", "e_wemoe", "density: 0.1, scale: 0.05", "", True, (Options(),)),
+    Case("twin_merging, rank 25 %", "twin_merging", "density: 0.25", SUM, True, (Options(),)),
+    Case("one_bit", "one_bit", "", "", True, (Options(),)),
+    Case("one_bit, scales distilled", "one_bit", "", "", True, (Options(), SCALES)),
     Case("smile", "smile", "rank: 16"),
     Case("smile, wide gate", "smile", "rank: 16, gate_rank: 40, top_k: 2"),
-    Case("emr", "emr", "router: deep", "", True, Options()),
-    Case("tall_mask", "tall_mask", "router: deep", "", True, Options()),
+    Case("emr", "emr", "router: deep", "", True, (Options(),)),
+    Case("tall_mask", "tall_mask", "router: deep", "", True, (Options(),)),
 )
 
 
@@ -77,8 +78,8 @@ def score(zoo: Path, case: Case, seed: int) -> tuple[list[Score], float]:
     file, out = zoo / f"results_{stem}.yaml", zoo / "results" / stem
     file.write_text(recipe(zoo, case, seed), "utf-8")
     api.merge(file, out, force=True)
-    if case.training:
-        api.train_router(out, file, replace(case.training, seed=seed))
+    for training in case.training:
+        api.train_router(out, file, replace(training, seed=seed))
     found = api.evaluate({case.name: out}, file, against=())
     return list(found.scores), _weights(out) / _weights(zoo / "base")
 

@@ -1,4 +1,4 @@
-"""bitdelta's scales learn from the experts themselves: what falls, what stays, what is kept."""
+"""Scales of one-bit deltas learn from the experts themselves: what falls, and what stays."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ NAMES = make.EXPERTS
 QUICK = Options(steps=60, batch=8)
 
 
-def family(root: Path, kind: str = "vit", **parameters: Any) -> Path:
-    """A base, three experts with a body and a head of their own, tasks and a bitdelta recipe."""
+def family(root: Path, kind: str = "vit", method: str = "bitdelta", **parameters: Any) -> Path:
+    """A base, three experts with a body and a head of their own, tasks and a recipe."""
     made = make.base(kind)
     if kind == "vit":
         made = T.ViTForImageClassification(made.config)
@@ -45,7 +45,7 @@ def family(root: Path, kind: str = "vit", **parameters: Any) -> Path:
         save_file(moved, root / name / "model.safetensors", {"format": "pt"})
     recipe = make._tasks(root, kind)
     content = json.loads(recipe.read_text()) | {
-        "base": "./base", "method": "bitdelta", "parameters": parameters,
+        "base": "./base", "method": method, "parameters": parameters,
     }  # fmt: skip
     content |= {"heads": {"match": "classifier.*"}} if kind == "vit" else {}
     recipe.write_text(json.dumps(content))
@@ -138,8 +138,9 @@ def test_gradients_of_factors_are_those_of_finite_differences(tmp_path: Path) ->
             assert float(g[s]) == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-4, abs=1e-7)
 
 
-def test_with_a_classifier_both_learn_and_keep_each_other(tmp_path: Path) -> None:
-    recipe = family(tmp_path, router="linear")
+@pytest.mark.parametrize("method", ["bitdelta", "one_bit"])
+def test_with_a_classifier_both_learn_and_keep_each_other(tmp_path: Path, method: str) -> None:
+    recipe = family(tmp_path, method=method, router="linear")
     out = api.merge(recipe, tmp_path / "out").path
     file = out / "router.safetensors"
 

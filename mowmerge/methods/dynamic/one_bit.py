@@ -18,7 +18,9 @@ def _code(site: Site, p: Mapping[str, Any], found: Any) -> Code | None:
     if not in_block_matrix(site) or site.role == p["whole"]:
         return kept_whole(site, found)
     zeros = p["zeros"] == "marked"
-    return Code(site.name, site.shape, "one_bit", site.models, "0", site.dtype, zeros=zeros)
+    return Code(
+        site.name, site.shape, "one_bit", site.models, "0", site.dtype, zeros=zeros, fitted=True
+    )
 
 
 def _routing(sites: Sequence[Site], codes: Sequence[Code], p: Mapping[str, Any]) -> Routing:
@@ -63,12 +65,14 @@ def one_bit(
 ) -> dict[str, Tensor]:
     """W(x) = W_0 + D'_k + rest sum_{j != k} D'_j for the k that a classifier chooses.
 
-    D'_k = a_k sgn(D_k), and a_k is the mean magnitude of a matrix's task vector, the scale with the
-    least squared error. Matrices of attention and MLPs have one bit an entry; all other tensors are
-    kept whole, and of a table only the rows that an expert changed, where these are fewer.
+    D'_k = f_k a_k sgn(D_k), and a_k is the mean magnitude of a matrix's task vector, the scale with
+    the least squared error; f_k is 1 until train-router by distillation finds those with which
+    expert k answers as it did. Matrices of attention and MLPs have one bit an entry; all other
+    tensors are kept whole, and of a table only the rows that an expert changed, where these are
+    fewer.
 
-    Shapes: deltas [N,*S], base [*S] -> anchor [*S], sign [N,rows,bytes], scale [N]; or delta; or
-    rowidx, rowval, ptr.
+    Shapes: deltas [N,*S], base [*S] -> anchor [*S], sign [N,rows,bytes], scale and factor [N]; or
+    delta; or rowidx, rowval, ptr.
 
     Args:
         whole: a component that is not quantised.
@@ -84,7 +88,8 @@ def one_bit(
     Source: 1bit-Merging, arXiv:2502.10743; the quantiser is BitDelta's, arXiv:2402.10193, eq. 2.
     Differs: no code is published and the paper's choice of components could not be checked: all
     matrices by default. The others are added by task arithmetic, not by TIES, whose result is no
-    sum over them and would have to be stored whole for each k.
+    sum over them and would have to be stored whole for each k. Scales may be distilled, as
+    BitDelta's.
     """
     if code.codec == "full":
         return {"anchor": base, "delta": deltas}
@@ -94,4 +99,4 @@ def one_bit(
         return {"anchor": base, **codecs.row_sparse(deltas)}
     if state is None:
         state = settle(_scales, deltas, {"zeros": zeros})
-    return {"anchor": base, **codecs.one_bit(deltas, state, zeros=code.zeros)}
+    return {"anchor": base, **codecs.one_bit(deltas, state, zeros=code.zeros, fitted=code.fitted)}
