@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from threading import Event, Lock
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from mowmerge.checkpoint.adapter import AdaptedReader
 from mowmerge.checkpoint.journal import Journal
@@ -31,6 +31,7 @@ from mowmerge.sharing import run_of, share, spread
 from mowmerge.streaming import OpenJob
 from mowmerge.tensors import TensorHandle, TensorReader, TensorSpec, torch
 
+T = TypeVar("T")
 SPAN = 256 * RUN  # elements in one task of a reduction over the whole model
 
 
@@ -269,20 +270,26 @@ class Engine:
         tasks = [(job, start) for job in jobs for start in range(0, job.output.numel, span(job))]
         lengths = [min(span(job), job.output.numel - start) for job, start in tasks]
         mine = run_of(tasks, lengths, ranks)
+        bunches = _bunched(mine, lambda task: min(span(task[0]), task[0].output.numel - task[1]))
 
-        def part(fold: Fold, job: TensorJob, start: int) -> Fold:
-            ranks.check()
-            with self.open(job) as opened:
-                return opened.observe(fold.fresh(), start, min(start + span(job), job.output.numel))
+        def part(fold: Fold, some: Sequence[tuple[TensorJob, int]]) -> list[Fold]:
+            found: list[Fold] = []
+            for job, start in some:
+                ranks.check()
+                if not found or not fold.exact:
+                    found.append(fold.fresh())
+                with self.open(job) as opened:
+                    opened.observe(found[-1], start, min(start + span(job), job.output.numel))
+            return found
 
         def parts(fold: Fold) -> Iterator[Fold]:
-            pending: list[Future[Fold]] = []
-            for job, start in mine:
-                pending.append(_submit(pool, part, fold, job, start))
+            pending: list[Future[list[Fold]]] = []
+            for some in bunches:
+                pending.append(_submit(pool, part, fold, some))
                 if len(pending) > 2 * self.plan.workers:
-                    yield pending.pop(0).result()
+                    yield from pending.pop(0).result()
             for future in pending:
-                yield future.result()
+                yield from future.result()
 
         def gathered(fold: Fold) -> list[Mapping[str, Any]]:
             if fold.exact:
@@ -325,6 +332,20 @@ class Engine:
                     )
 
 
+def _bunched(tasks: Sequence[T], length: Callable[[T], int]) -> list[list[T]]:
+    """Neighbours together as long as they are no more than SPAN elements: small tensors cost less
+    in one task than in thousands."""
+    found: list[list[T]] = []
+    filled = SPAN
+    for task in tasks:
+        filled += length(task)
+        if filled > SPAN:
+            found.append([])
+            filled = length(task)
+        found[-1].append(task)
+    return found
+
+
 @contextmanager
 def one_thread_each() -> Iterator[None]:
     """One intra-op thread a worker: reductions inside torch depend on the number of threads."""
@@ -356,12 +377,10 @@ def _keep_freed_memory() -> None:
     torch.empty(31 << 20, dtype=torch.uint8)
 
 
-def _submit(
-    pool: ThreadPoolExecutor | None, function: Callable[..., Fold], *args: Any
-) -> Future[Fold]:
+def _submit(pool: ThreadPoolExecutor | None, function: Callable[..., T], *args: Any) -> Future[T]:
     if pool is not None:
         return pool.submit(function, *args)
-    future: Future[Fold] = Future()
+    future: Future[T] = Future()
     future.set_result(function(*args))
     return future
 

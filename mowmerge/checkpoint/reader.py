@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from functools import cached_property
 from io import FileIO
-from pathlib import Path
 from typing import Any
 
 from mowmerge.checkpoint import fp8
@@ -48,7 +47,7 @@ class _FileHandle:
         self._at, self._size = location.offset, location.spec.itemsize
         self._name = location.spec.name
         try:
-            self._file = Path(location.file).open("rb", buffering=0)  # noqa: SIM115
+            self._file = FileIO(location.file)
         except OSError as error:
             raise CheckpointError(
                 f"cannot be read any more: {error.strerror}", where=location.file,
