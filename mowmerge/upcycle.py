@@ -95,6 +95,8 @@ class Upcycling:
             heads, head_class, self.encoder.reading if self.encoder else None,
         )  # fmt: skip
         parts = [part for job in plan.jobs for part in job.parts] + kept
+        fitted = [part for part in parts if part.name in manifest.fitted]
+        parts = [part for part in parts if part.name not in manifest.fitted]
         size = self.recipe.output.shard_size
         anchor = layout(list(plan.specs.values()), size, metadata, "model")
         shards = layout(parts, size, metadata, "dynamic")
@@ -102,7 +104,7 @@ class Upcycling:
             TensorSpec(f"{ROUTER}.{name}.{part}", p.dtype, p.shape)
             for name, router in routers.items()
             for part, p in router.parts.items()
-        ]
+        ] + fitted
         told = {**metadata, "trained": "false"}
         router = shard_of("router.safetensors", params, told) if params else None
         largest = max((_router_bytes(router) for router in routers.values()), default=0)

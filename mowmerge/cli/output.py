@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -327,10 +327,14 @@ def show_training(planned: dict[str, Any], *, as_json: bool) -> None:
     print(table(rows))
     counts = [router["parameters"] for router in planned["routers"].values()]
     print(
-        f"\n{len(counts)} router(s) with {sum(counts):,} parameters, objective"
+        f"\n{_learners(planned)} with {planned['scales'] or sum(counts):,} parameters, objective"
         f" {planned['objective']}: {planned['steps']} steps of {planned['batch']} samples a task,"
         f" lr {planned['lr']:g} ({planned['schedule']}), seed {planned['seed']}"
     )
+
+
+def _learners(told: Mapping[str, Any]) -> str:
+    return "scales" if told["scales"] else f"{len(told['routers'])} router(s)"
 
 
 def show_trained(result: Trained, *, as_json: bool, quiet: bool) -> None:
@@ -348,6 +352,6 @@ def show_trained(result: Trained, *, as_json: bool, quiet: bool) -> None:
         if isinstance(value, float)
     )
     print(
-        f"{result.path}: {len(section['routers'])} router(s) trained ({section['objective']}), step"
+        f"{result.path}: {_learners(section)} trained ({section['objective']}), step"
         f" {section['kept_step']} of {section['steps']} kept: {figures}"
     )

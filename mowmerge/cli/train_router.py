@@ -36,7 +36,7 @@ def train_router(
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
-    """Train the routers of a dynamic checkpoint; nothing else in it changes.
+    """Train the routers of a dynamic checkpoint, or bitdelta's scales; nothing else changes.
 
     Examples:
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from .format import Code
 
 Parts = Mapping[str, Tensor]
-EACH = ("delta", "abs", "mask", "sign", "occ", "scale")  # parts whose first axis is the slot
+EACH = ("delta", "abs", "mask", "sign", "occ", "scale", "factor")  # whose first axis is the slot
 
 
 def pack(bits: Tensor) -> Tensor:
@@ -50,13 +50,17 @@ def low_rank(deltas: Tensor, rank: int) -> dict[str, Tensor]:
     return {"u": left, "v": right, "slot": slot}
 
 
-def one_bit(deltas: Tensor, scale: Tensor, *, zeros: bool = False) -> dict[str, Tensor]:
+def one_bit(
+    deltas: Tensor, scale: Tensor, *, zeros: bool = False, fitted: bool = False
+) -> dict[str, Tensor]:
     """Signs and one scale a slot: D_s = scale_s sgn(delta_s), with sgn(0) = 1, or 0 if marked.
 
-    Shapes: deltas [S,*shape], scale [S] -> sign [S,rows,bytes], scale [S], and occ like sign.
+    Shapes: deltas [S,*shape], scale [S] -> sign [S,rows,bytes], scale [S], occ like sign, and if
+    the scales are to be fitted factor [S], ones.
     """
     flat = deltas.reshape(len(deltas), *_matrix(deltas.shape[1:]))
     parts = {"sign": pack(flat >= 0), "scale": scale.float()}
+    parts |= {"factor": torch.ones_like(parts["scale"])} if fitted else {}
     return parts | ({"occ": pack(flat != 0)} if zeros else {})
 
 
@@ -109,7 +113,9 @@ def slot(code: Code, parts: Parts, s: int, anchor: Tensor) -> Tensor:
         value = unpack(parts["sign"][s], columns).to(kind).mul_(2).sub_(1)
         if code.zeros:
             value *= unpack(parts["occ"][s], columns)
-        return value.mul_(parts["scale"][s].to(kind)).view(code.shape)
+        scale = parts["scale"][s].to(kind)
+        scale = scale * parts["factor"][s].to(kind) if code.fitted else scale
+        return value.mul_(scale).view(code.shape)
     if code.codec == "mask":
         value = unpack(parts["mask"][s], columns).to(kind)
         value.mul_(parts["unified"].to(kind).view(rows, columns))

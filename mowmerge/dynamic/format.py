@@ -41,9 +41,10 @@ class Code:
 
     name: the anchor tensor's name on disk. gate: whose coefficients mix the slots. dtype: of the
     values. rank: columns a slot (low_rank). kept: entries a slot (sparse) or rows in all
-    (row_sparse). zeros: whether one_bit marks entries that are 0. gate_rank: rows a slot of a gate
-    that scores tokens by their projection (scope module); gate_width: its columns, the inputs of
-    the layer (0: the columns of the code, which are the outputs of a weight stored [in,out]).
+    (row_sparse). zeros: whether one_bit marks entries that are 0. fitted: whether its scales have
+    factors that train-router may learn, 1 before, beside the routers. gate_rank: rows a slot of a
+    gate that scores tokens by their projection (scope module); gate_width: its columns, the inputs
+    of the layer (0: the columns of the code, which are the outputs of a weight stored [in,out]).
     """
 
     name: str
@@ -55,6 +56,7 @@ class Code:
     rank: int = 0
     kept: int = 0
     zeros: bool = False
+    fitted: bool = False
     gate_rank: int = 0
     gate_width: int = 0
 
@@ -97,6 +99,8 @@ class Code:
             },
             "one_bit": {"sign": bits, "scale": scale} | ({"occ": bits} if self.zeros else {}),
         }[self.codec]
+        if self.fitted:
+            parts["factor"] = scale
         if self.gate_rank:
             parts["gate"] = Part("F32", (n * self.gate_rank, self.gate_width or columns))
         return parts
@@ -229,13 +233,19 @@ class Manifest:
     @property
     def format(self) -> int:
         """The oldest format that can say this: 2 where a router sees statistics, or keeps its
-        largest outputs as they are; 3 where classifiers look at an encoder."""
-        if self.encoder:
+        largest outputs as they are; 3 where classifiers look at an encoder, or scales are fitted.
+        """
+        if self.encoder or self.fitted:
             return 3
         newer = (
             r.pool != "mean" or (r.top_k and r.activation == "none") for r in self.routers.values()
         )
         return 2 if any(newer) else 1
+
+    @property
+    def fitted(self) -> tuple[str, ...]:
+        """The factors that train-router may learn, as they are called on disk."""
+        return tuple(code.part_name("factor") for code in self.codes if code.fitted)
 
     @property
     def routed(self) -> tuple[str, ...]:

@@ -131,8 +131,11 @@ class Held:
         kind = x.device.type
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
-        if torch.is_grad_enabled() and (x.requires_grad or mix.c.requires_grad):
-            y: Tensor = MixedProduct.apply(x, mix.c, self)  # type: ignore[no-untyped-call]
+        factor = self.parts.get("factor")
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (
+            x, mix.c, factor)):  # fmt: skip
+            held, c = self._only(mix)
+            y: Tensor = MixedProduct.apply(x, c, held.parts.get("factor"), held)  # type: ignore[no-untyped-call]
             return y
         together = stacked(self.code, self.parts)
         with torch.autocast(kind, enabled=False):
@@ -171,8 +174,12 @@ class Held:
 
     def _mixing(self, x: Tensor, mix: Mix) -> Tensor:
         """`batched`, of the slots that are used."""
+        held, c = self._only(mix)
+        return held.batched(x, c)
+
+    def _only(self, mix: Mix) -> tuple[Held, Tensor]:
         code, parts, c = mix.only(self.code, self.parts)
-        return replace(self, code=code, parts=parts).batched(x, c)
+        return replace(self, code=code, parts=parts), c
 
     def _as_linear(self, weight: Tensor) -> Tensor:
         weight = weight.view(self.code.matrix)
@@ -226,12 +233,13 @@ class Held:
 
 
 class MixedProduct(torch.autograd.Function):
-    """x_b W_b^T that keeps no mixed weight: they are mixed again backwards, and the coefficients'
-    gradient is <dL/dW_b, D_s>. Anchor and codes get none."""
+    """x_b W_b^T that keeps no mixed weight: they are mixed again backwards, the coefficients'
+    gradient is dc = <dL/dW_b, D_s>, and that of the scales' factors f, which D has in it,
+    sum_b c_b dc_b / f. Anchor and codes get none."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, c: Tensor, held: Held) -> Tensor:
-        """[B,T,in], [B,S] -> [B,T,out]."""
+    def forward(ctx: Any, x: Tensor, c: Tensor, factor: Tensor | None, held: Held) -> Tensor:
+        """[B,T,in], [B,S], [S] or None -> [B,T,out]."""
         ctx.save_for_backward(x, c)
         ctx.held = held
         with torch.autocast(x.device.type, enabled=False):
@@ -239,9 +247,10 @@ class MixedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Of x and of c."""
+        """Of x, of c and of the factors."""
         x, c = ctx.saved_tensors
-        wants_x, wants_c = ctx.needs_input_grad[:2]
+        wants_x, wants_c, wants_f = ctx.needs_input_grad[:3]
         with torch.autocast(x.device.type, enabled=False):
-            dx, dc = ctx.held.backward(x, c, grads[0], dc=wants_c)
-        return dx if wants_x else None, dc if wants_c else None, None
+            dx, dc = ctx.held.backward(x, c, grads[0], dc=wants_c or wants_f)
+        df = (c * dc).sum(0) / ctx.held.parts["factor"].detach() if wants_f else None
+        return dx if wants_x else None, dc if wants_c else None, df, None

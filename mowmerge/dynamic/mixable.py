@@ -55,7 +55,12 @@ def parts_of(module: nn.Module, leaf: str, code: Code) -> dict[str, Tensor]:
 
 
 def add_parts(module: nn.Module, leaf: str, code: Code) -> None:
-    """Buffers for a code's parts, on the device where modules are being made."""
+    """Buffers for a code's parts, on the device where modules are being made; what may be learned
+    is a parameter."""
     for name, part in code.parts.items():
         blank = torch.zeros(part.shape, dtype=DTYPES[part.dtype])
-        module.register_buffer(attribute(leaf, name), blank)
+        if name == "factor":
+            learned = nn.Parameter(blank, requires_grad=False)
+            module.register_parameter(attribute(leaf, name), learned)
+        else:
+            module.register_buffer(attribute(leaf, name), blank)

@@ -22,6 +22,7 @@ from .heads import Heads, made, width
 from .layers import install
 from .linear import MixedLinear
 from .loading import complain, damaged, keep_conversions, locator
+from .prefix import layer_stack, states, until
 from .remote import auto_map, bundle
 from .routers import RouterModule
 
@@ -32,10 +33,6 @@ _PROMPT = (
 
 
 _CACHES = ("cache", "past_key_values")  # a cache of keys and values, as releases call it
-
-
-class _Reached(Exception):
-    """Ends a pass of which only the first layers were wanted."""
 
 
 class MowMixin(nn.Module):
@@ -124,28 +121,17 @@ class MowMixin(nn.Module):
     def features(self, layer: int, *args: Any, **inputs: Any) -> Tensor:
         """The anchor's hidden states [B,T,d] after `layer` layers (of the encoder, where there are
         two stacks); 0: its last ones."""
-        found: list[Tensor] = []
-
-        def keep(module: nn.Module, given: Any, result: Any) -> None:
-            found.append(_states(result))
-            raise _Reached
-
         top = self.get_encoder() if self.config.is_encoder_decoder else self.base_model
         where = layer_stack(top)[layer - 1] if layer else top
         inputs = {k: v for k, v in inputs.items() if k not in ("labels", *_CACHES)}
         self._context.active = False
-        hook = where.register_forward_hook(keep) if where is not self else None
-        try:
-            with torch.no_grad():
-                result = self._plain_forward(*args, **inputs)
-        except _Reached:
-            return found[0]
-        finally:
-            if hook is not None:
-                hook.remove()
-        if where is not self:
+        with torch.no_grad():
+            if where is self:
+                return states(self._plain_forward(*args, **inputs))
+            found = until(where, lambda: self._plain_forward(*args, **inputs))
+        if found is None:
             raise ValueError("the encoder did not run, so nothing says which experts: pass gates")
-        return _states(result)
+        return found
 
     def classify(
         self, router: str, args: Any, inputs: Mapping[str, Any], batch: int, masks: Sequence[Tensor]
@@ -354,20 +340,6 @@ def freeze(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         trains = name.startswith(f"{ROUTER}.") and not name.endswith("temperature")
         parameter.requires_grad_(trains and parameter.is_floating_point())
-
-
-def layer_stack(backbone: nn.Module) -> nn.ModuleList:
-    """The first list of layers of a backbone: the encoder's where it has two."""
-    lists = (m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m))
-    return next(m for m in lists if len({type(layer) for layer in m}) == 1 or len(m) > 1)
-
-
-def _states(result: Any) -> Tensor:
-    """The hidden states of what a layer or a model returned."""
-    if isinstance(result, dict):
-        result = result.get("last_hidden_state", next(iter(result.values())))
-    found: Tensor = result if isinstance(result, Tensor) else result[0]
-    return found.detach()
 
 
 _classes: dict[Any, Any] = {}

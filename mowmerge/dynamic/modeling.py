@@ -13,7 +13,8 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from .configuration import MowmergeConfig
-from .mixin import MowMixin, dynamic_class, freeze, layer_stack
+from .mixin import MowMixin, dynamic_class, freeze
+from .prefix import layer_stack
 from .remote import AUTO, FILES, auto_map, auto_name, bundle
 
 __all__ = [

@@ -220,7 +220,7 @@ def _dynamic(about: About) -> str:
         return ""
     scopes = {gate.scope for gate in manifest.gates.values()}
     router = about.report.get("router")
-    learns = "trained" if router else "router"
+    learns = "trained" if router and router.get("learned") != "scales" else "router"
     told = CHOOSERS["task" if "task" in scopes else "module" if "module" in scopes else learns]
     tensors = len(about.report.get("tensors", [])) or len(manifest.codes)
     lines = [

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mowmerge.checkpoint.source import config, find
+from mowmerge.checkpoint.source import config, find, metadata
 from mowmerge.dynamic.format import ROUTER, FormatError, Manifest
 from mowmerge.errors import CheckpointError, SourceError
 from mowmerge.tasks import heads
@@ -45,7 +44,7 @@ def manifest(folder: Path) -> Manifest:
 
 def _check(file: Path, held: Manifest) -> None:
     """Compares the router file with the manifest, name by name."""
-    if not held.routers:
+    if not held.routers and not held.fitted:
         return
     if not file.exists():
         raise CheckpointError("there is no router file", where=str(file), hint="merge again")
@@ -54,7 +53,7 @@ def _check(file: Path, held: Manifest) -> None:
         f"{ROUTER}.{name}.{key}": list(value.shape)
         for name in held.routers
         for key, value in module(held, name, meta=True).state_dict().items()
-    }
+    } | {code.part_name("factor"): [code.slots] for code in held.codes if code.fitted}
     shapes = {name: list(spec.shape) for name, spec in stored.specs.items()}
     theirs = _experts(file)
     wrong = next((n for n in {**expected, **shapes} if expected.get(n) != shapes.get(n)), None)
@@ -110,10 +109,25 @@ def model(folder: Path, held: Manifest, *, bf16: bool) -> Any:
     return heads.dynamic(folder, dtype="auto" if bf16 else torch.float32)
 
 
-def router_tensors(modules: Mapping[str, RouterModule]) -> dict[str, Tensor]:
+def factors(model: Any) -> dict[str, Any]:
+    """The factors of scales in a model that may be learned, as parameters by name on disk."""
+    from mowmerge.dynamic.loading import locator
+
+    located = locator(model)
+    return {name: model.get_parameter(located(name)) for name in model._manifest.fitted}
+
+
+def router_tensors(model: Any) -> dict[str, Tensor]:
     """The tensors of router.safetensors, by their names there."""
-    return {
+    routers = {
         f"{ROUTER}.{name}.{key}": value
-        for name, made in modules.items()
+        for name, made in model.mow_router.items()
         for key, value in made.state_dict().items()
     }
+    return routers | factors(model)
+
+
+def trained(folder: Path) -> bool:
+    """Whether the router file says that its routers were trained."""
+    file = folder / desk.ROUTER
+    return file.exists() and metadata(file).get("trained") == "true"

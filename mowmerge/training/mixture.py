@@ -11,7 +11,7 @@ from mowmerge.errors import RecipeError
 from mowmerge.recipe.model import Recipe
 from mowmerge.tasks.inputs import encode
 from mowmerge.tensors import Tensor, torch
-from mowmerge.training import objectives
+from mowmerge.training import checkpoint, objectives
 from mowmerge.training.classifier import LONGEST
 from mowmerge.training.data import Samples, draw, parts
 from mowmerge.training.loop import Judgement
@@ -28,11 +28,15 @@ class Mixture:
 
     def __init__(
         self, model: Any, processor: Mapping[str, Any], samples: Sequence[Samples],
-        asked: Settings, processes: Processes,
+        asked: Settings, processes: Processes, teachers: Mapping[int, Any] | None = None,
     ) -> None:  # fmt: skip
+        """`teachers`: the experts' own models by number, where scales learn and no router."""
         self._model, self._processor, self._asked = model, processor, asked
         self._samples, self._processes = samples, processes
+        self._teachers = teachers or {}
         self.routers = torch.nn.ModuleDict({n: model.mow_router[n] for n in asked.routers})
+        if asked.scales:
+            self.routers["factors"] = torch.nn.ParameterList(checkpoint.factors(model).values())
         self._over = len(samples) if asked.objective == "task" else 1
         self._first: list[tuple[float, float]] = []
         self.histograms: dict[str, list[int]] = {}
@@ -161,24 +165,34 @@ class Mixture:
         self, given: Mapping[str, Tensor], expert: Tensor, width: int
     ) -> tuple[Tensor, Tensor]:
         """The head is that of the sample's task, the gates are the routers' own."""
-        logits = self._model(**given, head_ids=expert).logits[:, :width].float()
+        how = {"task_ids": expert} if self._asked.scales else {"head_ids": expert}
+        logits = self._model(**given, **how).logits[:, :width].float()
         p = torch.softmax(logits, -1)
         if self._asked.objective == "entropy":
             return objectives.entropy(logits), p
+        return objectives.divergence(self._taught(given, expert)[:, :width], logits), p
+
+    def _taught(self, given: Mapping[str, Tensor], expert: Tensor) -> Tensor:
+        """The logits of the samples' expert: of its own model where scales learn, else of the
+        checkpoint under its gates."""
         with torch.no_grad():
-            teacher = self._model(**given, task_ids=expert).logits[:, :width]
-        return objectives.divergence(teacher, logits), p
+            if self._asked.scales:
+                found: Tensor = self._teachers[int(expert[0])](**given).logits
+            else:
+                found = self._model(**given, task_ids=expert).logits
+        return found
 
     def _text(self, given: Mapping[str, Tensor], expert: Tensor) -> Tensor:
-        """The routers see the first half of each text, and answer for the second."""
+        """The routers see the first half of each text, and answer for the second; scales answer
+        for all of it."""
         ids, mask = given["input_ids"], given["attention_mask"]
         seen = objectives.prompt(mask)
-        counted = mask.bool() & ~seen
-        logits = self._model(**given, routing_mask=seen).logits
+        counted = mask.bool() if self._asked.scales else mask.bool() & ~seen
+        how = {"task_ids": expert} if self._asked.scales else {"routing_mask": seen}
+        logits = self._model(**given, **how).logits
         if self._asked.objective == "lm":
             return objectives.next_token(logits, ids, counted)
-        with torch.no_grad():
-            teacher = self._model(**given, task_ids=expert).logits
+        teacher = self._taught(given, expert)
         each = objectives.divergence(teacher[:, :-1], logits[:, :-1])
         return objectives.mean_over(each, counted[:, 1:])
 

@@ -59,6 +59,11 @@ def begin(device: str | None = None, verb: str = "train-router") -> Processes:
     if device and device != "cpu" and not gpu:
         raise ResourceError(f"there is no device '{device}' here", hint="--device cpu")
     told = int(os.environ.get("WORLD_SIZE", "1"))
+    hint = f"start them with `torchrun --nproc_per_node {told} -m mowmerge {verb} ...`"
+    if told > 1 and "RANK" not in os.environ:
+        raise ResourceError(
+            f"WORLD_SIZE says {told} processes, and nothing says which of them this is", hint=hint
+        )
     if not find_spec("accelerate"):
         if told == 1:
             return Processes(0, 1, torch.device(device or ("cuda" if gpu else "cpu")))
@@ -72,7 +77,7 @@ def begin(device: str | None = None, verb: str = "train-router") -> Processes:
     if told != state.num_processes:
         raise ResourceError(
             f"WORLD_SIZE says {told} processes, and accelerate sees {state.num_processes}",
-            hint=f"start them with `torchrun --nproc_per_node {told} -m mowmerge {verb} ...`",
+            hint=hint,
         )
     alone = state.num_processes == 1
     chosen = torch.device(device or ("cuda" if gpu else "cpu")) if alone else state.device

@@ -42,6 +42,7 @@ class Settings:
     seed: int
     bf16: bool
     accumulate: int
+    scales: bool = False  # the factors of scales learn, and no router
 
     @property
     def every(self) -> int:
@@ -64,13 +65,16 @@ def settings(manifest: Manifest, options: Options) -> Settings:
     task: 1000 steps of 64 samples a task, lr 1e-3, or 2000 and falling linearly for a twin router;
     a centroid router has a closed form and takes none. Others: 200 steps of 16 (lm: 8), lr falling
     along a cosine from 0.768 / the width of what a router reads, at most 0.01: a step moves every
-    weight by about lr, so that what it moves the output by does not depend on the width.
+    weight by about lr, so that what it moves the output by does not depend on the width. Where the
+    checkpoint has scales to fit, distill is for them, their factors at lr 1e-2.
 
     Raises:
         CheckpointError: the checkpoint has no router to train.
         RecipeError: an objective that does not suit the routers.
     """
     routers = trainable(manifest)
+    if manifest.fitted and (options.objective == "distill" or not routers):
+        return _of_scales(options)
     if not routers:
         raise CheckpointError(
             f"'{manifest.method}' has no router to train: " + _why_none(manifest),
@@ -114,6 +118,19 @@ def settings(manifest: Manifest, options: Options) -> Settings:
         bf16=options.bf16,
         accumulate=options.accumulate,
     )
+
+
+def _of_scales(options: Options) -> Settings:
+    """The settings of a training of scales alone."""
+    if options.objective not in (None, "distill"):
+        raise RecipeError(
+            f"'{options.objective}' is for routers, and this checkpoint has scales to learn alone",
+            hint="--objective distill",
+        )
+    return Settings(
+        "distill", (), 200 if options.steps is None else options.steps, options.batch or 16,
+        options.lr or FASTEST, "cosine", options.seed, options.bf16, options.accumulate, True,
+    )  # fmt: skip
 
 
 def trainable(manifest: Manifest) -> tuple[str, ...]:

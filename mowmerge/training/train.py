@@ -14,7 +14,7 @@ from mowmerge.dynamic.format import Manifest
 from mowmerge.recipe.model import Recipe
 from mowmerge.tasks.inputs import processor
 from mowmerge.tensors import torch
-from mowmerge.training import checkpoint, processes
+from mowmerge.training import checkpoint, processes, teachers
 from mowmerge.training.classifier import POOLED, Classifier, features, place
 from mowmerge.training.data import Samples, samples
 from mowmerge.training.desk import Desk
@@ -43,8 +43,8 @@ def train(
     options: Options,
     begin: Begin = lambda steps: lambda step, _: None,
 ) -> tuple[dict[str, Any], bool]:
-    """Trains the routers of a dynamic checkpoint; returns the report's section on them, and whether
-    this process is the one that speaks for all.
+    """Trains the routers of a dynamic checkpoint, or its scales; returns the report's section on
+    them, and whether this process is the one that speaks for all.
 
     Nothing in the folder changes until training has ended well. `begin` is given the number of
     steps and returns what is called after each with its number and loss.
@@ -62,6 +62,9 @@ def train(
         model.mow_router[name].load_state_dict(
             checkpoint.module(held, name, asked.seed).state_dict()
         )
+    for factor in checkpoint.factors(model).values() if asked.scales else ():
+        factor.data.fill_(1.0)
+        factor.requires_grad_(True)
     tools = {kind: _processor(folder, kind) for kind in {s.type for s in given}}
     with Desk(folder, resume=options.resume, writes=here.rank == 0) as desk:
         tell = begin(asked.steps)
@@ -70,21 +73,24 @@ def train(
         if asked.objective == "task" and pooled:
             done, metrics = _classify(model, held, tools, given, asked, here, desk, mark, tell)
         else:
-            job = Mixture(model, tools, given, asked, here)
+            told = teachers.of(recipe, held, given, here) if asked.scales else None
+            job = Mixture(model, tools, given, asked, here, told)
             done = run(job, asked, desk, mark, tell)
             metrics = dict(job.judge().figures)
             metrics |= {"predictions": job.histograms} if job.histograms else {}
         about = {
-            "trained": True, **_described(held, asked, given, recipe), "steps": done.step,
+            "trained": True, "learned": "scales" if asked.scales else "routers",
+            **_described(held, asked, given, recipe), "steps": done.step,
             "kept_step": done.kept, "processes": here.count, "metrics": metrics,
             "notes": _notes(done, asked, given),
         }  # fmt: skip
         if here.rank == 0:
-            tensors = checkpoint.router_tensors(dict(model.mow_router.items()))
+            tensors = checkpoint.router_tensors(model)
             experts = json.dumps(list(held.experts))
+            learned = not asked.scales or not held.routers or checkpoint.trained(folder)
             about = desk.publish(
                 tensors, about, done.rows,
-                {"format": "pt", "trained": "true", "experts": experts},
+                {"format": "pt", "trained": str(learned).lower(), "experts": experts},
             )  # fmt: skip
     here.wait()
     return about, here.rank == 0
@@ -144,6 +150,7 @@ def _described(
             }
             for name, router in made.items()
         },
+        "scales": sum(code.slots for code in held.codes if code.fitted) if asked.scales else 0,
         **{
             k: v
             for k, v in asdict(asked).items()

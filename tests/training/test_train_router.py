@@ -420,12 +420,22 @@ def test_other_faults_of_tasks_are_told(make: Make) -> None:
         api.plan_training(made.out / "nope", made.recipe)
 
 
+@pytest.mark.parametrize(("rank", "words"), [
+    ("", "nothing says which of them this is"),
+    ("0", "accelerate sees 1"),
+])  # fmt: skip
 def test_fewer_processes_than_world_size_are_refused(
-    make: Make, monkeypatch: pytest.MonkeyPatch
+    make: Make, monkeypatch: pytest.MonkeyPatch, rank: str, words: str
 ) -> None:
+    from accelerate import PartialState
+
+    PartialState(cpu=True)  # of one process, whatever ran before
     made = make("linear")
     before = made.bytes()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ResourceError, match="WORLD_SIZE says 2 processes, and accelerate sees 1"):
+    monkeypatch.delenv("RANK", raising=False)
+    if rank:
+        monkeypatch.setenv("RANK", rank)
+    with pytest.raises(ResourceError, match=f"WORLD_SIZE says 2 processes, and {words}"):
         api.train_router(made.out, made.recipe)
     assert made.bytes() == before

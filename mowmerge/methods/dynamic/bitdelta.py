@@ -14,8 +14,9 @@ from mowmerge.tensors import Tensor
 
 
 def _code(site: Site, p: Mapping[str, Any], found: Any) -> Code:
-    codec = "one_bit" if in_block_matrix(site) else "full"
-    return Code(site.name, site.shape, codec, site.models, "0", site.dtype)
+    bits = in_block_matrix(site)
+    codec = "one_bit" if bits else "full"
+    return Code(site.name, site.shape, codec, site.models, "0", site.dtype, fitted=bits)
 
 
 def _routing(sites: Sequence[Site], codes: Sequence[Code], p: Mapping[str, Any]) -> Routing:
@@ -47,11 +48,14 @@ def bitdelta(
     seed: Seed = 0,
     state: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Tenant k is W_0 + a_k sgn(D_k), a_k the mean magnitude of D_k and sgn(0) = 1.
+    """Tenant k is W_0 + f_k a_k sgn(D_k), a_k the mean magnitude of D_k and sgn(0) = 1.
 
-    Only the matrices of attention and MLPs are quantised; all other tensors are tenant k's own.
+    Only the matrices of attention and MLPs are quantised; all other tensors are tenant k's own. f_k
+    is 1 at first; train-router by distillation finds those with which tenant k answers as the
+    fine-tune does.
 
-    Shapes: deltas [N,*S], base [*S] -> anchor [*S], sign [N,rows,bytes], scale [N]; or delta.
+    Shapes: deltas [N,*S], base [*S] -> anchor [*S], sign [N,rows,bytes], scale and factor [N]; or
+    delta.
 
     Args:
         router: who says whose sample it is: the caller (task_id), or a classifier: two hidden
@@ -61,9 +65,9 @@ def bitdelta(
         features: of a sample's tokens: mean and standard deviation, or the mean alone.
         seed: of the classifier's first weights.
 
-    Source: BitDelta, arXiv:2402.10193, eq. 2.
-    Differs: the scales are not distilled: a_k is the scale with the least squared error; a
-    classifier may choose the tenant.
+    Source: BitDelta, arXiv:2402.10193, eq. 2 and section 3.
+    Differs: scales are distilled by the divergence of answers, not the squared distance of logits,
+    on the tasks' own data, and nothing but scales learns; a classifier may choose the tenant.
     """
     if code.codec == "full":
         return {"anchor": base, "delta": deltas}
@@ -71,4 +75,4 @@ def bitdelta(
 
     if state is None:
         state = settle(_scales, deltas, {})
-    return {"anchor": base, **codecs.one_bit(deltas, state)}
+    return {"anchor": base, **codecs.one_bit(deltas, state, fitted=code.fitted)}
