@@ -29,7 +29,7 @@ def data(job: Job) -> Data:
     source = json.dumps(dict(asked.data), sort_keys=True, default=str)
     return Data(
         asked.type, source, items.split, len(items.digests), sha256(text.encode()).hexdigest(),
-        sha256(templates.encode()).hexdigest() if templates else "",
+        sha256(templates.encode()).hexdigest() if templates else "", asked.benchmark or "",
     )  # fmt: skip
 
 

@@ -52,6 +52,9 @@ class DataPart(Part):
     metric: str = Field(description="What is measured.")
     higher_is_better: bool = Field(description="Which way is better.")
     held_out: bool = Field(description="Whether no expert was trained for it.")
+    benchmark: str = Field(
+        default="", description="The Hub's benchmark that it is, org/dataset:task_id."
+    )
 
 
 class ScorePart(Part):

@@ -181,8 +181,8 @@ def conditions(report: Report) -> list[str]:
         if cost.on:
             what = ", ".join(f"{name} {flag(value)}" for name, value in cost.on.items())
             when = "in an earlier run, whose answers were kept" if cost.earlier else "in this run"
-            found.setdefault(f"{what}, {when}", []).append(cost.row)
-    lines = [f"{', '.join(rows)}: measured on {what}." for what, rows in found.items()]
+            found.setdefault(f"{when}, on {what}", []).append(cost.row)
+    lines = [f"{'; '.join(rows)}: measured {what}." for what, rows in found.items()]
     if len({json.dumps(dict(cost.on), sort_keys=True) for cost in report.costs}) > 1:
         lines.append(
             "Memory, latency and throughput are put beside the experts' only for rows that ran on"

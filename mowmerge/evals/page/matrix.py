@@ -40,8 +40,8 @@ def matrix(report: Report) -> Element | None:
     )  # fmt: skip
     note = (
         "Each expert on every task, with the head of the task's own expert where heads are kept."
-        f" Colour is the share of the own expert's score, from {100 * low:.0f} %; the frame marks"
-        " the own task. ▲ and ▼: better or worse than the base by more than the interval of the"
+        f" Colour is the share of the own expert's score, from {100 * low:.0f} %; the own task is"
+        " bold, in a frame. ▲ and ▼: better or worse than the base by more than the interval of the"
         " difference. The last column is the mean difference from the base on the others' tasks,"
         " in points: below 0 is forgotten."
     )
