@@ -17,6 +17,7 @@ def algebra(jobs: Sequence[TensorJob]) -> Algebra | None:
     side (Golub and Van Loan, R-SVD).
     """
     each = [one for job in jobs for one in (job, job.anchor) if one is not None and one.matrix]
+    each = [job for job in each if _decomposed(job)]
     shapes = [shape for job in each for shape in _decomposed(job)]
     if not shapes:
         return None

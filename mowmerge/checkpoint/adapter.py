@@ -66,6 +66,10 @@ class AdaptedReader:
             return empty if found is not None else None
         return torch.cat([p.left[0] for p in found], 1), torch.cat([p.right[0] for p in found])
 
+    def across(self, name: str) -> bool:
+        """Whether a tensor is stored [in, out], as its adapters say."""
+        return any(patch.across for patch in self._adapted.patches.get(name, ()))
+
     def _products(self, name: str) -> list[_LowRank] | None:
         """What the adapters add to a tensor; None where they do more than to add products."""
         patches = self._adapted.patches.get(name, ())
