@@ -244,7 +244,7 @@ class OpenJob:
             if not isinstance(reader, AdaptedReader) or not isinstance(origin, Adapted):
                 return None
             pair = reader.factors(given.spec.name) if origin.model == sources["base"] else None
-            if pair is None or 2 * len(pair[1]) > min(job.output.shape):
+            if pair is None:
                 return None
             left, right = (part.to(self.plan.device, self.dtype) for part in pair)
             found.append((left, right))

@@ -30,7 +30,11 @@ LARGE: Shapes = {
     "model.layers.1.scalar": (),
     "model.layers.1.empty": (0, 4),
 }
-METHODS = [name for name in registry.names() if registry.get(name).decompositions]
+METHODS = [
+    name
+    for name in registry.names()
+    if (spec := registry.get(name)).decompositions and not spec.needs_factors(spec.complete({}))
+]
 
 
 def planned(zoo: Zoo, **content: Any) -> Plan:

@@ -237,6 +237,19 @@ def _whole(stored: StoredReader, name: str, wide: Any) -> Tensor:
     return value.to(wide).view(spec.shape)
 
 
+def rank(adapted: Source, base: Source | None, name: str) -> int | None:
+    """Of the product that a model adds to the base's matrix, 0 where it adds nothing; None where it
+    is no such product, as far as headers say."""
+    if adapted == base:
+        return 0
+    if not isinstance(adapted, Adapted) or adapted.model != base or name in adapted.added:
+        return None
+    patches = adapted.patches.get(name, ())
+    if any(patch.parts.keys() != {"a", "b"} or patch.stack > 1 for patch in patches):
+        return None
+    return sum(adapted.adapters[p.adapter].specs[p.parts["a"]].shape[0] for p in patches)
+
+
 def matrices(spec: TensorSpec, patches: Sequence[Patch]) -> tuple[int, int, int]:
     """The stack, rows and columns as which a tensor is adapted; a vector is a column."""
     stack = max(patch.stack for patch in patches)
