@@ -267,6 +267,8 @@ class OpenJob:
         if anchor is not None:
             stored = torch.frombuffer(anchor, dtype=DTYPES[job.output.dtype].torch)
             given["anchor"] = stored.to(values).view(shape)
+        if "factors" in spec.inputs:
+            given["factors"] = self.factors
         taken = {k: v for k, v in given.items() if k in spec.inputs or k in spec.parameters}
         parts = spec.function(values.view(len(values), *shape), **taken)
         made = given["anchor"] if anchor is not None else parts.pop("anchor")
