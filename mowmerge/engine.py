@@ -198,7 +198,7 @@ class Engine:
         began = time.perf_counter()
         with ExitStack() as stack:
             opened = stack.enter_context(self.open(job))
-            self._settle(opened)
+            self.settle(opened)
             give = None
             if job.anchor is not None:
                 below = OpenJob(self.plan, job.anchor, self.readers, self.stopped, opened.block)
@@ -223,10 +223,10 @@ class Engine:
         job = opened.job
         if job.method is None or job.output.kind != "float" or opened.identical():
             return opened.copied
-        self._settle(opened)
+        self.settle(opened)
         return opened.merged
 
-    def _settle(self, opened: OpenJob) -> None:
+    def settle(self, opened: OpenJob) -> None:
         """Gives the job its method's state, where that has one."""
         job = opened.job
         if job.group is not None:

@@ -138,7 +138,8 @@ def _card(report: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Sums:
-    """A merge's updates where they are sums of its adapters': c_k B_k A_k for each tensor."""
+    """A merge's updates where they are sums of its adapters', c_k B_k A_k for each tensor, or
+    products that its method makes of them."""
 
     engine: Engine
     cut: Cut
@@ -147,6 +148,8 @@ class Sums:
         """The factors of the merged update; None where the method is not linear for this tensor,
         or a model is not the base with low-rank updates on it."""
         job = self._job(name)
+        if job is not None and job.matrix:
+            return self._product(job)
         shares = _shares(job) if job else None
         if job is None or shares is None:
             return None
@@ -157,6 +160,22 @@ class Sums:
                 return None
             pairs += [(share, b, a) for b, a in updates if share]
         return lowrank.joined(pairs, self.cut.rank, self.cut.energy) if pairs else None
+
+    def _product(self, job: TensorJob) -> Factors | None:
+        """What a method on matrices makes of products, where it keeps them so."""
+        with self.engine.open(job) as opened:
+            if opened.factors is None:
+                return None
+            self.engine.settle(opened)
+            found = opened.product()
+        if found is None:
+            return None
+        b, a = (part.float().cpu() for part in found)
+        readers = [(self.engine.readers[i.model], i.spec.name) for i in job.models]
+        if any(isinstance(r, AdaptedReader) and r.across(name) for r, name in readers):
+            b, a = a.T, b.T
+        cut = self.cut if len(a) else Cut()
+        return lowrank.joined([(1.0, b, a)], cut.rank, cut.energy)
 
     def same(self, name: str) -> bool:
         """Whether no model changes the tensor, so that the merge does not either."""

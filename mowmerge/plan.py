@@ -14,7 +14,7 @@ from mowmerge.tensors import TensorSpec
 if TYPE_CHECKING:
     from mowmerge.dynamic.format import Code, Manifest
 
-WHOLE = ("low_rank", "sparse", "row_sparse")  # codecs that need the whole tensor at once
+WHOLE = ("low_rank", "sparse", "row_sparse", "basis")  # codecs that need the whole tensor at once
 RUN = 65_536  # elements in the fixed run that reductions sum over and that blocks are multiples of
 
 

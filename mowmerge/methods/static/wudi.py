@@ -54,6 +54,7 @@ def _workspace(shape: tuple[int, ...], n: int) -> int:
     paper="arXiv:2503.08099",
     scope="tensor",
     workspace=_workspace,
+    decompositions=lambda shape, n: [],
     laws={"permutation": {"solver": "closed"}, "scale": {"solver": "closed"}},
 )
 def wudi(
@@ -63,6 +64,7 @@ def wudi(
     steps: Count = 300,
     rate: NonNegative = 1e-5,
     rest: Literal["base", "mean"] = "base",
+    vocabulary: bool = False,
     scale: float = 1.0,
 ) -> Tensor:
     """For matrices the T of least interference sum_i |(T - D_i) D_i'|^2 / |D_i|^2, times scale.
@@ -79,11 +81,12 @@ def wudi(
         rate: of Adam, absolute: an entry moves by about rate x steps at most, whatever the size of
             the task vectors.
         rest: what is not a matrix stays at the base, or takes the mean task vector.
+        vocabulary: whether embeddings and output heads are matrices too.
         scale: factor on the result.
 
     Source: WUDI-Merging, arXiv:2503.08099; reference code wudi_main.py.
     Differs: a task vector of zeros, which gives NaN there, is left out. The code optimises matrices
-    of attention and MLP only: leave embeddings and heads to another method by a rule.
+    of attention and MLP only; here those of other roles too, but for vocabulary tables.
     """
     if deltas.dim() != 3 or not deltas.numel():
         return deltas.mean(0).mul_(scale) if rest == "mean" else torch.zeros_like(deltas[0])
