@@ -120,6 +120,14 @@ def t5(vocab: int) -> Any:
     )  # fmt: skip
 
 
+PEAK = """
+from mowmerge import api
+from mowmerge.planner import Options
+api.merge("recipe.yaml", "again", options=Options(workers=1), hashes=False)
+lines = open("/proc/self/status").read().splitlines()
+status = dict(line.split(":", 1) for line in lines)
+print(int(status["VmHWM"].split()[0]) * 1024)
+"""
 CLASSES: list[tuple[str, str, Callable[[int], Any]]] = [
     ("GPT2Tokenizer", "BPE", gpt2), ("Qwen2Tokenizer", "BPE", lambda n: llama(n, tied=False)),
     ("PreTrainedTokenizerFast", "WordLevel", llama), ("T5Tokenizer", "Unigram", t5),
@@ -194,5 +202,8 @@ def test_150_000_tokens_take_seconds(zoo: Zoo) -> None:
     began = time.process_time()
     api.merge(recipe, zoo.folder / "out", options=Options(workers=1), hashes=False)
     merging = time.process_time() - began
+    told = zoo.python(PEAK)
+    assert told.rc == 0, told.err
+    assert int(told.out) < plan.peak_bytes
     assert planning < 10 * reading
     assert merging < 4 * planning
