@@ -18,15 +18,17 @@ CODING = {"low_rank": (4, 4), "basis": (4, 4), "sparse": (7, 3), "mask": (3, 2)}
 
 
 def narrowed(
-    jobs: Sequence[TensorJob], workers: int, block: int, limit: int | None
+    jobs: Sequence[TensorJob], workers: int, block: int, limit: int | None, beside: int = 0
 ) -> tuple[int, int]:
     """The block length, at most `block`, and the peak bytes that go with it, within a limit.
+
+    `beside` is what is held whatever the block.
 
     Raises:
         ResourceError: the limit is too little for the shortest blocks there are.
     """
     while True:
-        peak = peak_bytes(jobs, block, workers)
+        peak = peak_bytes(jobs, block, workers) + beside
         if limit is None or peak <= limit:
             return block, peak
         if block == RUN:

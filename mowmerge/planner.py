@@ -105,7 +105,8 @@ class _Planner:
         self._warn()
         self.warnings += algebra.cautions(jobs, work)
         workers = self.options.workers or min(8, os.cpu_count() or 1)
-        block, peak = memory.narrowed(jobs, workers, BLOCK, limit)
+        parsed = tokens.parsed if tokens else 0
+        block, peak = memory.narrowed(jobs, workers, BLOCK, limit, parsed)
         plan = Plan(
             name=self.recipe.name,
             donor=donor,

@@ -449,6 +449,18 @@ def test_ids_go_with_the_tokens(five: Zoo) -> None:
     assert (out / "generation_config.json").read_text() == '{"eos_token_id": 0}'
 
 
+def test_the_size_is_that_of_the_part_which_has_it(five: Zoo) -> None:
+    base = five.folder / "base"
+    parts = {"text_config": {"vocab_size": 4, "k": 1}, "audio_config": {"vocab_size": 9}}
+    (base / "config.json").write_text(json.dumps({"model_type": "llama", **parts}))
+    five.merge({**LINEAR, "vocabulary": {}})
+    assert json.loads((five.folder / "out/config.json").read_text()) == {
+        "model_type": "llama",
+        "text_config": {"vocab_size": 6, "k": 1},
+        "audio_config": {"vocab_size": 9},
+    }
+
+
 def test_lists_of_old_tokens_are_left_out(five: Zoo) -> None:
     for name in ("vocab.txt", "added_tokens.json", "special_tokens_map.json"):
         (five.folder / "base" / name).write_text("{}")

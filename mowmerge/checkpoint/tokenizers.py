@@ -15,7 +15,7 @@ FILE = "tokenizer.json"
 _LISTS = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tokenizer:
     """What a tokenizer.json says, and the folder whose it is."""
 
@@ -67,20 +67,29 @@ def read(folder: Path, text: str | None = None) -> Tokenizer:
     Raises:
         CheckpointError: there is no tokenizer.json, or it cannot be understood.
     """
+    return understood(folder, content(folder) if text is None else text.encode())
+
+
+def content(folder: Path) -> bytes:
+    """The bytes of a folder's tokenizer.json; CheckpointError where there is none."""
     file = folder / FILE
-    if text is None and not file.is_file():
+    if not file.is_file():
         raise CheckpointError(
             f"there is no {FILE}, which placing rows by token needs", where=str(folder),
             hint="AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes one",
         )  # fmt: skip
+    return file.read_bytes()
+
+
+def understood(folder: Path, held: bytes) -> Tokenizer:
+    """The tokenizer of a tokenizer.json's bytes; CheckpointError where they are none."""
     try:
-        data = json.loads(file.read_bytes() if text is None else text)
-        found = Tokenizer(folder, data)
+        found = Tokenizer(folder, json.loads(held))
         if not found.kind or min(found.ids.values()) < 0:
             raise ValueError("its kind, or an id")
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"it says no token and id that can be understood: {error!r}", where=str(file),
+            f"it says no token and id that can be understood: {error!r}", where=str(folder / FILE),
             hint="download it again, or save the tokenizer again",
         ) from error  # fmt: skip
     return found

@@ -133,12 +133,12 @@ def test_unigram_scores_and_holes(tmp_path: Path) -> None:
 def test_the_files_that_follow(tmp_path: Path) -> None:
     words = {"type": "WordLevel", "vocab": {"<unk>": 0}, "unk_token": "<unk>"}
     one = read(tmp_path / "one", tokenizer(words))
-    assert files(one, one) == {}
+    assert files(one.folder, one, one) == {}
     both = extended(one, [Addition("<new>", None, verbatim=True)])
-    assert list(files(one, both)) == ["tokenizer.json"]
+    assert list(files(one.folder, one, both)) == ["tokenizer.json"]
     config = {"added_tokens_decoder": {"0": {"content": "<unk>"}}, "eos_token": "</s>"}
     (tmp_path / "one/tokenizer_config.json").write_text(json.dumps(config))
-    said = json.loads(files(one, both)["tokenizer_config.json"])
+    said = json.loads(files(one.folder, one, both)["tokenizer_config.json"])
     assert said["eos_token"] == "</s>"
     assert said["added_tokens_decoder"]["1"] == {
         "content": "<new>", "special": True, "normalized": False, "single_word": False,
