@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mowmerge.methods.ops.spectral import Svd, few, leading_svd, product_svd, svd
+from mowmerge.methods.ops.spectral import OVERSAMPLED, Svd, few, leading_svd, product_svd, svd
 from mowmerge.tensors import Tensor, torch
+
+ROWS = 256  # added up at a time, for the norm
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,19 @@ def factor(delta: Tensor, rank: int | None, energy: float | None) -> Factors:
     By thin SVD, B = U sqrt(S), A = sqrt(S) V^T; for a small rank of a large matrix in a randomised
     basis, whose error is not guessed: what an orthonormal range keeps is measured.
     """
-    total = float(delta.square().sum(dtype=torch.float64))
+    parts = torch.split(delta, ROWS)
+    total = math.fsum(float(part.square().sum(dtype=torch.float64)) for part in parts)
     if rank is not None and few(rank, delta.shape):
         return _cut(leading_svd(delta, rank), rank, None, total, "randomised")
     return _cut(svd(delta), rank, energy, total, "svd")
+
+
+def workspace(shape: tuple[int, int], rank: int | None) -> int:
+    """Elements in fp32 that `factor` holds at once, the matrix among them; measured."""
+    whole, least = shape[0] * shape[1], min(shape)
+    if rank is not None and few(rank, shape):
+        return whole + 4 * (rank + OVERSAMPLED) * sum(shape)
+    return int(6.4 * whole + 1.6 * least**2)
 
 
 def joined(

@@ -289,6 +289,12 @@ class Staging:
             self._lock = None
 
 
+def room(names: Sequence[str]) -> int:
+    """Bytes of header that are kept for tensors of these names, whatever their shapes."""
+    most = {name: [10**15] * 6 for name in names}  # longer than any entry's numbers
+    return (len(json.dumps(most)) + 80 * len(most) + 4096) // ALIGN * ALIGN
+
+
 class Appender:
     """A safetensors file whose tensors' shapes are known as they come: data first, then a header
     in the room that was kept for it."""
@@ -296,8 +302,7 @@ class Appender:
     def __init__(self, file: Path, names: Sequence[str], metadata: Mapping[str, str]) -> None:
         """`names`: all that may come; others may not, and some may not come."""
         self._file, self._metadata = file, dict(metadata)
-        most = {name: [10**15] * 6 for name in names}  # longer than any entry's numbers
-        self._room = (len(json.dumps(most)) + 80 * len(most) + 4096) // ALIGN * ALIGN
+        self._room = room(names)
         self.specs: dict[str, TensorSpec] = {}
         self._end = 0
 
