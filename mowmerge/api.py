@@ -158,13 +158,16 @@ def merge(
             return Result(*made, speaks=ranks.first)
     from mowmerge import lora
 
-    if resume or locked or ranks.count > 1:
+    if resume or ranks.count > 1:
         raise RecipeError(
-            "--resume, --locked and ranks are for checkpoints, and output.format is adapter",
+            "--resume and ranks are for checkpoints, and output.format is adapter",
             where=parsed.file, hint="run it from the start, in one process",
         )  # fmt: skip
     outlined = lora.plan(parsed, planned, asked.max_memory)
-    return Result(*lora.merge(parsed, outlined, target, hashes=hashes, force=force, begin=begin))
+    made = lora.merge(
+        parsed, outlined, target, hashes=hashes, force=force, locked=locked, begin=begin
+    )
+    return Result(*made)
 
 
 @contextmanager

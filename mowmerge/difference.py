@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mowmerge import __version__
-from mowmerge.checkpoint import heads, lowrank, modules, naming, source, writer
+from mowmerge.checkpoint import heads, lowrank, modules, naming, source
+from mowmerge.checkpoint.appender import Appender
 from mowmerge.checkpoint.lowrank import Factors
-from mowmerge.checkpoint.peft import PREFIX
+from mowmerge.checkpoint.peft import PREFIX, WEIGHTS
 from mowmerge.errors import CheckpointError
 from mowmerge.plan import Stored
 from mowmerge.tensors import DTYPES, Tensor, TensorReader, TensorSpec, torch
@@ -183,8 +184,7 @@ def write(
     lines: list[dict[str, Any]] = []
     saved, biases, lost = rest(difference, difference.differs)
     metadata = {"format": "pt", "mowmerge": __version__}
-    file = folder / "adapter_model.safetensors"
-    with writer.Appender(file, difference.keys(), metadata) as out:
+    with Appender(folder / WEIGHTS, difference.keys(), metadata) as out:
         left = [n for n in difference.targets if not _within(difference.module(n), saved)]
         for name, factors in _in_order(partial(_factors, difference, cut=cut), left, workers):
             if factors is not None:
@@ -296,7 +296,7 @@ def _own_bias(difference: Difference, name: str, found: Mapping[str, Mapping[str
     return _bias_key(memory) if difference.module(name) in updated else f"{PREFIX}{memory}"
 
 
-def _append(out: writer.Appender, difference: Difference, name: str, factors: Factors) -> None:
+def _append(out: Appender, difference: Difference, name: str, factors: Factors) -> None:
     parts = difference.parts(name, factors.rank)
     for spec, value in zip(parts, (factors.a, factors.b), strict=True):
         data = value.contiguous().view(-1).view(torch.uint8).numpy().data

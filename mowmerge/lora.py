@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mowmerge import __version__
+from mowmerge import __version__, lock, replay
 from mowmerge.checkpoint import source, writer
+from mowmerge.checkpoint.peft import WEIGHTS
 from mowmerge.checkpoint.reader import StoredReader
 from mowmerge.checkpoint.writer import Staging
 from mowmerge.difference import Cut, Difference, shown, write
@@ -22,7 +23,8 @@ from mowmerge.engine import Engine, MergedReader, one_thread_each
 from mowmerge.memory import working_bytes
 from mowmerge.outline import Outline, outline
 from mowmerge.plan import Plan, config_source
-from mowmerge.recipe.model import Recipe
+from mowmerge.recipe import parse
+from mowmerge.recipe.model import Digest, Recipe
 from mowmerge.sums import Sums
 
 RANK = 64  # of an extraction that names neither rank nor energy
@@ -125,21 +127,47 @@ def merge(
     *,
     hashes: bool = True,
     force: bool = False,
+    locked: bool = False,
     begin: Callable[[Plan], Callable[[int], None]],
 ) -> tuple[Path, dict[str, Any]]:
-    """Writes a recipe's merge as an adapter of its base into `out`; its path and report."""
+    """Writes a recipe's merge as an adapter of its base into `out`; its path and report.
+
+    Raises:
+        CheckpointError: an input that changes meanwhile, or is not what `locked` asks for.
+    """
     began, difference = time.perf_counter(), asked.difference
+    again = replay.begin(recipe, asked.plan, hashed=hashes, strict=locked)
+    before = {"inputs": lock.seen(asked.plan)}
+    drift = again.drift if again else ()
     keep = [Path(stored.folder) for _, stored in asked.plan.checkpoints]
     about = {
         "recipe": recipe.name, "method": recipe.method, "base": shown(difference.origin),
         "cut": vars(asked.cut), "workers": asked.outline.workers,
-        "peak_bytes": asked.outline.peak_bytes, "warnings": list(asked.plan.warnings),
+        "peak_bytes": asked.outline.peak_bytes, "warnings": [*asked.plan.warnings, *drift],
     }  # fmt: skip
     with Staging(out, force=force, keep=keep) as staging, one_thread_each():
         advance = begin(asked.plan)
         told = write(difference, staging.path, asked.cut, asked.outline.workers, advance)
-        (staging.path / "recipe.yaml").write_text(recipe.text, "utf-8")
+        lock.unchanged(before, asked.plan)
+        written = _seal(recipe, asked.plan, staging, hashes)
+        if again:
+            told["replay"] = again.outcome(asked.plan, staging.path, written)
         return _finish(staging, {**about, **told}, began, hashes)
+
+
+def _seal(recipe: Recipe, planned: Plan, staging: Staging, hashes: bool) -> dict[str, Digest]:
+    """Writes recipe and lock; what the weight file is."""
+    folder, read = staging.path, lock.inputs(planned, hashed=hashes)
+    file = folder / WEIGHTS
+    sha256 = writer.sha256(file) if hashes else None
+    written = {WEIGHTS: Digest(bytes=file.stat().st_size, sha256=sha256)}
+    try:
+        (folder / "recipe.yaml").write_text(recipe.text, "utf-8")
+        text = lock.text(recipe, planned, folder, staging.out, read, written)
+        (folder / parse.LOCK).write_text(text, "utf-8")
+    except OSError as error:
+        raise writer.denied(error, folder) from error
+    return written
 
 
 def _finish(

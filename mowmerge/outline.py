@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from mowmerge.checkpoint import lowrank, writer
+from mowmerge.checkpoint import appender, lowrank
 from mowmerge.difference import STEP, Cut, Difference, kept, rest
 from mowmerge.errors import ResourceError
 from mowmerge.memory import RUNTIME
@@ -89,7 +89,7 @@ def outline(
         if n not in targets and not same(n)
     ]
     count, peak = _narrowed(found, max(others, default=0), workers, limit)
-    header = writer.room(difference.keys())
+    header = appender.room(difference.keys())
     return Outline(tuple(found), specs, lost, header, count, peak)
 
 

@@ -76,6 +76,21 @@ def joined(
     return _cut(found, rank, energy, total, "concatenated, then cut")
 
 
+def distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """|B A - B' A'| / |B' A'| of two products of [m, r] and [r, n] in fp64, which are not formed;
+    infinite for B' A' = 0 alone. What is less than 1e-8 is 0 or the rounding of it."""
+    (b, a), (c, d) = ours, theirs
+    apart, size = _square(torch.cat([b, -c], 1), torch.cat([a, d])), _square(c, d)
+    if not size:
+        return float("inf") if apart else 0.0
+    return math.sqrt(max(0.0, apart) / size)
+
+
+def _square(b: Tensor, a: Tensor) -> float:
+    """|B A|^2 = <B^T B, A A^T>."""
+    return float(((b.T @ b) * (a @ a.T)).sum())
+
+
 def _cut(found: Svd, rank: int | None, energy: float | None, total: float, how: str) -> Factors:
     """The leading triplets, split evenly between the factors."""
     u, s, vh = found.left, found.values, found.right

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from mowmerge.tensors import TensorSpec
 
 BESIDE = (
-    "adapter_config.json", "recipe.yaml", "report.json", "README.md", "SHA256SUMS",
+    "adapter_config.json", "recipe.yaml", "recipe.lock.yaml", "report.json", "README.md",
+    "SHA256SUMS",
 )  # fmt: skip
 
 
