@@ -9,6 +9,8 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 if TYPE_CHECKING:
     from mowmerge.api import Advance, Trained
     from mowmerge.placement import Vocabulary
@@ -24,6 +26,16 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.3g} {unit}"
         nbytes /= 1000
     return ""
+
+
+def limit(max_memory: str | None) -> int | None:
+    """--max-memory in bytes."""
+    from mowmerge.recipe.model import parse_size
+
+    try:
+        return parse_size(max_memory) if max_memory else None
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--max-memory") from error
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
