@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from threading import Event, Lock
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from mowmerge.checkpoint.adapter import AdaptedReader
 from mowmerge.checkpoint.journal import Journal
@@ -22,17 +22,15 @@ from mowmerge.checkpoint.placed import PlacedReader
 from mowmerge.checkpoint.reader import StoredReader
 from mowmerge.errors import CheckpointError, ResourceError
 from mowmerge.methods import registry
-from mowmerge.methods.contracts import Extent, Fold, Reduction, seen, with_seen
+from mowmerge.methods.contracts import Extent, Fold
 from mowmerge.placement import Placed
 from mowmerge.plan import RUN, Adapted, Plan, Source, Stored, TensorJob, Tied
 from mowmerge.ranks import Ranks
+from mowmerge.reduction import driven, reduced
 from mowmerge.report import TensorReport
-from mowmerge.sharing import run_of, share, spread
+from mowmerge.sharing import share, spread
 from mowmerge.streaming import OpenJob
 from mowmerge.tensors import TensorHandle, TensorReader, TensorSpec, torch
-
-T = TypeVar("T")
-SPAN = 256 * RUN  # elements in one task of a reduction over the whole model
 
 
 class Sink(Protocol):
@@ -237,7 +235,7 @@ class Engine:
         elif job.scope in ("row", "tensor") and opened.spec.reduce and job.output.numel:
             numel, codec = job.output.numel, job.code.codec if job.code else ""
             rounds = opened.spec.reduce([Extent(job.output.shape, job.parameters, codec)])
-            opened.state = _drive(rounds, lambda fold: opened.observe(fold.fresh(), 0, numel))
+            opened.state = driven(rounds, lambda fold: opened.observe(fold.fresh(), 0, numel))
 
     def _group_state(self, group: int, pool: ThreadPoolExecutor, journal: Journal | None) -> Any:
         """A group's state: the one kept, or found in a pass over the whole model and kept."""
@@ -254,55 +252,10 @@ class Engine:
         return state
 
     def _settle_group(self, group: int, pool: ThreadPoolExecutor | None) -> Any:
-        """Runs a reduction over every job of a group, in tasks that are merged in plan order.
-
-        Ranks read a run of the tasks each. Where merging is exact a rank's folds are merged before
-        they are exchanged, else all of them are exchanged and merged one by one.
-        """
+        """Runs a reduction over every job of a group; a nested plan is for each rank to read."""
         jobs = [job for job in self.plan.each if job.group == group]
-        reduce = registry.get(str(jobs[0].method)).reduce
-        assert reduce is not None
-        ranks = self.ranks if pool is not None else Ranks()  # a nested plan is for each to read
-
-        def span(job: TensorJob) -> int:
-            return max(1, job.output.numel) if job.matrix else SPAN
-
-        tasks = [(job, start) for job in jobs for start in range(0, job.output.numel, span(job))]
-        lengths = [min(span(job), job.output.numel - start) for job, start in tasks]
-        mine = run_of(tasks, lengths, ranks)
-        bunches = _bunched(mine, lambda task: min(span(task[0]), task[0].output.numel - task[1]))
-
-        def part(fold: Fold, some: Sequence[tuple[TensorJob, int]]) -> list[Fold]:
-            found: list[Fold] = []
-            for job, start in some:
-                ranks.check()
-                if not found or not fold.exact:
-                    found.append(fold.fresh())
-                with self.open(job) as opened:
-                    opened.observe(found[-1], start, min(start + span(job), job.output.numel))
-            return found
-
-        def parts(fold: Fold) -> Iterator[Fold]:
-            pending: list[Future[list[Fold]]] = []
-            for some in bunches:
-                pending.append(_submit(pool, part, fold, some))
-                if len(pending) > 2 * self.plan.workers:
-                    yield from pending.pop(0).result()
-            for future in pending:
-                yield from future.result()
-
-        def gathered(fold: Fold) -> list[Mapping[str, Any]]:
-            if fold.exact:
-                return [seen(_merged(fold, parts(fold)))]
-            return [seen(one) for one in parts(fold)]
-
-        def fill(fold: Fold) -> Fold:
-            if ranks.count == 1:
-                return _merged(fold, parts(fold))
-            told = ranks.each(lambda: gathered(fold))
-            return _merged(fold, (with_seen(fold, one) for each in told for one in each))
-
-        return _drive(reduce([Extent(j.output.shape, j.parameters) for j in jobs]), fill)
+        ranks = self.ranks if pool is not None else Ranks()
+        return reduced(jobs, self.open, pool, 2 * self.plan.workers, ranks)
 
     def _check_ties(self) -> None:
         for tied in self.plan.tied:
@@ -330,20 +283,6 @@ class Engine:
                         hint="it would be lost: use a base that stores this tensor, or drop it with"
                         " a rule",
                     )
-
-
-def _bunched(tasks: Sequence[T], length: Callable[[T], int]) -> list[list[T]]:
-    """Neighbours together as long as they are no more than SPAN elements: small tensors cost less
-    in one task than in thousands."""
-    found: list[list[T]] = []
-    filled = SPAN
-    for task in tasks:
-        filled += length(task)
-        if filled > SPAN:
-            found.append([])
-            filled = length(task)
-        found[-1].append(task)
-    return found
 
 
 @contextmanager
@@ -375,32 +314,6 @@ def _keep_freed_memory() -> None:
     to 32 MiB; without this every temporary of every block costs page faults again.
     """
     torch.empty(31 << 20, dtype=torch.uint8)
-
-
-def _submit(pool: ThreadPoolExecutor | None, function: Callable[..., T], *args: Any) -> Future[T]:
-    if pool is not None:
-        return pool.submit(function, *args)
-    future: Future[T] = Future()
-    future.set_result(function(*args))
-    return future
-
-
-def _merged(fold: Fold, parts: Iterable[Fold]) -> Fold:
-    """The folds as one, merged in order."""
-    total = fold.fresh()
-    for one in parts:
-        total.merge(one)
-    return total
-
-
-def _drive(rounds: Reduction, fill: Callable[[Fold], Fold]) -> Any:
-    """Runs a reduction to its end: each fold it yields is filled and sent back."""
-    try:
-        fold = next(rounds)
-        while True:
-            fold = rounds.send(fill(fold))
-    except StopIteration as done:
-        return done.value
 
 
 class MergedReader:

@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from itertools import chain
 
+from mowmerge.blocks import block_length
 from mowmerge.errors import ResourceError
 from mowmerge.methods import registry
-from mowmerge.plan import RUN, TensorJob, block_length
+from mowmerge.plan import RUN, TensorJob
 from mowmerge.tensors import DTYPES
 
 RUNTIME = 250 << 20  # bytes that Python, torch and the plan itself take

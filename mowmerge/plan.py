@@ -14,7 +14,6 @@ from mowmerge.tensors import TensorSpec
 if TYPE_CHECKING:
     from mowmerge.dynamic.format import Code, Manifest
 
-WHOLE = ("low_rank", "sparse", "row_sparse", "basis")  # codecs that need the whole tensor at once
 RUN = 65_536  # elements in the fixed run that reductions sum over and that blocks are multiples of
 
 
@@ -387,25 +386,3 @@ def unplaced(source: Source) -> Stored | Adapted | Plan:
 def run_length(row: int) -> int:
     """Elements in a run of whole rows of that length: as many as RUN holds, at least one row."""
     return max(1, RUN // max(1, row)) * max(1, row)
-
-
-def _gets_all(job: TensorJob | None) -> bool:
-    """Whether the job that makes an anchor needs the whole tensor at once."""
-    return job is not None and (job.matrix or job.scope == "tensor")
-
-
-def block_length(block: int, job: TensorJob, *, whole: bool) -> int:
-    """Elements worked on at a time: the plan's block, whole rows, or for a method that reads the
-    whole tensor at once (`whole`: scope tensor without a reduction) all of them."""
-    numel, shape = job.output.numel, job.output.shape
-    if job.method and (job.matrix or (job.scope == "tensor" and whole)):
-        return max(numel, 1)
-    if job.code is not None:
-        whole = job.code.codec in WHOLE or _gets_all(job.anchor)
-        rows = 1 if whole or len(shape) < 2 else shape[0]
-        row = max(1, numel // max(1, rows))
-        return max(1, block // row) * row
-    if job.method and job.scope == "row":
-        run = run_length(numel // shape[0] if len(shape) > 1 and shape[0] else numel)
-        return max(1, block // run) * run
-    return max(1, min(block, numel))

@@ -9,11 +9,12 @@ from functools import cached_property
 from threading import Event
 from typing import Any
 
+from mowmerge.blocks import block_length
 from mowmerge.checkpoint.adapter import AdaptedReader
 from mowmerge.errors import CheckpointError, ResourceError
 from mowmerge.methods import registry
 from mowmerge.methods.contracts import Block, Draws, Fold
-from mowmerge.plan import Adapted, Plan, TensorJob, block_length
+from mowmerge.plan import Adapted, Plan, TensorJob
 from mowmerge.report import DeltaStats
 from mowmerge.tensors import DTYPES, Tensor, TensorReader, torch
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from zoo import Shapes, Zoo, raw
 
-from mowmerge import algebra, api, engine, planner
+from mowmerge import algebra, api, planner, reduction
 from mowmerge.methods import registry
 from mowmerge.methods.ops import spectral
 from mowmerge.methods.static.tsv_m import tsv_m
@@ -99,7 +99,7 @@ def test_peak_memory_is_of_the_largest_matrix_and_tables_stream(zoo: Zoo) -> Non
 def test_bytes_depend_on_nothing_but_plan_and_inputs(
     zoo: Zoo, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "SPAN", 2 * RUN)
+    monkeypatch.setattr(reduction, "SPAN", 2 * RUN)
     zoo.family(LARGE, 3)
     wanted = raw(zoo.merge({"method": method}, "one", workers=1, stats=False)[0])
     for workers, block, shard_size in ((2, RUN, "600kB"), (3, 4 * RUN, "5GB")):
