@@ -1,10 +1,10 @@
-"""How long the blocks are in which a tensor is worked on."""
+"""How many elements of a tensor are worked on at a time."""
 
 from __future__ import annotations
 
 from mowmerge.plan import TensorJob, run_length
 
-WHOLE = ("low_rank", "sparse", "row_sparse", "basis")  # codecs that need the whole tensor at once
+WHOLE = ("low_rank", "sparse", "basis")  # codecs that need the whole tensor at once
 
 
 def block_length(block: int, job: TensorJob, *, whole: bool) -> int:

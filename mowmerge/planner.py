@@ -288,7 +288,7 @@ class _Planner:
                         f"tensor '{spec.name}' has the {what} {theirs}, but {ours} in the"
                         f" {'base' if piece.like == 'base' else 'first model'}",
                         f"model '{model}'",
-                        "only models of one architecture and vocabulary can be merged",
+                        _why_apart(spec, found),
                     )
                 )
                 return None
@@ -389,3 +389,14 @@ class _Planner:
     def _layout(self, jobs: Sequence[TensorJob]) -> list[Shard]:
         size = self.recipe.output.shard_size or SHARD_SIZE
         return layout([spec for job in jobs for spec in job.stored], size, self._metadata)
+
+
+def _why_apart(ours: TensorSpec, theirs: TensorSpec) -> str:
+    """What to do about a tensor that has another shape in one model."""
+    if naming.by_token(ours.name) and ours.shape[1:] == theirs.shape[1:] and ours.shape:
+        rows = theirs.shape[0] - ours.shape[0] if theirs.shape else 0
+        return (
+            f"its vocabulary has {abs(rows)} rows {'more' if rows > 0 else 'less'}: place rows by"
+            " token, `vocabulary: {source: union}` (or base, or a model's name)"
+        )
+    return "only models of one architecture can be merged"

@@ -11,6 +11,7 @@ from typing import Any
 
 from mowmerge.blocks import block_length
 from mowmerge.checkpoint.adapter import AdaptedReader
+from mowmerge.coding import Parts
 from mowmerge.errors import CheckpointError, ResourceError
 from mowmerge.methods import registry
 from mowmerge.methods.contracts import Block, Draws, Fold
@@ -87,6 +88,7 @@ class OpenJob:
         watched = plan.stats and job.base is not None and job.output.kind == "float"
         self.stats = DeltaStats(len(job.models)) if watched else None
         self._pools: dict[str, Tensor] = {}
+        self._parts: Parts | None = None
         self._buffers: dict[int, _Buffers] = {}
         self._closing = ExitStack()
 
@@ -282,38 +284,8 @@ class OpenJob:
         if self.stats and base is not None:
             deltas = values.clone() if self._deltas else values - base
             self.stats.update(deltas, made.reshape(-1) - base)
-        yield from self._slices(code, parts, start)
-
-    def _slices(
-        self, code: Any, parts: Mapping[str, Tensor], start: int
-    ) -> Iterator[tuple[str, int, memoryview]]:
-        """The bytes of each part of a block that begins at element `start`, slot by slot."""
-        rows, columns = code.matrix
-        for name, part in code.parts.items():
-            if part.axis is None and start:
-                continue
-            dtype = DTYPES[part.dtype]
-            value = parts[name].to(dtype.torch).contiguous().cpu()
-            axis = part.axis or 0
-            wanted = (*part.shape[:axis], value.shape[axis], *part.shape[axis + 1 :]) if (
-                part.axis is not None) else part.shape  # fmt: skip
-            if tuple(value.shape) != tuple(wanted):
-                raise ValueError(
-                    f"{self.spec.name}: part '{name}' of '{code.name}' is"
-                    f" {tuple(value.shape)}, planned {tuple(wanted)}"
-                )
-            if dtype.kind == "float" and not value.sum(dtype=torch.float64).isfinite():
-                raise CheckpointError(
-                    f"a delta of '{code.name}' overflows {part.dtype}",
-                    hint="set output.dtype to a wider type",
-                )
-            row = math.prod(part.shape[axis + 1 :]) * dtype.bits // 8
-            for s, piece in enumerate(value if axis else [value]):
-                if not piece.numel():
-                    continue
-                at = 0 if part.axis is None else (s * rows + start // columns) * row
-                data = piece.reshape(-1).view(torch.uint8).numpy().data
-                yield code.part_name(name), at, data
+        self._parts = self._parts or Parts(code)
+        yield from self._parts.pieces(parts, start, stop)
 
     def observe(self, fold: Fold, start: int, stop: int) -> Fold:
         """Feeds elements start..stop, or a sample of them, to a fold."""

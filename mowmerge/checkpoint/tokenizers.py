@@ -12,7 +12,7 @@ from typing import Any
 from mowmerge.errors import CheckpointError
 
 FILE = "tokenizer.json"
-_LISTS = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+_LISTS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,10 +112,22 @@ def moved(ours: Mapping[str, int], theirs: Mapping[str, int]) -> list[tuple[str,
 
 
 def known(folder: Path) -> Mapping[str, int]:
-    """The id of each token that tokenizer.json says, empty where there is none to understand."""
+    """The id of each token that tokenizer.json says, or where there is none a plain list of words
+    (vocab.json, vocab.txt); empty where there is nothing to understand."""
     try:
         return read(folder).ids
     except CheckpointError:
+        return _words(folder)
+
+
+def _words(folder: Path) -> Mapping[str, int]:
+    try:
+        if (folder / "vocab.json").is_file():
+            held = json.loads((folder / "vocab.json").read_text("utf-8"))
+            return {str(token): int(i) for token, i in held.items()}
+        lines = (folder / "vocab.txt").read_text("utf-8").splitlines()
+        return {token: i for i, token in enumerate(lines)}
+    except (OSError, AttributeError, TypeError, ValueError):
         return {}
 
 

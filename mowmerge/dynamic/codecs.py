@@ -278,14 +278,31 @@ def rows(code: Code, parts: Parts, index: Tensor) -> tuple[Code, Parts]:
     code, parts = plain(code), expanded(code, parts)
     shape = (len(index), *code.shape[1:])
     if code.codec in ("sparse", "row_sparse"):
-        values = parts["val" if code.codec == "sparse" else "rowval"]
-        blank = torch.zeros(code.shape, dtype=values.dtype, device=index.device)
-        each = [slot(code, parts, s, blank)[index] for s in range(code.slots)]
+        pick_one = _sparse_rows if code.codec == "sparse" else _changed_rows
+        each = [pick_one(code, parts, s, index) for s in range(code.slots)]
         return replace(code, shape=shape, codec="full"), {"delta": torch.stack(each)}
     picked = dict(parts)
     for name, axis in _axes(code).items():
         picked[name] = parts[name].index_select(axis, index)
     return replace(code, shape=shape), picked
+
+
+def _sparse_rows(code: Code, parts: Parts, s: int, index: Tensor) -> Tensor:
+    """Some rows of slot s of a sparse code, which is opened for them."""
+    blank = torch.zeros(code.shape, dtype=parts["val"].dtype, device=index.device)
+    return slot(code, parts, s, blank)[index]
+
+
+def _changed_rows(code: Code, parts: Parts, s: int, index: Tensor) -> Tensor:
+    """Some rows of slot s of a row_sparse code; 0 where it has none."""
+    first, last = parts["ptr"][s : s + 2].tolist()
+    held, values = parts["rowidx"][first:last], parts["rowval"][first:last]
+    found = values.new_zeros(len(index), *code.shape[1:])
+    if last > first:
+        place = torch.searchsorted(held, index).clamp_max(last - first - 1)
+        there = held[place] == index
+        found[there] = values[place[there]].view(-1, *code.shape[1:])
+    return found
 
 
 def bands(code: Code, parts: Parts, height: int) -> Iterator[tuple[slice, Code, Parts]]:

@@ -41,11 +41,12 @@ class Code:
 
     name: the anchor tensor's name on disk. gate: whose coefficients mix the slots. dtype: of the
     values. rank: columns a slot (low_rank, basis); basis: directions that the slots share. kept:
-    entries a slot (sparse) or rows in all (row_sparse). zeros: whether one_bit marks entries that
-    are 0. fitted: whether its scales have factors that train-router may learn, 1 before, beside the
-    routers. gate_rank: rows a slot of a gate that scores tokens by their projection (scope module);
-    gate_width: its columns, the inputs of the layer (0: the columns of the code, which are the
-    outputs of a weight stored [in,out]).
+    entries a slot (sparse) or rows in all (row_sparse); each: of these each slot's, where whoever
+    wrote it said so. zeros: whether one_bit marks entries that are 0. fitted: whether its scales
+    have factors that train-router may learn, 1 before, beside the routers. gate_rank: rows a slot
+    of a gate that scores tokens by their projection (scope module); gate_width: its columns, the
+    inputs of the layer (0: the columns of the code, which are the outputs of a weight stored
+    [in,out]).
     """
 
     name: str
@@ -56,6 +57,7 @@ class Code:
     dtype: str = "F32"
     rank: int = 0
     kept: int = 0
+    each: tuple[int, ...] = ()
     zeros: bool = False
     fitted: bool = False
     gate_rank: int = 0
@@ -244,11 +246,11 @@ class Manifest:
     @property
     def format(self) -> int:
         """The oldest format that can say this: 2 where a router sees statistics, or keeps its
-        largest outputs as they are; 3 where classifiers look at an encoder, or scales are fitted;
-        4 where slots share a basis."""
+        largest outputs as they are; 3 where classifiers look at an encoder, scales are fitted, or
+        it says how many rows of a table each slot has; 4 where slots share a basis."""
         if any(code.codec == "basis" for code in self.codes):
             return 4
-        if self.encoder or self.fitted:
+        if self.encoder or self.fitted or any(code.each for code in self.codes):
             return 3
         newer = (
             r.pool != "mean" or (r.top_k and r.activation == "none") for r in self.routers.values()
@@ -301,9 +303,7 @@ class Manifest:
             made = cls(
                 method=held["method"],
                 experts=tuple(held["experts"]),
-                codes=tuple(
-                    Code(**{**code, "shape": tuple(code["shape"])}) for code in held["tensors"]
-                ),
+                codes=tuple(Code(**_tupled(code)) for code in held["tensors"]),
                 gates={name: Gate(**gate) for name, gate in held["gates"].items()},
                 routers={name: Router(**router) for name, router in held["routers"].items()},
                 heads=tuple(
@@ -356,11 +356,13 @@ class Manifest:
 
 
 def _encoder(held: Mapping[str, Any] | None) -> Encoder | None:
-    """What `to_json` wrote of an encoder; JSON has lists for tuples."""
-    if held is None:
-        return None
-    numbers = {name: tuple(value) for name, value in held.items() if name != "reads"}
-    return Encoder(held["reads"], **numbers)
+    """What `to_json` wrote of an encoder."""
+    return None if held is None else Encoder(**_tupled(held))
+
+
+def _tupled(held: Mapping[str, Any]) -> dict[str, Any]:
+    """A mapping of JSON with tuples for its lists."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in held.items()}
 
 
 def _lean(item: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 from zoo import Zoo
 
 from mowmerge.checkpoint import tokenizers
+from mowmerge.errors import CheckpointError
 from mowmerge.planner import build
 from mowmerge.recipe import parse
 
@@ -64,9 +65,9 @@ def test_chat_templates(tmp_path: Path) -> None:
 def test_files_that_only_bytes_compare(tmp_path: Path) -> None:
     for name, text in (("a", "x\ny"), ("b", "y\nx")):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "vocab.txt").write_text(text)
+        (tmp_path / name / "tokenizer.model").write_text(text)
     assert list(differences(tmp_path / "a", tmp_path / "b")) == [
-        "its vocab.txt is not the one written"
+        "its tokenizer.model is not the one written"
     ]
     (tmp_path / "b" / "tokenizer.json").write_text("{")
     assert list(differences(tmp_path / "b", tmp_path / "b")) == []
@@ -83,3 +84,36 @@ def test_a_plan_warns_once_for_each_expert_that_differs(zoo: Zoo) -> None:
         assert all(
             w.startswith("'b' will read texts otherwise than it learned: id 2") for w in said
         )
+
+
+@pytest.mark.parametrize("method", ["mow", "wemoe", "emr", "twin_merging", "bitdelta"])
+@pytest.mark.parametrize("file", ["tokenizer.json", "vocab.json", "vocab.txt"])
+def test_a_dynamic_plan_refuses_experts_of_another_order(zoo: Zoo, method: str, file: str) -> None:
+    """The same tokens under other ids: routers and experts would read other texts."""
+    zoo.family("llama", 2)
+    for name, words in (("base", "abc"), ("a", "abc"), ("b", "acb")):
+        ids = {word: i for i, word in enumerate(words)}
+        where = folder(zoo.folder / name, ids)
+        if file != "tokenizer.json":
+            (where / "tokenizer.json").unlink()
+            (where / file).write_text(json.dumps(ids) if "json" in file else "\n".join(words))
+    recipe = parse.load(zoo.recipe({"method": method}))
+    with pytest.raises(CheckpointError) as error:
+        build(recipe)
+    (problem,) = error.value.problems
+    assert "the token 'b' has id 1 in the tokenizer that is written and 2 in that of 'b'" in (
+        problem.message
+    )
+    assert "vocabulary: {source: union}" in problem.hint
+
+
+def test_an_expert_with_more_tokens_is_told_what_to_do(zoo: Zoo) -> None:
+    models = zoo.family("llama", 2)
+    held = models["b"]
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        held[name] = held[name].new_zeros(len(held[name]) + 2, held[name].shape[1])
+    zoo.save("b", held)
+    with pytest.raises(CheckpointError, match="embed_tokens") as error:
+        build(parse.load(zoo.recipe({"method": "mow"})))
+    first, second = error.value.problems
+    assert "2 rows more: place rows by token, `vocabulary:" in first.hint == second.hint

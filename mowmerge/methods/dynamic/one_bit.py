@@ -10,14 +10,15 @@ from mowmerge.methods.contracts import Block, Dynamic, Extent, Reduction, Routin
 from mowmerge.methods.gating import Classifier, Features, by_choice, in_block_matrix, of_base
 from mowmerge.methods.ops import Sum, l1_norms, settle
 from mowmerge.methods.registry import merge_method
+from mowmerge.methods.tables import COUNTED, kept_whole
 from mowmerge.tensors import Tensor, torch
 
 
-def _code(site: Site, p: Mapping[str, Any], found: Any) -> Code:
-    bits = in_block_matrix(site) and site.role != p["whole"]
-    codec = "one_bit" if bits else "full"
-    zeros = bits and p["zeros"] == "marked"
-    return Code(site.name, site.shape, codec, site.models, "0", site.dtype, zeros=zeros)
+def _code(site: Site, p: Mapping[str, Any], found: Any) -> Code | None:
+    if not in_block_matrix(site) or site.role == p["whole"]:
+        return kept_whole(site, found)
+    zeros = p["zeros"] == "marked"
+    return Code(site.name, site.shape, "one_bit", site.models, "0", site.dtype, zeros=zeros)
 
 
 def _routing(sites: Sequence[Site], codes: Sequence[Code], p: Mapping[str, Any]) -> Routing:
@@ -27,7 +28,7 @@ def _routing(sites: Sequence[Site], codes: Sequence[Code], p: Mapping[str, Any])
 def _scales(extents: Sequence[Extent]) -> Reduction:
     """The mean magnitude of each task vector that is quantised, over its non-zero entries where
     zeros are marked."""
-    if extents[0].codec == "full":
+    if extents[0].codec in ("full", "row_sparse"):
         return None
     marked = extents[0].parameters["zeros"] == "marked"
 
@@ -44,7 +45,7 @@ def _scales(extents: Sequence[Extent]) -> Reduction:
     paper="arXiv:2502.10743",
     scope="tensor",
     reduce=_scales,
-    dynamic=Dynamic(_code, _routing, of_base),
+    dynamic=Dynamic(_code, _routing, of_base, COUNTED),
 )
 def one_bit(
     deltas: Tensor,
@@ -64,9 +65,10 @@ def one_bit(
 
     D'_k = a_k sgn(D_k), and a_k is the mean magnitude of a matrix's task vector, the scale with the
     least squared error. Matrices of attention and MLPs have one bit an entry; all other tensors are
-    kept whole.
+    kept whole, and of a table only the rows that an expert changed, where these are fewer.
 
-    Shapes: deltas [N,*S], base [*S] -> anchor [*S], sign [N,rows,bytes], scale [N]; or delta.
+    Shapes: deltas [N,*S], base [*S] -> anchor [*S], sign [N,rows,bytes], scale [N]; or delta; or
+    rowidx, rowval, ptr.
 
     Args:
         whole: a component that is not quantised.
@@ -88,6 +90,8 @@ def one_bit(
         return {"anchor": base, "delta": deltas}
     from mowmerge.dynamic import codecs
 
+    if code.codec == "row_sparse":
+        return {"anchor": base, **codecs.row_sparse(deltas)}
     if state is None:
         state = settle(_scales, deltas, {"zeros": zeros})
     return {"anchor": base, **codecs.one_bit(deltas, state, zeros=code.zeros)}
