@@ -39,6 +39,12 @@ def shares(pair: Pair | None) -> str:
     return "" if pair is None else " to ".join(minus(f"{100 * end:.1f}") for end in pair)
 
 
+def gap(value: float | None, pair: Pair | None, metric: str = "") -> tuple[str, str]:
+    """A difference and its interval, dashes where there is none."""
+    ends = "" if pair is None else " to ".join(signed(end, metric) for end in pair)
+    return (NONE if value is None else signed(value, metric)), ends
+
+
 def signed(value: float, metric: str = "") -> str:
     """A difference with its sign."""
     lower = metric in LOWER_IS_BETTER
