@@ -405,9 +405,19 @@ def test_tokenizers_that_are_not_there_or_not_alike(five: Zoo) -> None:
     with pytest.raises(CheckpointError) as told:
         planned(five, {})
     first, second = told.value.problems
-    assert "its tokens stand for bytes, and the output's for plain text" in first.message
+    assert "its tokens stand for bytes, and the output's for text" in first.message
     assert "its tokenizer is BPE, and the one that is added to is WordLevel" in second.message
-    assert planned(five, {"source": "b"}, models={"b": "./b"}).vocabulary.tokens == 2
+    plan = planned(five, {"source": "b"}, models={"b": "./b"})
+    assert plan.vocabulary.tokens == 2
+    assert not any("splits texts otherwise" in line for line in plan.warnings)
+    (five.folder / "b/tokenizer.json").write_text(
+        json.dumps({**said, "normalizer": {"type": "Lowercase"}})
+    )
+    (line,) = planned(five, {"source": "b"}, models={"b": "./b"}).warnings
+    assert line == (
+        "the tokenizer of 'base' changes or splits texts otherwise than that of 'b', which is"
+        " written"
+    )
 
 
 # --- without the key
