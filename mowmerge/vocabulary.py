@@ -140,7 +140,12 @@ class Placing:
         self.recipe, self.asked, self.models, self.donor = recipe, recipe.vocabulary, models, donor
         self.lender = models[donor if self.asked.source == "union" else self.asked.source]
         self.problems: list[Problem] = [*self._apart()]
-        self.warnings: list[str] = []
+        self.warnings = [
+            f"the tokenizer of '{name}' changes or splits texts otherwise than that of"
+            f" '{self.lender.name}', which is written"
+            for name, model in models.items()
+            if not model.tokenizer.splits_as(self.lender.tokenizer)
+        ]
         self.brought: dict[str, int] = {}
         self.raise_problems()
         self.additions = [*self._added(), *self._wanted()]

@@ -330,6 +330,22 @@ def test_golden(zoo: Zoo, case: str, base: str, weights: dict[str, float], conte
     assert_within_tolerance(case, found)
 
 
+def test_mergekits_base_gives_rows_though_the_method_has_none(five: Zoo) -> None:
+    """x is in base and a, and b takes the base's; w is in a and b, and the base takes the mean."""
+    models = "".join(
+        f"  - {{model: ./{m}, parameters: {{weight: 1}}}}\n" for m in ("a", "base", "b")
+    )
+    text = (
+        f"merge_method: linear\nbase_model: ./base\nmodels:\n{models}tokenizer: {{source: union}}\n"
+    )
+    plan = build(parse.load(five.recipe(text)))
+    assert plan.base is None
+    found = {name: firsts(view(plan, name)) for name in plan.sources}
+    assert plan.vocabulary.source == plan.donor
+    assert found["b"] == [100, 2, 300, 4, 500, 600]
+    assert found[plan.donor][4] == 275
+
+
 # --- what it says, and what it refuses
 
 
@@ -389,9 +405,19 @@ def test_tokenizers_that_are_not_there_or_not_alike(five: Zoo) -> None:
     with pytest.raises(CheckpointError) as told:
         planned(five, {})
     first, second = told.value.problems
-    assert "its tokens stand for bytes, and the output's for plain text" in first.message
+    assert "its tokens stand for bytes, and the output's for text" in first.message
     assert "its tokenizer is BPE, and the one that is added to is WordLevel" in second.message
-    assert planned(five, {"source": "b"}, models={"b": "./b"}).vocabulary.tokens == 2
+    plan = planned(five, {"source": "b"}, models={"b": "./b"})
+    assert plan.vocabulary.tokens == 2
+    assert not any("splits texts otherwise" in line for line in plan.warnings)
+    (five.folder / "b/tokenizer.json").write_text(
+        json.dumps({**said, "normalizer": {"type": "Lowercase"}})
+    )
+    (line,) = planned(five, {"source": "b"}, models={"b": "./b"}).warnings
+    assert line == (
+        "the tokenizer of 'base' changes or splits texts otherwise than that of 'b', which is"
+        " written"
+    )
 
 
 # --- without the key

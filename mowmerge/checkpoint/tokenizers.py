@@ -42,9 +42,11 @@ class Tokenizer:
 
     @property
     def kind(self) -> str:
-        """BPE | WordPiece | Unigram | WordLevel."""
-        vocab = self.data["model"]["vocab"]
-        return str(self.data["model"].get("type") or ("BPE" if isinstance(vocab, dict) else ""))
+        """BPE | WordPiece | Unigram | WordLevel; old files leave it to be seen."""
+        model = self.data["model"]
+        guess = "Unigram" if isinstance(model["vocab"], list) else "WordLevel"
+        guess = "WordPiece" if "continuing_subword_prefix" in model else guess
+        return str(model.get("type") or ("BPE" if "merges" in model else guess))
 
     @cached_property
     def spelling(self) -> str:
@@ -53,12 +55,15 @@ class Tokenizer:
             prefix = self.data["model"].get("continuing_subword_prefix", "##")
             return f"words whose later pieces begin with '{prefix}'"
         held = json.dumps([self.data.get(k) for k in ("normalizer", "pre_tokenizer", "decoder")])
-        if '"ByteLevel"' in held:
-            return "bytes"
-        if '"Metaspace"' in held or "\\u2581" in held:
-            return "text with '▁' for spaces"
+        what = "text with '▁' for spaces" if '"Metaspace"' in held or "\\u2581" in held else "text"
+        what = "bytes" if '"ByteLevel"' in held else what
         end = self.data["model"].get("end_of_word_suffix")
-        return f"words that end in '{end}'" if end else "plain text"
+        return f"{what} in words that end in '{end}'" if end else what
+
+    def splits_as(self, other: Tokenizer) -> bool:
+        """Whether both change and split a text alike before its pieces are looked up."""
+        parts = ("normalizer", "pre_tokenizer")
+        return all(self.data.get(part) == other.data.get(part) for part in parts)
 
 
 def read(folder: Path, text: str | None = None) -> Tokenizer:
