@@ -99,8 +99,11 @@ def test_a_rank_without_a_launcher_to_kill_it_says_which_is_gone(zoo: Zoo) -> No
     zoo.family("llama", 3)
     zoo.recipe(WAYS["ties"])
     (zoo.folder / "killed.py").write_text(KILLED)
-    for sign, says in ((signal.SIGKILL, "the connection to another rank is gone"),
-                       (signal.SIGSTOP, "another rank has said nothing for 0.1 minutes")):  # fmt: skip
+    ends = {
+        signal.SIGKILL: "the connection to another rank is gone",
+        signal.SIGSTOP: "another rank has said nothing for 0.1 minutes",
+    }
+    for sign, says in ends.items():
         code = KILLED.replace("signal.SIGKILL", f"signal.{sign.name}")
         (zoo.folder / "killed.py").write_text(code)
         ranks = [lone(zoo, rank, "--timeout", "0.1") for rank in range(2)]
