@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 
 from mowmerge.errors import ResourceError
 from mowmerge.methods import registry
@@ -40,9 +41,24 @@ def narrowed(
 
 
 def peak_bytes(jobs: Sequence[TensorJob], block: int, workers: int) -> int:
-    """Bytes at once: the runtime, and the `workers` jobs that take most."""
+    """Bytes at once: the runtime, and the `workers` jobs that take most, or the sample before."""
     needs = sorted((working_bytes(job, block) for job in jobs), reverse=True)
-    return RUNTIME + sum(needs[:workers])
+    return RUNTIME + max(sum(needs[:workers]), _sample_bytes(jobs))
+
+
+def _sample_bytes(jobs: Sequence[TensorJob]) -> int:
+    """Bytes for a sample of a whole model's values, which a statistic over it begins with: all
+    models', and one model's three times more while it is searched. A task reads 1,024 at least."""
+    groups: dict[int, list[TensorJob]] = {}
+    for job in chain.from_iterable(job.each for job in jobs):
+        if job.group is not None:
+            groups.setdefault(job.group, []).append(job)
+    found = 0
+    for held in groups.values():
+        total = sum(job.output.numel for job in held)
+        taken = max(65_536, min(total // 1024, (4 << 20) + total // 16_384))
+        found = max(found, 4 * taken * (len(held[0].models) + 3))
+    return found
 
 
 def working_bytes(job: TensorJob, block: int) -> int:
