@@ -1,4 +1,4 @@
-"""What a plan says a merge takes is what it takes: a large tensor through each registered method."""
+"""A plan says what memory a merge takes: a large tensor through each registered method."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from mowmerge.methods.contracts import Count, NonNegative
 from mowmerge.methods.ops import added
+from mowmerge.methods.ops.descent import adam
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
@@ -26,14 +27,10 @@ def _normal_equations(deltas: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_adam(start: Tensor, left: Tensor, right: Tensor, steps: int, rate: float) -> Tensor:
-    moved, first, second = (torch.zeros_like(start) for _ in range(3))
-    for step in range(1, steps + 1):
-        slope = ((start + moved) @ left).sub_(right).mul_(2.0)
-        first.mul_(0.9).add_(slope, alpha=0.1)
-        second.mul_(0.999).addcmul_(slope, slope, value=0.001)
-        spread = (second / (1 - 0.999**step)).sqrt_().add_(1e-8)
-        moved.addcdiv_(first, spread, value=-rate / (1 - 0.9**step))
-    return start + moved
+    def slope(moved: Tensor) -> Tensor:
+        return ((start + moved) @ left).sub_(right).mul_(2.0)
+
+    return start + adam(slope, start, steps, rate)
 
 
 def _closed(left: Tensor, right: Tensor) -> Tensor:
