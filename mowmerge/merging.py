@@ -205,7 +205,9 @@ def _write_sidecars(planned: Plan, recipe: Recipe, folder: Path) -> dict[str, An
     if planned.manifest:
         remote.bundle(folder)
     if planned.encoder and planned.manifest and planned.manifest.encoder:
-        encoder.copy(planned.encoder, planned.manifest.encoder, _donor(planned), folder)
+        encoder.copy(
+            planned.encoder, planned.manifest.encoder, _donor(planned), folder, planned.vocabulary
+        )
     return {
         "mowmerge": __version__, "recipe": recipe.name, "inputs": lineage.inputs(planned),
         "files_left_behind": left,

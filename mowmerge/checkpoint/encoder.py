@@ -14,6 +14,7 @@ from mowmerge.checkpoint import sidecars
 from mowmerge.checkpoint.source import config, refuse_dynamic
 from mowmerge.dynamic.format import Encoder
 from mowmerge.errors import CheckpointError
+from mowmerge.placement import Vocabulary
 from mowmerge.plan import Stored
 
 FOLDER = "encoder"
@@ -58,9 +59,11 @@ def described(stored: Stored, donor: Path) -> Named:
                  " base reads")  # fmt: skip
 
 
-def copy(stored: Stored, reading: Encoder, donor: Path, out: Path) -> None:
-    """Puts the encoder's files into `out`/encoder as they are; for texts the donor's tokenizer
-    below, which spells out what the encoder reads."""
+def copy(
+    stored: Stored, reading: Encoder, donor: Path, out: Path, vocabulary: Vocabulary | None = None
+) -> None:
+    """Puts the encoder's files into `out`/encoder as they are; for texts the tokenizer that is
+    written below, the donor's or of that vocabulary, which spells out what the encoder reads."""
     folder, into = Path(stored.folder), out / FOLDER
     _beside(folder, into)
     for index in folder.glob("*.safetensors.index.json"):
@@ -69,13 +72,13 @@ def copy(stored: Stored, reading: Encoder, donor: Path, out: Path) -> None:
         alone = len(stored.files) == 1
         shutil.copyfile(file, into / ("model.safetensors" if alone else Path(file).name))
     if reading.reads == "texts":
-        _beside(donor, into / "base")
+        _beside(donor, into / "base", vocabulary)
 
 
-def _beside(folder: Path, into: Path) -> None:
+def _beside(folder: Path, into: Path, vocabulary: Vocabulary | None = None) -> None:
     """Copies a model's config, tokenizer and licence."""
     into.mkdir(parents=True, exist_ok=True)
-    sidecars.copy(folder, (), into)
+    sidecars.copy(folder, (), into, vocabulary)
     if (folder / "config.json").exists():
         shutil.copyfile(folder / "config.json", into / "config.json")
 
