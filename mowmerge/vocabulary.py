@@ -153,6 +153,11 @@ class Placing:
         self.tokenizer = union.extended(self.lender.tokenizer, self.additions)
         self.ids = self.tokenizer.ids
         least, multiple = 1 + max(self.ids.values()), self.asked.pad_to_multiple_of
+        if least > 4 * (len(self.ids) + self.lender.rows):
+            raise CheckpointError(
+                f"it gives a token the id {least - 1}, far beyond its {len(self.ids)} tokens",
+                where=str(self.lender.folder / tokenizers.FILE), hint="save the tokenizer again",
+            )  # fmt: skip
         self.rows = -(-least // multiple) * multiple if multiple else max(least, self.lender.rows)
         self.at: list[str | None] = [None] * self.rows
         for token, i in self.ids.items():

