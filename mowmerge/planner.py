@@ -35,7 +35,6 @@ from mowmerge.tensors import TensorSpec, dtype_named
 from mowmerge.upcycle import Upcycling
 
 BLOCK = 4 * RUN  # elements worked on at a time: with shorter blocks workers wait for each other
-SHARD_SIZE = 5_000_000_000
 LISTED = 5  # names in a message before it says how many more
 
 
@@ -326,9 +325,8 @@ class _Planner:
 
     def _dropping(self, name: str) -> int | None:
         stack = naming.stack(name)
-        chosen = setting(
-            self.recipe, Place(name, naming.role(name), stack[1] if stack else None, 0.0)
-        )
+        place = Place(name, naming.role(name), stack[1] if stack else None, 0.0)
+        chosen = setting(self.recipe, place)
         return chosen.rule if chosen.drop else None
 
     def _raise_problems(self) -> None:
@@ -387,8 +385,8 @@ class _Planner:
                 )
 
     def _layout(self, jobs: Sequence[TensorJob]) -> list[Shard]:
-        size = self.recipe.output.shard_size or SHARD_SIZE
-        return layout([spec for job in jobs for spec in job.stored], size, self._metadata)
+        stored = [spec for job in jobs for spec in job.stored]
+        return layout(stored, self.recipe.output.shard_size, self._metadata)
 
 
 def _why_apart(ours: TensorSpec, theirs: TensorSpec) -> str:
