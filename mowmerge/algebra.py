@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+from mowmerge.checkpoint import adapter
+from mowmerge.errors import Problem
 from mowmerge.methods import registry
-from mowmerge.plan import Algebra, TensorJob
+from mowmerge.plan import Algebra, Source, TensorJob
 
 HOURS = 10**15  # floating-point operations from which on a processor takes hours
 
@@ -17,6 +19,7 @@ def algebra(jobs: Sequence[TensorJob]) -> Algebra | None:
     side (Golub and Van Loan, R-SVD).
     """
     each = [one for job in jobs for one in (job, job.anchor) if one is not None and one.matrix]
+    each = [job for job in each if _decomposed(job)]
     shapes = [shape for job in each for shape in _decomposed(job)]
     if not shapes:
         return None
@@ -29,6 +32,34 @@ def _decomposed(job: TensorJob) -> Sequence[tuple[int, int]]:
     decompositions = registry.get(str(job.method)).decompositions
     assert decompositions is not None
     return decompositions(job.output.shape, len(job.models))
+
+
+def faults(jobs: Sequence[TensorJob], sources: Mapping[str, Source]) -> list[Problem]:
+    """Models that are no adapters of one rank on the base, under a method for such: each once."""
+    found: dict[str, Problem] = {}
+    for job in jobs:
+        if not job.matrix or not registry.get(str(job.method)).needs_factors(job.parameters):
+            continue
+        ranks = {
+            i.model: adapter.rank(sources[i.model], sources.get("base"), i.spec.name)
+            for i in job.models
+        }
+        for model in [model for model, rank in ranks.items() if rank is None]:
+            problem = Problem(
+                f"'{job.method}' works on the factors of '{job.output.name}', which has none there",
+                f"model '{model}'",
+                "name an adapter on the base, {source: base, adapter: ...}, or another method",
+            )
+            found.setdefault(model, problem)
+        if None not in ranks.values() and len(set(ranks.values())) > 1:
+            told = ", ".join(f"{rank} in '{model}'" for model, rank in ranks.items())
+            problem = Problem(
+                f"'{job.method}' adds factors up, and those of '{job.output.name}' have the rank"
+                f" {told}",
+                hint="adapters of one rank on the same modules, or `space: delta`",
+            )
+            found.setdefault("", problem)
+    return list(found.values())
 
 
 def cautions(jobs: Sequence[TensorJob], found: Algebra | None) -> Iterator[str]:

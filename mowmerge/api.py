@@ -37,12 +37,13 @@ if TYPE_CHECKING:
     from mowmerge.hub.card import Results
     from mowmerge.hub.package import Package
     from mowmerge.hub.push import Pushed
+    from mowmerge.lora import Merge as AdapterMerge
     from mowmerge.soup import Soup
     from mowmerge.training.settings import Options as Training
 
 __all__ = [
-    "check", "compare", "demo", "evaluate", "extract", "inspect", "load", "merge", "plan",
-    "plan_push", "plan_training", "push", "report_folder", "report_on",
+    "check", "compare", "demo", "evaluate", "extract", "inspect", "load", "merge", "outline",
+    "plan", "plan_push", "plan_training", "push", "report_folder", "report_on",
     "soup", "survey", "tasks_of", "tell_card", "train_router", "verify",
 ]  # fmt: skip
 Advance = Callable[[int], None]
@@ -83,6 +84,14 @@ def plan(
     """What a merge would do, from headers alone. Loads no torch."""
     parsed = recipe if isinstance(recipe, Recipe) else check(recipe, overrides)
     return build(parsed, options)
+
+
+def outline(recipe: Recipe, options: Options | None = None) -> AdapterMerge:
+    """What a merge whose output is an adapter would write, from headers alone: its ranks where they
+    are known, and bounds where they are not."""
+    from mowmerge import lora
+
+    return lora.plan(recipe, plan(recipe, options=options), options.max_memory if options else None)
 
 
 def survey(
@@ -149,12 +158,16 @@ def merge(
             return Result(*made, speaks=ranks.first)
     from mowmerge import lora
 
-    if resume or locked or ranks.count > 1:
+    if resume or ranks.count > 1:
         raise RecipeError(
-            "--resume, --locked and ranks are for checkpoints, and output.format is adapter",
+            "--resume and ranks are for checkpoints, and output.format is adapter",
             where=parsed.file, hint="run it from the start, in one process",
         )  # fmt: skip
-    return Result(*lora.merge(parsed, planned, target, hashes=hashes, force=force, begin=begin))
+    outlined = lora.plan(parsed, planned, asked.max_memory)
+    made = lora.merge(
+        parsed, outlined, target, hashes=hashes, force=force, locked=locked, begin=begin
+    )
+    return Result(*made)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mowmerge.plan import TensorJob, run_length
 
-WHOLE = ("low_rank", "sparse")  # codecs that need the whole tensor at once
+WHOLE = ("low_rank", "sparse", "basis")  # codecs that need the whole tensor at once
 
 
 def block_length(block: int, job: TensorJob, *, whole: bool) -> int:

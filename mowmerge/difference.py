@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from mowmerge import __version__
-from mowmerge.checkpoint import heads, lowrank, modules, naming, source, writer
+from mowmerge.checkpoint import heads, lowrank, modules, naming, source
+from mowmerge.checkpoint.appender import Appender
 from mowmerge.checkpoint.lowrank import Factors
-from mowmerge.checkpoint.peft import PREFIX
+from mowmerge.checkpoint.peft import PREFIX, WEIGHTS
 from mowmerge.errors import CheckpointError
 from mowmerge.plan import Stored
 from mowmerge.tensors import DTYPES, Tensor, TensorReader, TensorSpec, torch
 
 PARTS = {"embedding": ("lora_embedding_A", "lora_embedding_B")}
 LINEAR_PARTS = ("lora_A.weight", "lora_B.weight")
-STEP = 1 << 22  # elements read or compared at a time
-
-Joined = Callable[[str], Factors | None]
+STEP = 1 << 20  # elements read or compared at a time
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,61 @@ class Cut:
     energy: float | None = None
 
 
+@dataclass(frozen=True)
+class Joint:
+    """Factors side by side, of the rank `summed` before they are cut, in `nbytes` of adapters."""
+
+    summed: int
+    nbytes: int
+    cut: Cut
+
+    @property
+    def exact(self) -> bool:
+        """Whether nothing is cut."""
+        return self.cut.energy is None and self.rank == self.summed
+
+    @property
+    def rank(self) -> int:
+        """The rank they are cut to; with an energy, the most it can be."""
+        return self.summed if self.cut.rank is None else min(self.summed, self.cut.rank)
+
+
+class Known(Protocol):
+    """What is known of a difference before a tensor of the two models is read."""
+
+    def joint(self, name: str) -> Joint | None:
+        """The rank of the tensor's factors, from headers; None where `joined` gives none, or only
+        finds their rank."""
+
+    def joined(self, name: str) -> Factors | None:
+        """The factors of the tensor's update, where it is known as such."""
+
+    def same(self, name: str) -> bool:
+        """Whether the model's tensor is the base's."""
+
+
+class Unknown:
+    """Of two checkpoints nothing is known beforehand."""
+
+    def joint(self, name: str) -> None:
+        """None."""
+
+    def joined(self, name: str) -> None:
+        """None."""
+
+    def same(self, name: str) -> bool:
+        """False."""
+        return False
+
+
 @dataclass
 class Difference:
-    """A model and its base, name by name (the base's), and what is known of their difference.
-
-    `joined` gives the factors of a tensor whose update is known as such, and `same` says of which
-    tensors the model's are the base's without reading them.
-    """
+    """A model and its base, name by name (the base's), and what is known of their difference."""
 
     model: TensorReader
     base: TensorReader
     origin: Stored
-    joined: Joined = lambda name: None
-    same: Callable[[str], bool] = lambda name: False
+    known: Known = field(default_factory=Unknown)
 
     def __post_init__(self) -> None:
         self.modules = modules.of(source.config(self.origin.folder), self.base.specs)
@@ -69,10 +111,14 @@ class Difference:
                 )
 
     @property
+    def targets(self) -> list[str]:
+        """The base's matrices, which are worked on one after another."""
+        return [name for name in self.base.specs if self.kind(name) != "other"]
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of the base's matrices, which are worked on one after another."""
-        named = self.base.specs.items()
-        return sum(spec.nbytes for name, spec in named if self.kind(name) != "other")
+        """Their bytes."""
+        return sum(self.base.specs[name].nbytes for name in self.targets)
 
     def kind(self, name: str) -> modules.Kind:
         """What sort of module has this tensor as its weight; other where it is no weight, or is
@@ -86,6 +132,28 @@ class Difference:
         """The path of the tensor's module in memory."""
         return self.memory.get(name, name).rpartition(".")[0]
 
+    def matrix(self, name: str) -> tuple[int, int]:
+        """Rows and columns of a target's update, [out, in]."""
+        rows, *rest = self.base.specs[name].shape
+        columns = math.prod(rest)
+        return (columns, rows) if self.kind(name) in ("conv1d", "embedding") else (rows, columns)
+
+    def parts(self, name: str, rank: int) -> tuple[TensorSpec, TensorSpec]:
+        """A and B of a target, as the adapter stores them."""
+        (rows, columns), (a, b) = self.matrix(name), _keys(self, name)
+        if self.kind(name) == "conv":
+            shape = (rank, *self.base.specs[name].shape[1:])
+            return TensorSpec(a, "F32", shape), TensorSpec(b, "F32", (rows, rank, 1, 1))
+        return TensorSpec(a, "F32", (rank, columns)), TensorSpec(b, "F32", (rows, rank))
+
+    def keys(self) -> list[str]:
+        """The name of every tensor that may come into the adapter."""
+        specs = self.base.specs
+        found = [key for n in self.targets for key in _keys(self, n)]
+        found += [f"{PREFIX}{self.memory.get(n, n)}" for n in (*specs, *self.extra)]
+        found += [key for n in specs for key in _copies(self, n)]
+        return found + [_bias_key(self.memory[n]) for n in specs if n.endswith(".bias")]
+
     def delta(self, name: str) -> Tensor:
         """Model minus base in fp32, as a matrix [out, in]."""
         ours = self.held[name]
@@ -96,7 +164,7 @@ class Difference:
     def differs(self, name: str) -> bool:
         """Whether any value of the tensor is another."""
         ours = self.held[name]
-        if ours is None or self.same(name):
+        if ours is None or self.known.same(name):
             return False
         spec = self.base.specs[name]
         with closing(self.model.open(ours.name)) as one, closing(self.base.open(name)) as two:
@@ -113,25 +181,18 @@ def write(
 ) -> dict[str, Any]:
     """Writes adapter_model.safetensors and adapter_config.json; what the report says of them."""
     specs = difference.base.specs
-    targets = [n for n in specs if difference.kind(n) != "other"]
-    names = [key for n in targets for key in _keys(difference, n)]
-    names += [f"{PREFIX}{difference.memory.get(n, n)}" for n in (*specs, *difference.extra)]
-    names += [key for n in specs for key in _copies(difference, n)]
-    names += [_bias_key(difference.memory[n]) for n in specs if n.endswith(".bias")]
     found: dict[str, dict[str, Any]] = {}
     lines: list[dict[str, Any]] = []
-    saved, biases, lost = _rest(difference, targets)
+    saved, biases, lost = rest(difference, difference.differs)
     metadata = {"format": "pt", "mowmerge": __version__}
-    file = folder / "adapter_model.safetensors"
-    with writer.Appender(file, names, metadata) as out:
-        left = [n for n in targets if not _within(difference.module(n), saved)]
+    with Appender(folder / WEIGHTS, difference.keys(), metadata) as out:
+        left = [n for n in difference.targets if not _within(difference.module(n), saved)]
         for name, factors in _in_order(partial(_factors, difference, cut=cut), left, workers):
             if factors is not None:
                 found[name] = _line(difference, name, factors)
                 _append(out, difference, name, factors)
             advance(specs[name].nbytes)
-        whole = [(n, f"{PREFIX}{difference.memory.get(n, n)}") for n in _saved(difference, saved)]
-        whole += [(n, key) for n, _ in whole for key in _copies(difference, n)]
+        whole = kept(difference, saved)
         whole += [(n, _own_bias(difference, n, found)) for n in biases]
         held = {n: difference.held.get(n) or difference.extra[n] for n, _ in whole}
         for name, key in sorted(whole, key=lambda pair: -held[pair[0]].itemsize):
@@ -154,27 +215,29 @@ def write(
 
 def _factors(difference: Difference, name: str, cut: Cut) -> Factors | None:
     """The update of one matrix; None where it is zero."""
-    factors = difference.joined(name)
-    if factors is not None or difference.same(name):
+    factors = difference.known.joined(name)
+    if factors is not None or difference.known.same(name):
         return factors if factors is None or factors.total else None
     delta = difference.delta(name)
-    if not bool(torch.isfinite(delta).all()):
+    low, high = (float(end) for end in delta.aminmax()) if delta.numel() else (0.0, 0.0)
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise CheckpointError(f"'{name}' holds NaN or Inf", where=difference.origin.origin)
-    return lowrank.factor(delta, cut.rank, cut.energy) if bool(delta.any()) else None
+    return lowrank.factor(delta, cut.rank, cut.energy) if low or high else None
 
 
-def _rest(
-    difference: Difference, targets: Sequence[str]
+def rest(
+    difference: Difference, differs: Callable[[str], bool]
 ) -> tuple[set[str], list[str], dict[str, str]]:
     """What differs and is no matrix: modules to save, biases, and what is lost by which rule."""
+    targets = difference.targets
     saved: set[str] = {n.rpartition(".")[0] for n in difference.extra if "." in n}
     biases: list[str] = []
     lost = {
         n: "a tensor that the base lacks, in no module" for n in difference.extra if "." not in n
     }
-    owners = {difference.module(n): n for n in targets}
+    owned, owners = set(targets), {difference.module(n): n for n in targets}
     for name, spec in difference.base.specs.items():
-        if name in targets or not difference.differs(name):
+        if name in owned or not differs(name):
             continue
         module = difference.module(name)
         below = [n for m, n in owners.items() if m.startswith(f"{module}.")]
@@ -203,6 +266,12 @@ def _saved(difference: Difference, saved: set[str]) -> Iterator[str]:
             yield name
 
 
+def kept(difference: Difference, saved: set[str]) -> list[tuple[str, str]]:
+    """The tensors of modules that are saved whole, each with its name in the adapter."""
+    whole = [(n, f"{PREFIX}{difference.memory.get(n, n)}") for n in _saved(difference, saved)]
+    return whole + [(n, key) for n, _ in whole for key in _copies(difference, n)]
+
+
 def _copies(difference: Difference, name: str) -> Iterator[str]:
     """The names under which peft wants a saved tensor again: those that are tied to it."""
     for copy, original in difference.modules.ties.items():
@@ -228,15 +297,11 @@ def _own_bias(difference: Difference, name: str, found: Mapping[str, Mapping[str
     return _bias_key(memory) if difference.module(name) in updated else f"{PREFIX}{memory}"
 
 
-def _append(out: writer.Appender, difference: Difference, name: str, factors: Factors) -> None:
-    a, b = factors.a, factors.b
-    spec = difference.base.specs[name]
-    if difference.kind(name) == "conv":
-        a, b = a.view(-1, *spec.shape[1:]), b.view(*b.shape, 1, 1)
-    for key, value in zip(_keys(difference, name), (a, b), strict=True):
-        held = value.contiguous()
-        data = held.view(-1).view(torch.uint8).numpy().data
-        out.append(TensorSpec(key, "F32", tuple(held.shape)), [data])
+def _append(out: Appender, difference: Difference, name: str, factors: Factors) -> None:
+    parts = difference.parts(name, factors.rank)
+    for spec, value in zip(parts, (factors.a, factors.b), strict=True):
+        data = value.contiguous().view(-1).view(torch.uint8).numpy().data
+        out.append(spec, [data])
 
 
 def _line(difference: Difference, name: str, factors: Factors) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass
 from threading import Event, Lock
@@ -22,16 +22,15 @@ from mowmerge.checkpoint.placed import PlacedReader
 from mowmerge.checkpoint.reader import StoredReader
 from mowmerge.errors import CheckpointError, ResourceError
 from mowmerge.methods import registry
-from mowmerge.methods.contracts import Extent, Fold, Reduction, seen, with_seen
+from mowmerge.methods.contracts import Extent, Fold
 from mowmerge.placement import Placed
 from mowmerge.plan import RUN, Adapted, Plan, Source, Stored, TensorJob, Tied
 from mowmerge.ranks import Ranks
+from mowmerge.reduction import driven, reduced
 from mowmerge.report import TensorReport
-from mowmerge.sharing import run_of, share, spread
+from mowmerge.sharing import share, spread
 from mowmerge.streaming import OpenJob
 from mowmerge.tensors import TensorHandle, TensorReader, TensorSpec, torch
-
-SPAN = 256 * RUN  # elements in one task of a reduction over the whole model
 
 
 class Sink(Protocol):
@@ -197,7 +196,7 @@ class Engine:
         began = time.perf_counter()
         with ExitStack() as stack:
             opened = stack.enter_context(self.open(job))
-            self._settle(opened)
+            self.settle(opened)
             give = None
             if job.anchor is not None:
                 below = OpenJob(self.plan, job.anchor, self.readers, self.stopped, opened.block)
@@ -222,10 +221,10 @@ class Engine:
         job = opened.job
         if job.method is None or job.output.kind != "float" or opened.identical():
             return opened.copied
-        self._settle(opened)
+        self.settle(opened)
         return opened.merged
 
-    def _settle(self, opened: OpenJob) -> None:
+    def settle(self, opened: OpenJob) -> None:
         """Gives the job its method's state, where that has one."""
         job = opened.job
         if job.group is not None:
@@ -236,7 +235,7 @@ class Engine:
         elif job.scope in ("row", "tensor") and opened.spec.reduce and job.output.numel:
             numel, codec = job.output.numel, job.code.codec if job.code else ""
             rounds = opened.spec.reduce([Extent(job.output.shape, job.parameters, codec)])
-            opened.state = _drive(rounds, lambda fold: opened.observe(fold.fresh(), 0, numel))
+            opened.state = driven(rounds, lambda fold: opened.observe(fold.fresh(), 0, numel))
 
     def _group_state(self, group: int, pool: ThreadPoolExecutor, journal: Journal | None) -> Any:
         """A group's state: the one kept, or found in a pass over the whole model and kept."""
@@ -253,49 +252,10 @@ class Engine:
         return state
 
     def _settle_group(self, group: int, pool: ThreadPoolExecutor | None) -> Any:
-        """Runs a reduction over every job of a group, in tasks that are merged in plan order.
-
-        Ranks read a run of the tasks each. Where merging is exact a rank's folds are merged before
-        they are exchanged, else all of them are exchanged and merged one by one.
-        """
+        """Runs a reduction over every job of a group; a nested plan is for each rank to read."""
         jobs = [job for job in self.plan.each if job.group == group]
-        reduce = registry.get(str(jobs[0].method)).reduce
-        assert reduce is not None
-        ranks = self.ranks if pool is not None else Ranks()  # a nested plan is for each to read
-
-        def span(job: TensorJob) -> int:
-            return max(1, job.output.numel) if job.matrix else SPAN
-
-        tasks = [(job, start) for job in jobs for start in range(0, job.output.numel, span(job))]
-        lengths = [min(span(job), job.output.numel - start) for job, start in tasks]
-        mine = run_of(tasks, lengths, ranks)
-
-        def part(fold: Fold, job: TensorJob, start: int) -> Fold:
-            ranks.check()
-            with self.open(job) as opened:
-                return opened.observe(fold.fresh(), start, min(start + span(job), job.output.numel))
-
-        def parts(fold: Fold) -> Iterator[Fold]:
-            pending: list[Future[Fold]] = []
-            for job, start in mine:
-                pending.append(_submit(pool, part, fold, job, start))
-                if len(pending) > 2 * self.plan.workers:
-                    yield pending.pop(0).result()
-            for future in pending:
-                yield future.result()
-
-        def gathered(fold: Fold) -> list[Mapping[str, Any]]:
-            if fold.exact:
-                return [seen(_merged(fold, parts(fold)))]
-            return [seen(one) for one in parts(fold)]
-
-        def fill(fold: Fold) -> Fold:
-            if ranks.count == 1:
-                return _merged(fold, parts(fold))
-            told = ranks.each(lambda: gathered(fold))
-            return _merged(fold, (with_seen(fold, one) for each in told for one in each))
-
-        return _drive(reduce([Extent(j.output.shape, j.parameters) for j in jobs]), fill)
+        ranks = self.ranks if pool is not None else Ranks()
+        return reduced(jobs, self.open, pool, 2 * self.plan.workers, ranks)
 
     def _check_ties(self) -> None:
         for tied in self.plan.tied:
@@ -354,34 +314,6 @@ def _keep_freed_memory() -> None:
     to 32 MiB; without this every temporary of every block costs page faults again.
     """
     torch.empty(31 << 20, dtype=torch.uint8)
-
-
-def _submit(
-    pool: ThreadPoolExecutor | None, function: Callable[..., Fold], *args: Any
-) -> Future[Fold]:
-    if pool is not None:
-        return pool.submit(function, *args)
-    future: Future[Fold] = Future()
-    future.set_result(function(*args))
-    return future
-
-
-def _merged(fold: Fold, parts: Iterable[Fold]) -> Fold:
-    """The folds as one, merged in order."""
-    total = fold.fresh()
-    for one in parts:
-        total.merge(one)
-    return total
-
-
-def _drive(rounds: Reduction, fill: Callable[[Fold], Fold]) -> Any:
-    """Runs a reduction to its end: each fold it yields is filled and sent back."""
-    try:
-        fold = next(rounds)
-        while True:
-            fold = rounds.send(fill(fold))
-    except StopIteration as done:
-        return done.value
 
 
 class MergedReader:

@@ -33,6 +33,7 @@ GONE = (
     "the recipe's own sources are not found from here: name the expert with --reference, or the"
     " recipe where it lay with --recipe"
 )
+PLACED = "vocabulary rows were placed by token: those of the expert lie elsewhere"
 
 Gates = Mapping[str, Sequence[float]]
 
@@ -217,6 +218,8 @@ def _reference(
     recipe: Recipe | None, expert: str, pieces: Sequence[_Piece], given: str | None
 ) -> tuple[Reference | None, str]:
     """What to compare with, or why there is nothing."""
+    if given is None and recipe is not None and recipe.vocabulary is not None:
+        return None, PLACED
     ref = recipe.models.get(expert) if recipe else None
     ref = None if ref and ref.adapter else ref  # its source alone is not the expert
     base = _local(recipe, recipe.base) if recipe else None

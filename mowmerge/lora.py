@@ -13,18 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mowmerge import __version__
-from mowmerge.checkpoint import lowrank, source, writer
-from mowmerge.checkpoint.adapter import AdaptedReader
-from mowmerge.checkpoint.lowrank import Factors
+from mowmerge import __version__, lock, replay
+from mowmerge.checkpoint import source, writer
+from mowmerge.checkpoint.peft import WEIGHTS
 from mowmerge.checkpoint.reader import StoredReader
 from mowmerge.checkpoint.writer import Staging
 from mowmerge.difference import Cut, Difference, shown, write
 from mowmerge.engine import Engine, MergedReader, one_thread_each
-from mowmerge.methods import registry
-from mowmerge.plan import Adapted, Input, Plan, TensorJob, config_source
-from mowmerge.recipe.model import Recipe
-from mowmerge.tensors import Tensor, torch
+from mowmerge.memory import working_bytes
+from mowmerge.outline import Outline, outline
+from mowmerge.plan import Plan, config_source
+from mowmerge.recipe import parse
+from mowmerge.recipe.model import Digest, Recipe
+from mowmerge.sums import Sums
 
 RANK = 64  # of an extraction that names neither rank nor energy
 ENERGY = 0.99  # kept of a merge that is no sum of low-rank updates, where the recipe names none
@@ -38,6 +39,7 @@ def extract(
     rank: int | None = None,
     energy: float | None = None,
     workers: int | None = None,
+    max_memory: int | None = None,
     allow_pickle: bool = False,
     hashes: bool = True,
     force: bool = False,
@@ -47,63 +49,125 @@ def extract(
 
     Each matrix is cut to `rank` (64 where nothing is said), or to the least rank that keeps
     `energy`, a share of its squared norm. `begin` is given the bytes of the matrices and returns
-    what is told of those done. A worker holds a matrix and its decomposition, about six times its
-    size in fp32.
+    what is told of those done. A worker holds a matrix and its decomposition, up to eight times its
+    size in fp32; `max_memory` bytes make for fewer workers.
 
     Raises:
         ValueError: both a rank and an energy.
         CheckpointError: the two do not fit, are the same, or one cannot be read.
-        ResourceError: `out` cannot be written.
+        ResourceError: `out` cannot be written, or one matrix takes more than `max_memory`.
     """
     if rank is not None and energy is not None:
         raise ValueError("give a rank or an energy, and not both")
     began, cut = time.perf_counter(), Cut(RANK if rank is energy is None else rank, energy)
     ours, theirs = (source.find(where, allow_pickle=allow_pickle) for where in (model, base))
     difference = Difference(StoredReader(ours), StoredReader(theirs), theirs)
+    planned = outline(
+        difference, cut, workers or min(8, os.cpu_count() or 1), max_memory, lambda name: 0
+    )
     keep = [Path(stored.folder) for stored in (ours, theirs)]
-    about = {"from": shown(ours), "base": shown(theirs), "cut": vars(cut)}
-    workers = workers or min(8, os.cpu_count() or 1)
+    about = {
+        "from": shown(ours), "base": shown(theirs), "cut": vars(cut), "workers": planned.workers,
+        "peak_bytes": planned.peak_bytes,
+    }  # fmt: skip
     with Staging(out, force=force, keep=keep) as staging, one_thread_each():
-        told = write(
-            difference,
-            staging.path,
-            cut,
-            workers or min(8, os.cpu_count() or 1),
-            begin(difference.nbytes),
-        )
+        advance = begin(difference.nbytes)
+        told = write(difference, staging.path, cut, planned.workers, advance)
         return _finish(staging, {**about, **told}, began, hashes)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A recipe's merge as an adapter of its base: its difference, how far that is cut, and what
+    will be written."""
+
+    plan: Plan
+    difference: Difference
+    cut: Cut
+    outline: Outline
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes to read: of factors that are joined, and of models that are decomposed; the most
+        where that is to be found out."""
+        jobs = {job.output.name: job for job in self.plan.jobs}
+        left = set(jobs) - {u.name for u in self.outline.updates if u.joined}
+        left -= {name for name in left if self.difference.known.same(name)}
+        dense = sum(jobs[n].read_bytes + self.difference.base.specs[n].nbytes for n in left)
+        return dense + sum(update.joined for update in self.outline.updates)
+
+
+def plan(recipe: Recipe, planned: Plan, limit: int | None = None) -> Merge:
+    """What a merge whose output is an adapter will write, from headers alone.
+
+    Raises:
+        ResourceError: one matrix takes more than `limit` bytes.
+    """
+    engine, asked = Engine(planned), recipe.output
+    wanted = Cut(asked.rank, asked.energy)
+    cut = Cut(energy=ENERGY) if wanted == Cut() else wanted
+    difference = Difference(
+        MergedReader(engine), engine.readers["base"], config_source(planned.sources["base"]),
+        Sums(engine, wanted),
+    )  # fmt: skip
+    jobs = {job.output.name: job for job in planned.jobs}
+
+    def reading(name: str) -> int:
+        return working_bytes(jobs[name], planned.block) if name in jobs else 0
+
+    return Merge(
+        planned, difference, cut, outline(difference, cut, planned.workers, limit, reading)
+    )
 
 
 def merge(
     recipe: Recipe,
-    plan: Plan,
+    asked: Merge,
     out: Path,
     *,
     hashes: bool = True,
     force: bool = False,
+    locked: bool = False,
     begin: Callable[[Plan], Callable[[int], None]],
 ) -> tuple[Path, dict[str, Any]]:
-    """Writes a recipe's merge as an adapter of its base into `out`; its path and report."""
-    began = time.perf_counter()
-    engine = Engine(plan)
-    asked = recipe.output
-    cut = Cut(asked.rank, asked.energy)
-    if asked.rank is None and asked.energy is None:
-        cut = Cut(energy=ENERGY)
-    sums = Sums(engine, Cut(asked.rank, asked.energy))
-    difference = Difference(
-        MergedReader(engine), engine.readers["base"], config_source(plan.sources["base"]),
-        sums.joined, sums.same,
-    )  # fmt: skip
-    keep = [Path(stored.folder) for _, stored in plan.checkpoints]
+    """Writes a recipe's merge as an adapter of its base into `out`; its path and report.
+
+    Raises:
+        CheckpointError: an input that changes meanwhile, or is not what `locked` asks for.
+    """
+    began, difference = time.perf_counter(), asked.difference
+    again = replay.begin(recipe, asked.plan, hashed=hashes, strict=locked)
+    before = {"inputs": lock.seen(asked.plan)}
+    drift = again.drift if again else ()
+    keep = [Path(stored.folder) for _, stored in asked.plan.checkpoints]
     about = {
         "recipe": recipe.name, "method": recipe.method, "base": shown(difference.origin),
-        "cut": vars(cut), "warnings": list(plan.warnings),
+        "cut": vars(asked.cut), "workers": asked.outline.workers,
+        "peak_bytes": asked.outline.peak_bytes, "warnings": [*asked.plan.warnings, *drift],
     }  # fmt: skip
     with Staging(out, force=force, keep=keep) as staging, one_thread_each():
-        told = write(difference, staging.path, cut, plan.workers, begin(plan))
-        (staging.path / "recipe.yaml").write_text(recipe.text, "utf-8")
+        advance = begin(asked.plan)
+        told = write(difference, staging.path, asked.cut, asked.outline.workers, advance)
+        lock.unchanged(before, asked.plan)
+        written = _seal(recipe, asked.plan, staging, hashes)
+        if again:
+            told["replay"] = again.outcome(asked.plan, staging.path, written)
         return _finish(staging, {**about, **told}, began, hashes)
+
+
+def _seal(recipe: Recipe, planned: Plan, staging: Staging, hashes: bool) -> dict[str, Digest]:
+    """Writes recipe and lock; what the weight file is."""
+    folder, read = staging.path, lock.inputs(planned, hashed=hashes)
+    file = folder / WEIGHTS
+    sha256 = writer.sha256(file) if hashes else None
+    written = {WEIGHTS: Digest(bytes=file.stat().st_size, sha256=sha256)}
+    try:
+        (folder / "recipe.yaml").write_text(recipe.text, "utf-8")
+        text = lock.text(recipe, planned, folder, staging.out, read, written)
+        (folder / parse.LOCK).write_text(text, "utf-8")
+    except OSError as error:
+        raise writer.denied(error, folder) from error
+    return written
 
 
 def _finish(
@@ -134,71 +198,3 @@ def _card(report: Mapping[str, Any]) -> str:
         f" {report['kept_energy']:.4%} of the squared norm of that.{lost} Each tensor's share is in"
         " report.json.", "",
     ])  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Sums:
-    """A merge's updates where they are sums of its adapters': c_k B_k A_k for each tensor."""
-
-    engine: Engine
-    cut: Cut
-
-    def joined(self, name: str) -> Factors | None:
-        """The factors of the merged update; None where the method is not linear for this tensor,
-        or a model is not the base with low-rank updates on it."""
-        job = self._job(name)
-        shares = _shares(job) if job else None
-        if job is None or shares is None:
-            return None
-        pairs = []
-        for given, share in zip(job.models, shares, strict=True):
-            updates = self._updates(given)
-            if updates is None:
-                return None
-            pairs += [(share, b, a) for b, a in updates if share]
-        return lowrank.joined(pairs, self.cut.rank, self.cut.energy) if pairs else None
-
-    def same(self, name: str) -> bool:
-        """Whether no model changes the tensor, so that the merge does not either."""
-        job = self._job(name)
-        if job is None:
-            return False
-        kept = job.method is None or _keeps(job)
-        return kept and all(self._updates(given) == [] for given in job.models)
-
-    def _job(self, name: str) -> TensorJob | None:
-        return next((j for j in self.engine.plan.jobs if j.output.name == name), None)
-
-    def _updates(self, given: Input) -> list[tuple[Tensor, Tensor]] | None:
-        """What a model adds to the base's tensor; None where that is not known as products."""
-        sources, reader = self.engine.plan.sources, self.engine.readers[given.model]
-        origin = sources[given.model]
-        if origin == sources["base"]:
-            return []
-        if not isinstance(reader, AdaptedReader) or not isinstance(origin, Adapted):
-            return None
-        return reader.updates(given.spec.name) if origin.model == sources["base"] else None
-
-
-def _keeps(job: TensorJob) -> bool:
-    """Whether the method gives the base where every model is the base."""
-    spec = registry.get(str(job.method))
-    return spec.values == "deltas" or spec.holds("idempotent", job.parameters)
-
-
-def _shares(job: TensorJob) -> list[float] | None:
-    """The c_k of a method that is sum_k c_k D_k, found and checked on unit and random deltas."""
-    if job.method is None or job.scope != "element":
-        return None
-    spec, n = registry.get(job.method), len(job.models)
-    if spec.inputs & {"rng", "base"}:
-        return None
-    draws = torch.Generator().manual_seed(0)
-    probes = torch.cat([torch.eye(n), torch.randn(n, 64, generator=draws)], dim=1)
-    result = spec.function(probes, **job.parameters)
-    shares = result[:n]
-    if not torch.allclose(result, shares @ probes, rtol=1e-4, atol=1e-5):
-        return None
-    exact = spec.function(torch.eye(n, dtype=torch.float64), **job.parameters).tolist()
-    whole = spec.values == "deltas" or abs(sum(exact) - 1) < 1e-9
-    return [float(share) for share in exact] if whole else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 
 from mowmerge.blocks import block_length
 from mowmerge.errors import ResourceError
@@ -14,19 +15,21 @@ from mowmerge.tensors import DTYPES
 RUNTIME = 250 << 20  # bytes that Python, torch and the plan itself take
 HISTOGRAM = 5 << 20  # bytes a model while an order statistic is counted: a fold, and its empty one
 FOLDS = {"element": 0, "row": 1, "tensor": 1, "model": 3}  # a worker has at once; or wait for it
-CODING = {"low_rank": (4, 4), "sparse": (7, 3), "mask": (3, 2)}
+CODING = {"low_rank": (4, 4), "basis": (4, 4), "sparse": (7, 3), "mask": (3, 2)}
 
 
 def narrowed(
-    jobs: Sequence[TensorJob], workers: int, block: int, limit: int | None
+    jobs: Sequence[TensorJob], workers: int, block: int, limit: int | None, beside: int = 0
 ) -> tuple[int, int]:
     """The block length, at most `block`, and the peak bytes that go with it, within a limit.
+
+    `beside` is what is held whatever the block.
 
     Raises:
         ResourceError: the limit is too little for the shortest blocks there are.
     """
     while True:
-        peak = peak_bytes(jobs, block, workers)
+        peak = peak_bytes(jobs, block, workers) + beside
         if limit is None or peak <= limit:
             return block, peak
         if block == RUN:
@@ -41,9 +44,24 @@ def narrowed(
 
 
 def peak_bytes(jobs: Sequence[TensorJob], block: int, workers: int) -> int:
-    """Bytes at once: the runtime, and the `workers` jobs that take most."""
+    """Bytes at once: the runtime, and the `workers` jobs that take most, or the sample before."""
     needs = sorted((working_bytes(job, block) for job in jobs), reverse=True)
-    return RUNTIME + sum(needs[:workers])
+    return RUNTIME + max(sum(needs[:workers]), _sample_bytes(jobs))
+
+
+def _sample_bytes(jobs: Sequence[TensorJob]) -> int:
+    """Bytes for a sample of a whole model's values, which a statistic over it begins with: all
+    models', and one model's three times more while it is searched. A task reads 1,024 at least."""
+    groups: dict[int, list[TensorJob]] = {}
+    for job in chain.from_iterable(job.each for job in jobs):
+        if job.group is not None:
+            groups.setdefault(job.group, []).append(job)
+    found = 0
+    for held in groups.values():
+        total = sum(job.output.numel for job in held)
+        taken = max(65_536, min(total // 1024, (4 << 20) + total // 16_384))
+        found = max(found, 4 * taken * (len(held[0].models) + 3))
+    return found
 
 
 def working_bytes(job: TensorJob, block: int) -> int:

@@ -23,7 +23,7 @@ from mowmerge.plan import Plan, config_source
 from mowmerge.ranks import Ranks
 from mowmerge.recipe import parse
 from mowmerge.recipe.model import Digest, Recipe
-from mowmerge.report import report
+from mowmerge.report import report, text
 from mowmerge.sharing import Share, share
 from mowmerge.tensors import DTYPES, torch
 
@@ -84,7 +84,7 @@ def merge(
             if again:
                 extra["replay"] = again.outcome(planned, staging.path, written)
             content = report(planned, done.reports, time.perf_counter() - began, extra)
-            _write(staging.path / "report.json", json.dumps(content, indent=1) + "\n")
+            _write(staging.path / "report.json", text(content))
             _write(staging.path / "README.md", card(staging.path).text)
             staging.commit()
             return content

@@ -91,7 +91,7 @@ class Vocabulary:
 
     The tokenizer's files are those of `folder`, but for `files`, which are written as they stand
     here; where tokens were added (`extended`) what else says them is left out. `config` holds what
-    is changed in the config, by path; None takes a key away.
+    is changed in the config, by path. The tokenizers took `parsed` bytes of memory.
     """
 
     source: str
@@ -105,6 +105,7 @@ class Vocabulary:
     files: Mapping[str, str] = field(default_factory=dict)
     extended: bool = False
     config: Mapping[tuple[str, ...], Any] = field(default_factory=dict)
+    parsed: int = 0
 
     def told(self) -> dict[str, Any]:
         """The mapping as plain data, for the plan and the report."""

@@ -35,7 +35,6 @@ from mowmerge.tensors import TensorSpec, dtype_named
 from mowmerge.upcycle import Upcycling
 
 BLOCK = 4 * RUN  # elements worked on at a time: with shorter blocks workers wait for each other
-SHARD_SIZE = 5_000_000_000
 LISTED = 5  # names in a message before it says how many more
 
 
@@ -94,6 +93,7 @@ class _Planner:
         jobs = self._jobs(base, cut.pieces)
         told, permuted = vocabulary.compared(self.recipe, sources, donor, jobs)
         self.warnings, self.problems = [*self.warnings, *told], [*self.problems, *permuted]
+        self.problems += algebra.faults(jobs, sources)
         self._raise_problems()
         config, told = layers.following(donor, cut.stacks, sources)
         self.warnings += told
@@ -104,7 +104,8 @@ class _Planner:
         self._warn()
         self.warnings += algebra.cautions(jobs, work)
         workers = self.options.workers or min(8, os.cpu_count() or 1)
-        block, peak = memory.narrowed(jobs, workers, BLOCK, limit)
+        parsed = tokens.parsed if tokens else 0
+        block, peak = memory.narrowed(jobs, workers, BLOCK, limit, parsed)
         plan = Plan(
             name=self.recipe.name,
             donor=donor,
@@ -324,9 +325,8 @@ class _Planner:
 
     def _dropping(self, name: str) -> int | None:
         stack = naming.stack(name)
-        chosen = setting(
-            self.recipe, Place(name, naming.role(name), stack[1] if stack else None, 0.0)
-        )
+        place = Place(name, naming.role(name), stack[1] if stack else None, 0.0)
+        chosen = setting(self.recipe, place)
         return chosen.rule if chosen.drop else None
 
     def _raise_problems(self) -> None:
@@ -385,8 +385,8 @@ class _Planner:
                 )
 
     def _layout(self, jobs: Sequence[TensorJob]) -> list[Shard]:
-        size = self.recipe.output.shard_size or SHARD_SIZE
-        return layout([spec for job in jobs for spec in job.stored], size, self._metadata)
+        stored = [spec for job in jobs for spec in job.stored]
+        return layout(stored, self.recipe.output.shard_size, self._metadata)
 
 
 def _why_apart(ours: TensorSpec, theirs: TensorSpec) -> str:

@@ -142,17 +142,21 @@ def joined(rank: int, count: int, here: int, minutes: float) -> Iterator[Ranks]:
         try:
             distributed.broadcast_object_list(box, source, patient if waiting else hasty)
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            late = "timed out" in reason.lower()
+            late = "timed out" in str(error).lower()
             raise Lost(
-                f"rank {source} has said nothing for {minutes:g} minutes" if late
-                else f"the connection to another rank is gone: {reason}",
+                f"another rank has said nothing for {minutes:g} minutes" if late
+                else "the connection to another rank is gone",
                 hint="run it again with --resume: what is done is kept",
             ) from error  # fmt: skip
         return box[0]
 
     try:
         yield Ranks(rank, count, here, send)
+    except MowmergeError as error:
+        if not isinstance(error, Lost):
+            with suppress(Lost):
+                send(None, 0, False)  # rank 0 tidies up, and torchrun kills it when another ends
+        raise
     finally:
         for group in (hasty, patient):
             with suppress(Exception):  # where a rank is gone there is nobody to take leave of

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mowmerge import lock
-from mowmerge.checkpoint import heads
+from mowmerge.checkpoint import heads, lowrank
+from mowmerge.checkpoint.peft import WEIGHTS
 from mowmerge.checkpoint.reader import StoredReader
 from mowmerge.checkpoint.source import read_header
 from mowmerge.errors import CheckpointError, Problem, RecipeError
-from mowmerge.plan import Plan, Stored
+from mowmerge.plan import Location, Plan, Stored
 from mowmerge.recipe.model import Digest, Lock, Recipe
-from mowmerge.tensors import DTYPES, torch
+from mowmerge.tensors import DTYPES, Tensor, torch
 
 # |A - B| / |B| of a tensor that another torch build or device type may make
 TOLERANCE = {"F64": 1e-12, "F32": 1e-5, "F16": 2**-11, "BF16": 2**-8}
@@ -102,6 +103,8 @@ def outcome(
     if not all((beside / name).is_file() for name in written):
         return {**told, "outcome": "not compared"}
     apart = [each for file in written for each in _distances(folder / file, beside / file)]
+    if WEIGHTS in written:
+        apart = _products(apart, folder / WEIGHTS, beside / WEIGHTS)
     if not apart:
         return {**told, "outcome": "same bytes"}
     far = any(distance > TOLERANCE.get(dtype, 0.0) for _, dtype, distance in apart)
@@ -113,7 +116,7 @@ def outcome(
 def _distances(ours: Path, theirs: Path) -> list[tuple[str, str, float]]:
     """Name, dtype and |A - B| / |B| of each tensor that is not the same bytes in both files;
     infinite where only one has it, or B is 0."""
-    one, two = ({place.spec.name: place for place in read_header(file)} for file in (ours, theirs))
+    one, two = _placed(ours), _placed(theirs)
     readers = [StoredReader(Stored("", "", None, side)) for side in (one, two)]
     found = []
     for name in dict.fromkeys([*one, *two]):
@@ -130,3 +133,40 @@ def _distances(ours: Path, theirs: Path) -> list[tuple[str, str, float]]:
             distance = (apart / size) ** 0.5 if size else float("inf")
             found.append((name, spec.dtype, distance))
     return found
+
+
+def _products(
+    apart: Sequence[tuple[str, str, float]], ours: Path, theirs: Path
+) -> list[tuple[str, str, float]]:
+    """The distances of an adapter's tensors, those of an update's two factors as their product's:
+    where a decomposition may turn both, only that is told."""
+    readers = [StoredReader(Stored("", "", None, _placed(file))) for file in (ours, theirs)]
+    updates = {_update(name): None for name, _, _ in apart}
+    found = [each for each in apart if _update(each[0]) is None]
+    for pair in filter(None, updates):
+        if all(name in reader.specs for reader in readers for name in pair):
+            one, two = ([_whole(reader, name) for name in pair] for reader in readers)
+            found.append((pair[1], "F32", lowrank.distance(one, two)))
+        else:
+            found.append((pair[1], "", float("inf")))
+    return found
+
+
+def _update(name: str) -> tuple[str, str] | None:
+    """The names of B and A, where the tensor is one of them."""
+    for kind in ("lora", "lora_embedding"):
+        a, b = f".{kind}_A", f".{kind}_B"
+        if a in name or b in name:
+            return name.replace(a, b), name.replace(b, a)
+    return None
+
+
+def _placed(file: Path) -> dict[str, Location]:
+    return {place.spec.name: place for place in read_header(file)}
+
+
+def _whole(reader: StoredReader, name: str) -> Tensor:
+    """A factor, as a matrix in fp64."""
+    spec = reader.specs[name]
+    data = bytearray().join(piece for _, piece in heads.pieces(reader, name))
+    return torch.frombuffer(data, dtype=DTYPES[spec.dtype].torch).double().view(spec.shape[0], -1)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -33,9 +34,10 @@ class DeltaStats:
 
     def figures(self) -> dict[str, Any]:
         """delta_norms, mean_cosine (over pairs of non-zero deltas), sign_conflict, kept_share."""
-        norms = self.products.diagonal().sqrt().tolist()
+        products = self.products.tolist()
+        norms = [math.sqrt(products[i][i]) for i in range(self.n)]
         cosines = [
-            float(self.products[i, j]) / (norms[i] * norms[j])
+            products[i][j] / (norms[i] * norms[j])
             for i, j in combinations(range(self.n), 2)
             if norms[i] and norms[j]
         ]
@@ -99,6 +101,13 @@ def report(
             for t in tensors
         ],
     }
+
+
+def text(content: Mapping[str, Any]) -> str:
+    """A report as JSON, a line a tensor."""
+    head = json.dumps({k: v for k, v in content.items() if k != "tensors"}, indent=1)
+    tensors = ",\n".join(json.dumps(each) for each in content["tensors"])
+    return f'{head.removesuffix("}").rstrip()},\n "tensors": [\n{tensors}\n ]\n}}\n'
 
 
 def _coded(job: TensorJob) -> dict[str, Any]:

@@ -104,7 +104,7 @@ class Lines:
             has = left & (theirs > NONE)
             self.lines["base"][has], self.rules[has] = theirs[has], "base"
             left &= ~has
-        self.lines[self._model.name][left], self.rules[left] = MEAN, "all"
+        self.lines[self._model.name][left], self.rules[left] = MEAN, "own"
 
     def _lacks(self, what: str, name: str, loc: tuple[str, ...]) -> None:
         problem = Problem(

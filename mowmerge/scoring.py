@@ -99,7 +99,10 @@ def results(folder: Path) -> Results | None:
     from mowmerge.hub.card import Results
 
     found = reports.of(folder)
-    return Results(published.figures(found), published.lines(found)) if found else None
+    if found is None:
+        return None
+    lines = published.lines(found)
+    return Results(published.figures(found), lines, published.benchmarks(found))
 
 
 def tasks_of(folder: str | Path, recipe: str | Path | Recipe | None) -> Recipe:

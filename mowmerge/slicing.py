@@ -16,6 +16,7 @@ from mowmerge.recipe.values import Place, Setting
 from mowmerge.tensors import TensorSpec
 
 Specs = Mapping[str, Mapping[str, TensorSpec]]  # model -> name -> the tensor as it is stored
+Layers = Mapping[tuple[str, int], Mapping[str, TensorSpec]]  # stack, number -> .mlp.up -> tensor
 
 
 @dataclass(frozen=True)
@@ -48,22 +49,7 @@ def cut(recipe: Recipe, donor: str, specs: Specs) -> Cut:
     places = {name: _place(name, depth) for name, depth in naming.depths(specs[donor]).items()}
     if not recipe.slices:
         return Cut([Piece(places, specs, donor, specs)])
-    found = Cut([])
-    by_stack: dict[str, list[int]] = {}
-    for i in range(len(recipe.slices)):
-        stack = _stack(recipe, i, specs[donor], found)
-        if stack and _deep_enough(recipe, i, stack, specs, found):
-            by_stack.setdefault(stack, []).append(i)
-    if found.problems:
-        return found
-    found.pieces.append(_outside(recipe, places, donor, specs))
-    others = {n: p for n, p in places.items() if _whole(n, by_stack)}
-    if others:
-        views = {m: {n: s for n, s in v.items() if _whole(n, by_stack)} for m, v in specs.items()}
-        found.pieces.append(Piece(others, views, donor, views))
-    for stack, numbers in by_stack.items():
-        _layers(recipe, stack, numbers, donor, specs, found)
-    return found
+    return _Cutter(recipe, donor, specs).cut(places)
 
 
 def absent(recipe: Recipe, piece: Piece, name: str, chosen: Setting) -> Problem | None:
@@ -81,150 +67,165 @@ def _place(name: str, depth: float, index: int | None = None, within: float = 0.
     return Place(name, naming.role(name), stack[1] if stack else None, depth, index, within)
 
 
-def _outside(recipe: Recipe, places: Mapping[str, Place], donor: str, specs: Specs) -> Piece:
-    """What the donor has before the layers, by the first slice's models; after them, the last's."""
-    last = len(recipe.slices) - 1
-    found = {
-        name: replace(place, slice=last if place.depth else 0, within=place.depth)
-        for name, place in places.items()
-        if naming.stack(name) is None
-    }
-    views = {m: {n: s for n, s in v.items() if naming.stack(n) is None} for m, v in specs.items()}
-    return Piece(
-        found,
-        views,
-        donor,
-        dict.fromkeys([*_taking(recipe, 0, specs), *_taking(recipe, last, specs)]),
-    )
+def _by_layer(held: Mapping[str, TensorSpec]) -> Layers:
+    """A model's tensors by stack, number and the name that they have inside the layer."""
+    found: dict[tuple[str, int], dict[str, TensorSpec]] = {}
+    for name, spec in held.items():
+        if place := naming.stack(name):
+            inside = name[len(place[0]) :].lstrip("0123456789")
+            found.setdefault(place, {})[inside] = spec
+    return found
 
 
-def _whole(name: str, sliced: Mapping[str, object]) -> bool:
-    """Whether a tensor is of a stack that is not sliced."""
-    place = naming.stack(name)
-    return place is not None and place[0] not in sliced
+class _Cutter:
+    def __init__(self, recipe: Recipe, donor: str, specs: Specs) -> None:
+        self.recipe, self.donor, self.specs = recipe, donor, specs
+        self.layers = {model: _by_layer(held) for model, held in specs.items()}
+        self.found = Cut([])
 
+    def cut(self, places: Mapping[str, Place]) -> Cut:
+        """The pieces, or what is wrong; `places` are the donor's."""
+        by_stack: dict[str, list[int]] = {}
+        for i in range(len(self.recipe.slices)):
+            stack = self._stack(i)
+            if stack and self._deep_enough(i, stack):
+                by_stack.setdefault(stack, []).append(i)
+        if not self.found.problems:
+            self._outside(places)
+            self._others(places, by_stack)
+            for stack, numbers in by_stack.items():
+                self._slices(stack, numbers)
+        return self.found
 
-def _taking(recipe: Recipe, index: int, specs: Specs) -> list[str]:
-    """The models of a slice, and the base where the recipe names one."""
-    models = recipe.slices[index].models(recipe.models)
-    return [*(["base"] if "base" in specs and "base" not in models else []), *models]
+    def _stack(self, i: int) -> str | None:
+        """The stack that a slice is of: the one it names, or the only one with attention in it."""
+        layers, asked = self.layers[self.donor], self.recipe.slices[i].stack
+        every = list(dict.fromkeys(stack for stack, _ in layers))
+        if asked is not None:
+            named = [stack for stack in every if stack.rstrip(".") == asked.rstrip(".")]
+            told = f"slices.{i}: there is no stack of layers '{asked}'"
+        else:
+            attend = {
+                stack
+                for (stack, _), held in layers.items()
+                if any(naming.role(spec.name) == "attention" for spec in held.values())
+            }
+            named = [stack for stack in every if stack in attend or not attend]
+            told = f"slices.{i}: which stack of layers it is of is not clear"
+        if len(named) == 1:
+            return named[0]
+        names = ", ".join(stack.rstrip(".") for stack in every) or "none"
+        where = self.recipe.where("slices", i)
+        self.found.problems.append(Problem(told, where, f"stack: one of {names}"))
+        return None
 
+    def _depth(self, model: str, stack: str) -> int:
+        return 1 + max((n for of, n in self.layers[model] if of == stack), default=-1)
 
-def _stack(recipe: Recipe, i: int, held: Mapping[str, TensorSpec], found: Cut) -> str | None:
-    """The stack that a slice is of: the one it names, or the only one with attention in it."""
-    places = {name: naming.stack(name) for name in held}
-    every = list(dict.fromkeys(place[0] for place in places.values() if place))
-    asked = recipe.slices[i].stack
-    if asked is not None:
-        named = [stack for stack in every if stack.rstrip(".") == asked.rstrip(".")]
-    else:
-        attend = {p[0] for n, p in places.items() if p and naming.role(n) == "attention"}
-        named = [stack for stack in every if stack in attend or not attend]
-    if len(named) == 1:
-        return named[0]
-    names = ", ".join(stack.rstrip(".") for stack in every) or "none"
-    told = f"slices.{i}: which stack of layers it is of is not clear"
-    told = f"slices.{i}: there is no stack of layers '{asked}'" if asked else told
-    found.problems.append(Problem(told, recipe.where("slices", i), f"stack: one of {names}"))
-    return None
+    def _deep_enough(self, i: int, stack: str) -> bool:
+        """Whether models have the layers that a slice takes; a problem for each that has not."""
+        piece, fine = self.recipe.slices[i], True
+        for model in self._taking(i):
+            count, first = self._depth(model, stack), piece.first(model)
+            last = first + piece.length - 1
+            if last < count or (model == "base" and "base" not in piece.layers):
+                continue
+            fine = False
+            has = f"has {count} (0..{count - 1})" if count else f"has no '{stack.rstrip('.')}'"
+            self.found.problems.append(
+                Problem(
+                    f"slices.{i}: layers {written((first, last))} of '{model}', which {has}",
+                    self.recipe.where("slices", i, "layers", model),
+                    "both ends of a range are included, and the first layer is 0",
+                )
+            )
+        return fine
 
+    def _taking(self, i: int) -> list[str]:
+        """The models of a slice, and the base where the recipe names one."""
+        models = self.recipe.slices[i].models(self.recipe.models)
+        return ["base", *models] if self.recipe.base is not None else list(models)
 
-def _deep_enough(recipe: Recipe, i: int, stack: str, specs: Specs, found: Cut) -> bool:
-    """Whether every model has the layers that a slice takes of it; a problem for each that has
-    not."""
-    piece, fine = recipe.slices[i], True
-    for model in _taking(recipe, i, specs):
-        count = naming.layers(specs[model], stack)
-        last = piece.first(model) + piece.length - 1
-        if last < count or (model == "base" and "base" not in piece.layers):
-            continue
-        fine = False
-        has = f"has {count} (0..{count - 1})" if count else f"has no '{stack.rstrip('.')}'"
-        wanted = written((piece.first(model), last))
-        found.problems.append(
+    def _outside(self, places: Mapping[str, Place]) -> None:
+        """What the donor has before the layers, by the first slice's models; after them, the
+        last's. A rule may take it of any model."""
+        last = len(self.recipe.slices) - 1
+        found = {
+            name: replace(place, slice=last if place.depth else 0, within=place.depth)
+            for name, place in places.items()
+            if naming.stack(name) is None
+        }
+        views = {
+            model: {n: s for n, s in held.items() if naming.stack(n) is None}
+            for model, held in self.specs.items()
+        }
+        taking = dict.fromkeys([*self._taking(0), *self._taking(last)])
+        self.found.pieces.append(Piece(found, views, self.donor, taking))
+
+    def _others(self, places: Mapping[str, Place], sliced: Mapping[str, object]) -> None:
+        """The stacks of layers that are not sliced."""
+
+        def kept(name: str) -> bool:
+            place = naming.stack(name)
+            return place is not None and place[0] not in sliced
+
+        found = {name: place for name, place in places.items() if kept(name)}
+        if found:
+            views = {m: {n: s for n, s in v.items() if kept(n)} for m, v in self.specs.items()}
+            self.found.pieces.append(Piece(found, views, self.donor, views))
+
+    def _slices(self, stack: str, numbers: Sequence[int]) -> None:
+        """A piece for each slice of a stack, and what its layers were."""
+        total = sum(self.recipe.slices[i].length for i in numbers)
+        known: dict[str, set[tuple[int, ...]]] = {}  # the shapes in the donor's layers
+        for (of, _), held in self.layers[self.donor].items():
+            for inside, spec in held.items() if of == stack else ():
+                known.setdefault(inside, set()).add(spec.shape)
+        made: list[tuple[str, int]] = []
+        for i in numbers:
+            piece, start, places = self.recipe.slices[i], len(made), {}
+            like = piece.models(self.recipe.models)[0]
+            for k in range(piece.length):
+                at = (start + k) / max(1, total - 1), k / max(1, piece.length - 1)
+                for inside, spec in (
+                    self.layers[like].get((stack, piece.first(like) + k), {}).items()
+                ):
+                    name = f"{stack}{start + k}{inside}"
+                    places[name] = _place(name, at[0], i, at[1])
+                    self._fits(inside, spec, like, known)
+                made.append((like, piece.first(like) + k))
+            views = {m: self._moved(m, stack, i, start) for m in self._taking(i)}
+            views = {model: view for model, view in views.items() if view}
+            self.found.pieces.append(Piece(places, views, like, views))
+        self.found.stacks[stack] = made
+
+    def _moved(self, model: str, stack: str, i: int, start: int) -> Mapping[str, TensorSpec]:
+        """A model's layers of a slice by the names that they get; none of a base too short."""
+        piece, layers = self.recipe.slices[i], self.layers[model]
+        numbers = range(piece.first(model), piece.first(model) + piece.length)
+        if self._depth(model, stack) < numbers.stop:
+            return {}
+        return {
+            f"{stack}{start + k}{inside}": spec
+            for k, number in enumerate(numbers)
+            for inside, spec in layers.get((stack, number), {}).items()
+        }
+
+    def _fits(
+        self, inside: str, spec: TensorSpec, model: str, known: Mapping[str, set[tuple[int, ...]]]
+    ) -> None:
+        """A problem where a layer is not like any of the model whose config the output has."""
+        shapes = known.get(inside)
+        if shapes is not None and spec.shape in shapes:
+            return
+        told = "and the donor's layers have none"
+        if shapes is not None:
+            other = " or ".join(str(list(shape)) for shape in sorted(shapes))
+            told = f"and {other} in '{self.donor}', whose config the output has"
+        self.found.problems.append(
             Problem(
-                f"slices.{i}: layers {wanted} of '{model}', which {has}",
-                recipe.where("slices", i, "layers", model),
-                "both ends of a range are included, and the first layer is 0",
+                f"tensor '{spec.name}' has the shape {list(spec.shape)}, {told}",
+                f"model '{model}'",
+                "only layers of one architecture and width can be stacked",
             )
         )
-    return fine
-
-
-def _layers(
-    recipe: Recipe, stack: str, numbers: Sequence[int], donor: str, specs: Specs, found: Cut
-) -> None:
-    """A piece for each slice of a stack, and what its layers were."""
-    known = _shapes(stack, specs[donor])
-    total = sum(recipe.slices[i].length for i in numbers)
-    made: list[tuple[str, int]] = []
-    for i in numbers:
-        piece, start = recipe.slices[i], len(made)
-        views: dict[str, Mapping[str, TensorSpec]] = {}
-        for model in _taking(recipe, i, specs):
-            moved = {piece.first(model) + k: start + k for k in range(piece.length)}
-            if naming.layers(specs[model], stack) > max(
-                moved
-            ):  # else a base that nobody has asked for
-                views[model] = _moved(stack, specs[model], moved)
-        like = piece.models(recipe.models)[0]
-        places = {}
-        for name, spec in views[like].items():
-            layer = int((naming.stack(name) or ("", 0))[1])
-            within = (layer - start) / max(1, piece.length - 1)
-            places[name] = _place(name, layer / max(1, total - 1), i, within)
-            _fits(name, stack, spec, known, (like, donor), found)
-        found.pieces.append(Piece(places, views, like, views))
-        made += [(like, piece.first(like) + k) for k in range(piece.length)]
-    found.stacks[stack] = made
-
-
-def _moved(
-    stack: str, held: Mapping[str, TensorSpec], moved: Mapping[int, int]
-) -> Mapping[str, TensorSpec]:
-    """A model's tensors of some layers of a stack, by the names of the layers that they become."""
-    view = {}
-    for name, spec in held.items():
-        place = naming.stack(name)
-        if place and place[0] == stack and place[1] in moved:
-            view[f"{stack}{moved[place[1]]}{_inside(name, stack)}"] = spec
-    return dict(sorted(view.items(), key=lambda item: (naming.stack(item[0]) or ("", 0))[1]))
-
-
-def _inside(name: str, stack: str) -> str:
-    """What follows the number of the layer: .mlp.up_proj.weight."""
-    return name[len(stack) :].lstrip("0123456789")
-
-
-def _shapes(stack: str, held: Mapping[str, TensorSpec]) -> Mapping[str, set[tuple[int, ...]]]:
-    """The shapes that a tensor has in the layers of a stack."""
-    shapes: dict[str, set[tuple[int, ...]]] = {}
-    for name, spec in held.items():
-        if (place := naming.stack(name)) and place[0] == stack:
-            shapes.setdefault(_inside(name, stack), set()).add(spec.shape)
-    return shapes
-
-
-def _fits(
-    name: str,
-    stack: str,
-    spec: TensorSpec,
-    known: Mapping[str, set[tuple[int, ...]]],
-    models: tuple[str, str],
-    found: Cut,
-) -> None:
-    """A problem where a layer is not like any of the model whose config the output has."""
-    shapes, (model, donor) = known.get(_inside(name, stack)), models
-    if shapes is not None and spec.shape in shapes:
-        return
-    told = "and the donor's layers have none"
-    if shapes is not None:
-        other = " or ".join(str(list(shape)) for shape in sorted(shapes))
-        told = f"and {other} in '{donor}', whose config the output has"
-    found.problems.append(
-        Problem(
-            f"tensor '{spec.name}' has the shape {list(spec.shape)}, {told}",
-            f"model '{model}'",
-            "only layers of one architecture and width can be stacked",
-        )
-    )

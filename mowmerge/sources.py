@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mowmerge.checkpoint import encoder, peft, source
 from mowmerge.errors import CheckpointError, Problem, SourceError
-from mowmerge.plan import Plan, Source, Stored
+from mowmerge.plan import Adapted, Plan, Source, Stored
 from mowmerge.recipe.model import AdapterRef, ModelRef, Recipe
 
 
@@ -25,14 +25,14 @@ class Search:
     def sources(self) -> dict[str, Source]:
         """All of them; CheckpointError or SourceError with everything that is wrong with any."""
         models = self.recipe.models
-        wanted = {name: ref.source for name, ref in models.items() if not self._on_base(ref)}
+        wanted = {name: ref.source for name, ref in models.items() if not self.on_base(ref)}
         if self.recipe.base is not None:  # no model is named base: the recipe's check saw to it
             wanted = {"base": self.recipe.base, **wanted}
         plain: dict[str, Stored | Plan] = {}
         problems: list[Problem] = []
         for name, origin in wanted.items():
             try:
-                plain[name] = self._plain(name, origin)
+                plain[name] = self.plain(name, origin)
             except (CheckpointError, SourceError) as error:
                 if isinstance(origin, Recipe):
                     raise
@@ -43,8 +43,8 @@ class Search:
             raise kind(problems)
         found: dict[str, Source] = {"base": plain["base"]} if "base" in wanted else {}
         for name, ref in models.items():
-            model = plain["base" if self._on_base(ref) else name]
-            found[name] = self._adapted(name, model, ref.adapter) if ref.adapter else model
+            model = plain["base" if self.on_base(ref) else name]
+            found[name] = self.adapted(name, model, ref.adapter) if ref.adapter else model
         return found
 
     def encoder(self, donor: Path) -> encoder.Named | None:
@@ -57,11 +57,12 @@ class Search:
         except (CheckpointError, SourceError) as error:
             raise type(error)(_placed(self.recipe.where("encoder"), error.problems)) from error
 
-    def _on_base(self, ref: ModelRef) -> bool:
+    def on_base(self, ref: ModelRef) -> bool:
         """Whether a model is adapters on the recipe's base, which `source: base` then means."""
         return bool(ref.adapter) and ref.source == "base" and self.recipe.base is not None
 
-    def _plain(self, name: str, origin: str | Recipe) -> Stored | Plan:
+    def plain(self, name: str, origin: str | Recipe) -> Stored | Plan:
+        """A model without its adapters."""
         if isinstance(origin, Recipe):
             return self.nested(name, origin)
         stored = self._find(origin)
@@ -74,7 +75,7 @@ class Search:
             where, download=self.download, allow_pickle=self.allow_pickle, adapter=adapter
         )
 
-    def _adapted(self, name: str, model: Stored | Plan, refs: Iterable[AdapterRef]) -> Source:
+    def adapted(self, name: str, model: Stored | Plan, refs: Iterable[AdapterRef]) -> Adapted:
         """The model with the adapters that the recipe puts on it."""
         try:
             adapters = [peft.read(self._find(r.source, adapter=True), r.weight) for r in refs]
@@ -85,6 +86,23 @@ class Search:
             raise type(error)(_placed(at, error.problems)) from error
         self.warnings += [f"{name}: {line}" for line in told]
         return found
+
+
+def adapted(recipe: Recipe, name: str) -> Adapted:
+    """A model of the recipe that is a checkpoint with adapters on it.
+
+    Raises:
+        CheckpointError, SourceError: what is not there, or does not fit.
+    """
+
+    def nested(name: str, inner: Recipe) -> Plan:
+        raise CheckpointError("it is itself a recipe", hint="merge it first")
+
+    ref, search = recipe.models[name], Search(recipe, True, False, nested)
+    below = recipe.base if search.on_base(ref) else ref.source
+    assert below is not None
+    found = search.adapted(name, search.plain(name, below), ref.adapter)
+    return replace(found, wide=False)
 
 
 def _placed(at: str, problems: Iterable[Problem]) -> list[Problem]:

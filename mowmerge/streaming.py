@@ -218,8 +218,21 @@ class OpenJob:
             given["base"] = base.view(shape) if base is not None else None
         if "factors" in spec.inputs:
             given["factors"] = self.factors
-        result: Tensor = spec.function(values.view(len(values), *shape), **given).reshape(-1)
-        return result
+        found = spec.function(values.view(len(values), *shape), **given)
+        result: Tensor = found[0] @ found[1] if isinstance(found, tuple) else found
+        return result.reshape(-1)
+
+    def product(self) -> tuple[Tensor, Tensor] | None:
+        """The merged delta of a matrix as B [m,r], A [r,k], where all of the models' are such
+        products and the method keeps it one; the matrix is not read."""
+        if "factors" not in self.spec.inputs or self.factors is None:
+            return None
+        given = {"state": self.state, "rng": self._draws(0)}
+        given = {word: value for word, value in given.items() if word in self.spec.inputs}
+        shape = (len(self.job.models), *self.job.output.shape)
+        nothing = torch.zeros((), dtype=self.dtype, device=self.plan.device).expand(shape)
+        found = self.spec.function(nothing, **self.job.parameters, **given, factors=self.factors)
+        return found if isinstance(found, tuple) else None
 
     @cached_property
     def factors(self) -> list[tuple[Tensor, Tensor]] | None:
@@ -234,7 +247,7 @@ class OpenJob:
             if not isinstance(reader, AdaptedReader) or not isinstance(origin, Adapted):
                 return None
             pair = reader.factors(given.spec.name) if origin.model == sources["base"] else None
-            if pair is None or 2 * len(pair[1]) > min(job.output.shape):
+            if pair is None:
                 return None
             left, right = (part.to(self.plan.device, self.dtype) for part in pair)
             found.append((left, right))
@@ -257,6 +270,8 @@ class OpenJob:
         if anchor is not None:
             stored = torch.frombuffer(anchor, dtype=DTYPES[job.output.dtype].torch)
             given["anchor"] = stored.to(values).view(shape)
+        if "factors" in spec.inputs:
+            given["factors"] = self.factors
         taken = {k: v for k, v in given.items() if k in spec.inputs or k in spec.parameters}
         parts = spec.function(values.view(len(values), *shape), **taken)
         made = given["anchor"] if anchor is not None else parts.pop("anchor")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mowmerge.checkpoint import naming, special, tokenizers, union
 from mowmerge.checkpoint.source import config
+from mowmerge.checkpoint.tokenizers import Tokenizer
 from mowmerge.checkpoint.tokens import Holder, after, axis, height, of
 from mowmerge.checkpoint.union import Addition
 from mowmerge.errors import CheckpointError, Problem, did_you_mean
@@ -24,27 +25,31 @@ if TYPE_CHECKING:
     from numpy import bool_, int32
     from numpy.typing import NDArray
 
+PARSED = 16  # bytes of memory that a byte of tokenizer.json takes, about
+
 
 def holders(recipe: Recipe, sources: Mapping[str, Source], donor: str) -> dict[str, Holder]:
     """Every model by its tokens; CheckpointError with all whose tokens are not to be found."""
     found: dict[str, Holder] = {}
     problems: list[Problem] = []
-    names = sources[donor].specs
+    names, seen = sources[donor].specs, dict[bytes, Tokenizer]()
     for model, source in sources.items():
         assert not isinstance(source, Placed)
         nested, folder = of(source), Path(config_source(source).folder)
         settings = config(folder)
         text = nested.files.get(tokenizers.FILE) if nested else None
+        home = Path(nested.folder) if nested else folder
         where = recipe.where(*(("base",) if model == "base" else ("models", model)))
         try:
-            home = Path(nested.folder) if nested else folder
-            tokenizer = tokenizers.read(home, text)
+            held = text.encode() if text else tokenizers.content(home)
+            tokenizer = seen.get(held) or tokenizers.understood(home, held)
         except CheckpointError as error:
             problems += [Problem(p.message, f"{where}: {p.where}", p.hint) for p in error.problems]
             continue
-        held = source.specs if model == donor else naming.aligned(source.specs, names)
+        seen[held] = tokenizer  # once, in however many folders it lies
+        specs = source.specs if model == donor else naming.aligned(source.specs, names)
         settings = nested.changed(settings) if nested else settings
-        found[model] = Holder(model, source, tokenizer, held, settings)
+        found[model] = Holder(model, source, home, tokenizer, len(held), specs, settings)
         if not found[model].rows:
             hint = "leave `vocabulary` out where models read no text"
             problems.append(Problem(f"model '{model}' has no embedding of tokens", where, hint))
@@ -135,13 +140,24 @@ class Placing:
         self.recipe, self.asked, self.models, self.donor = recipe, recipe.vocabulary, models, donor
         self.lender = models[donor if self.asked.source == "union" else self.asked.source]
         self.problems: list[Problem] = [*self._apart()]
-        self.warnings: list[str] = []
+        self.warnings = [
+            f"the tokenizer of '{name}' changes or splits texts otherwise than that of"
+            f" '{self.lender.name}', which is written"
+            for name, model in models.items()
+            if not model.tokenizer.splits_as(self.lender.tokenizer)
+        ]
+        self.brought: dict[str, int] = {}
         self.raise_problems()
         self.additions = [*self._added(), *self._wanted()]
         self.raise_problems()
         self.tokenizer = union.extended(self.lender.tokenizer, self.additions)
         self.ids = self.tokenizer.ids
         least, multiple = 1 + max(self.ids.values()), self.asked.pad_to_multiple_of
+        if least > 4 * (len(self.ids) + self.lender.rows):
+            raise CheckpointError(
+                f"it gives a token the id {least - 1}, far beyond its {len(self.ids)} tokens",
+                where=str(self.lender.folder / tokenizers.FILE), hint="save the tokenizer again",
+            )  # fmt: skip
         self.rows = -(-least // multiple) * multiple if multiple else max(least, self.lender.rows)
         self.at: list[str | None] = [None] * self.rows
         for token, i in self.ids.items():
@@ -180,20 +196,22 @@ class Placing:
             return
         taken = set(self.lender.tokenizer.ids)
         for model in self.models.values():
-            for token in sorted(model.ids.keys() - taken, key=model.ids.__getitem__):
-                taken.add(token)
-                yield Addition(token, model.tokenizer)
+            new = sorted(model.ids.keys() - taken, key=model.ids.__getitem__)
+            self.brought[model.name] = len(new)
+            taken.update(new)
+            yield from (Addition(token, model.tokenizer) for token in new)
 
     def _wanted(self) -> Iterator[Addition]:
         """Tokens that the recipe names and the lender lacks: another model's, or new ones."""
         union_ = self.asked.source == "union"
         for token, about in self.asked.tokens.items():
-            having = [m.tokenizer for m in self.models.values() if token in m.ids]
+            having = [m for m in self.models.values() if token in m.ids]
             if token in self.lender.tokenizer.ids or (having and union_):
                 continue
             row = about.source
             if having:
-                yield Addition(token, having[0], verbatim=True)
+                yield Addition(token, having[0].tokenizer, verbatim=True)
+                self.brought[having[0].name] = self.brought.get(having[0].name, 0) + 1
             elif row == "zero" or (isinstance(row, Row) and row.other):
                 self.warnings.append(f"the token '{token}', which no model has, is added")
                 yield Addition(token, None, verbatim=True)
@@ -284,7 +302,8 @@ class Placing:
         """The output's vocabulary; `sources` comes first."""
         lender, donor = self.lender, self.models[self.donor]
         nested = of(lender.source)
-        files = union.files(lender.tokenizer, self.tokenizer, nested.files if nested else None)
+        held = nested.files if nested else None
+        files = union.files(lender.folder, lender.tokenizer, self.tokenizer, held)
         changes = special.resized(donor.settings, donor.rows, self.rows)
         if lender is not donor:
             words = {i: token for token, i in donor.tokenizer.ids.items()}
@@ -296,10 +315,9 @@ class Placing:
             changes |= renamed
             for key in lost:
                 self.warnings.append(f"config.json: {key} is dropped, since its token is")
-            file = special.generation(donor.tokenizer.folder, moved)
-            if file and not (lender.tokenizer.folder / special.GENERATION).is_file():
+            file = special.generation(donor.folder, moved)
+            if file and not (lender.folder / special.GENERATION).is_file():
                 files[special.GENERATION] = file
-        brought = [a.origin for a in self.additions]
         return Vocabulary(
             source=lender.name,
             tokens=len(self.ids),
@@ -307,14 +325,15 @@ class Placing:
             padding=self.rows - int(self.worded.sum()),
             added=len(self.additions),
             models={
-                name: self._share(model, brought.count(model.tokenizer))
+                name: self._share(model, self.brought.get(name, 0))
                 for name, model in self.models.items()
             },
             tensors=self.tensors,
-            folder=str(lender.tokenizer.folder),
+            folder=str(lender.folder),
             files=files,
             extended=bool(self.additions) or bool(nested and nested.extended),
             config=changes,
+            parsed=PARSED * sum({id(m.tokenizer): m.size for m in self.models.values()}.values()),
         )
 
     def _share(self, model: Holder, added: int) -> Share:

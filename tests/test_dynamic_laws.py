@@ -290,7 +290,9 @@ def test_one_expert_that_equals_the_base(zoo: Zoo, name: str, way: dict[str, Any
     found = merge(zoo, recipe(name, way))
     for tensor, value in found.tensors.items():
         assert not value.is_floating_point() or torch.isfinite(value).all(), tensor
-    for tensor in found.codes:
+    for tensor, code in found.codes.items():
+        if code.codec == "basis":  # holds what is common first
+            continue
         if "anchor" not in registry.get(name).inputs:
             got = found.expert(tensor, 1).float()
             torch.testing.assert_close(got, models["base"][tensor], rtol=1e-4, atol=1e-4)

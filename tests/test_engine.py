@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from zoo import KINDS, Shapes, Tensors, Zoo, left, load, raw
 
-from mowmerge import api, engine, planner
+from mowmerge import api, planner, reduction
 from mowmerge.errors import CheckpointError
 from mowmerge.methods import registry
 from mowmerge.methods.ops import settle
@@ -61,7 +61,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def test_bytes_depend_on_nothing_but_plan_and_inputs(
     zoo: Zoo, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "SPAN", 2 * RUN)
+    monkeypatch.setattr(reduction, "SPAN", 2 * RUN)
     zoo.family(LARGE, 3)
     wanted = raw(zoo.merge(WAYS[way], "one", workers=1, stats=False)[0])
     assert set(wanted) == set(LARGE)

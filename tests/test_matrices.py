@@ -10,7 +10,7 @@ import pytest
 import torch
 from zoo import Shapes, Zoo, raw
 
-from mowmerge import algebra, engine, planner
+from mowmerge import algebra, api, planner, reduction
 from mowmerge.methods import registry
 from mowmerge.methods.ops import spectral
 from mowmerge.methods.static.tsv_m import tsv_m
@@ -30,7 +30,11 @@ LARGE: Shapes = {
     "model.layers.1.scalar": (),
     "model.layers.1.empty": (0, 4),
 }
-METHODS = [name for name in registry.names() if registry.get(name).decompositions]
+METHODS = [
+    name
+    for name in registry.names()
+    if (spec := registry.get(name)).decompositions and not spec.needs_factors(spec.complete({}))
+]
 
 
 def planned(zoo: Zoo, **content: Any) -> Plan:
@@ -95,7 +99,7 @@ def test_peak_memory_is_of_the_largest_matrix_and_tables_stream(zoo: Zoo) -> Non
 def test_bytes_depend_on_nothing_but_plan_and_inputs(
     zoo: Zoo, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "SPAN", 2 * RUN)
+    monkeypatch.setattr(reduction, "SPAN", 2 * RUN)
     zoo.family(LARGE, 3)
     wanted = raw(zoo.merge({"method": method}, "one", workers=1, stats=False)[0])
     for workers, block, shard_size in ((2, RUN, "600kB"), (3, 4 * RUN, "5GB")):
@@ -138,3 +142,29 @@ def test_adapters_are_decomposed_as_products(
     assert len(dense) == 2 * 4  # what no adapter is on is the base's, without a decomposition
     for name, value in want.items():
         assert torch.allclose(got[name], value, atol=1e-4), name
+
+
+@pytest.mark.parametrize("method", ["tsv_m", "star", "knots"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_merge_of_adapters_stays_one(zoo: Zoo, tmp_path: Path, kind: str, method: str) -> None:
+    pytest.importorskip("peft")
+    from peft_models import adapt, merged, save
+
+    base = save(tmp_path / "base", kind)
+    wanted = {"llama": ["q_proj", "up_proj"], "gpt2": ["c_attn", "c_fc"]}[kind]
+    for i, name in enumerate("ab"):  # of which one is on fewer modules than the other
+        settings = {"target_modules": wanted[: 2 - i], "fan_in_fan_out": kind == "gpt2"}
+        adapt(base, tmp_path / f"lora-{name}", seed=i, r=2 + i, **settings)
+    models = {n: {"source": "base", "adapter": f"./lora-{n}"} for n in "ab"}
+    content: dict[str, Any] = {"base": "./base", "models": models, "method": method}
+    if method == "knots":  # one threshold over all matrices: statistics from the products too
+        content["parameters"] = {"density": 0.6}
+    dense, _ = zoo.merge({**content, "output": {"dtype": "float32"}}, "dense")
+    content["output"] = {"format": "adapter"}
+    out = api.merge(zoo.recipe(content), tmp_path / "adapter", options=Options(workers=2))
+    lines = out.report["tensors"]
+    assert {line["how"] for line in lines if line.get("rank")} == {"concatenated"}
+    assert all(line["rank"] <= 5 for line in lines if line.get("rank"))
+    loaded = merged(base, [out.path], tmp_path / "loaded")
+    for name, value in loaded.items():
+        assert torch.allclose(value, dense[name], atol=2e-5), name

@@ -125,10 +125,12 @@ def files(out: Path) -> dict[str, Any]:
     return found
 
 
-def single(zoo: Zoo, content: Mapping[str, Any], out: str = "wanted") -> dict[str, Any]:
+def single(
+    zoo: Zoo, content: Mapping[str, Any], out: str = "wanted", name: str = "recipe"
+) -> dict[str, Any]:
     """What one process writes."""
     options = Options(workers=1)
-    return files(api.merge(zoo.recipe(content), zoo.folder / out, options=options).path)
+    return files(api.merge(zoo.recipe(content, name), zoo.folder / out, options=options).path)
 
 
 @pytest.mark.parametrize("hosts", [1, 3])

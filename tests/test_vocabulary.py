@@ -330,6 +330,22 @@ def test_golden(zoo: Zoo, case: str, base: str, weights: dict[str, float], conte
     assert_within_tolerance(case, found)
 
 
+def test_mergekits_base_gives_rows_though_the_method_has_none(five: Zoo) -> None:
+    """x is in base and a, and b takes the base's; w is in a and b, and the base takes the mean."""
+    models = "".join(
+        f"  - {{model: ./{m}, parameters: {{weight: 1}}}}\n" for m in ("a", "base", "b")
+    )
+    text = (
+        f"merge_method: linear\nbase_model: ./base\nmodels:\n{models}tokenizer: {{source: union}}\n"
+    )
+    plan = build(parse.load(five.recipe(text)))
+    assert plan.base is None
+    found = {name: firsts(view(plan, name)) for name in plan.sources}
+    assert plan.vocabulary.source == plan.donor
+    assert found["b"] == [100, 2, 300, 4, 500, 600]
+    assert found[plan.donor][4] == 275
+
+
 # --- what it says, and what it refuses
 
 
@@ -357,6 +373,12 @@ def test_a_dry_run_shows_the_mapping(five: Zoo) -> None:
 def test_tokens_that_are_not_there(five: Zoo, asked: Any, said: str) -> None:
     with pytest.raises(CheckpointError, match=said):
         planned(five, asked)
+
+
+def test_an_id_far_beyond_is_no_matrix(five: Zoo) -> None:
+    save(five, "base", words({"<unk>": 0, "x": 10**12}), rows(1, 2))
+    with pytest.raises(CheckpointError, match="far beyond its 5 tokens"):
+        planned(five, {"source": "union"}, models={"a": "./a"})
 
 
 def test_faults_of_the_recipe(five: Zoo) -> None:
@@ -389,9 +411,19 @@ def test_tokenizers_that_are_not_there_or_not_alike(five: Zoo) -> None:
     with pytest.raises(CheckpointError) as told:
         planned(five, {})
     first, second = told.value.problems
-    assert "its tokens stand for bytes, and the output's for plain text" in first.message
+    assert "its tokens stand for bytes, and the output's for text" in first.message
     assert "its tokenizer is BPE, and the one that is added to is WordLevel" in second.message
-    assert planned(five, {"source": "b"}, models={"b": "./b"}).vocabulary.tokens == 2
+    plan = planned(five, {"source": "b"}, models={"b": "./b"})
+    assert plan.vocabulary.tokens == 2
+    assert not any("splits texts otherwise" in line for line in plan.warnings)
+    (five.folder / "b/tokenizer.json").write_text(
+        json.dumps({**said, "normalizer": {"type": "Lowercase"}})
+    )
+    (line,) = planned(five, {"source": "b"}, models={"b": "./b"}).warnings
+    assert line == (
+        "the tokenizer of 'base' changes or splits texts otherwise than that of 'b', which is"
+        " written"
+    )
 
 
 # --- without the key
@@ -447,6 +479,18 @@ def test_ids_go_with_the_tokens(five: Zoo) -> None:
     (b / "generation_config.json").write_text('{"eos_token_id": 0}')
     five.merge({**LINEAR, "vocabulary": {"source": "b"}}, force=True)
     assert (out / "generation_config.json").read_text() == '{"eos_token_id": 0}'
+
+
+def test_the_size_is_that_of_the_part_which_has_it(five: Zoo) -> None:
+    base = five.folder / "base"
+    parts = {"text_config": {"vocab_size": 4, "k": 1}, "audio_config": {"vocab_size": 9}}
+    (base / "config.json").write_text(json.dumps({"model_type": "llama", **parts}))
+    five.merge({**LINEAR, "vocabulary": {}})
+    assert json.loads((five.folder / "out/config.json").read_text()) == {
+        "model_type": "llama",
+        "text_config": {"vocab_size": 6, "k": 1},
+        "audio_config": {"vocab_size": 9},
+    }
 
 
 def test_lists_of_old_tokens_are_left_out(five: Zoo) -> None:

@@ -66,6 +66,10 @@ class AdaptedReader:
             return empty if found is not None else None
         return torch.cat([p.left[0] for p in found], 1), torch.cat([p.right[0] for p in found])
 
+    def across(self, name: str) -> bool:
+        """Whether a tensor is stored [in, out], as its adapters say."""
+        return any(patch.across for patch in self._adapted.patches.get(name, ()))
+
     def _products(self, name: str) -> list[_LowRank] | None:
         """What the adapters add to a tensor; None where they do more than to add products."""
         patches = self._adapted.patches.get(name, ())
@@ -231,6 +235,19 @@ def _whole(stored: StoredReader, name: str, wide: Any) -> Tensor:
     with closing(stored.open(name)) as handle:
         handle.read(0, spec.numel, value.view(torch.uint8).numpy().data)
     return value.to(wide).view(spec.shape)
+
+
+def rank(adapted: Source, base: Source | None, name: str) -> int | None:
+    """Of the product that a model adds to the base's matrix, 0 where it adds nothing; None where it
+    is no such product, as far as headers say."""
+    if adapted == base:
+        return 0
+    if not isinstance(adapted, Adapted) or adapted.model != base or name in adapted.added:
+        return None
+    patches = adapted.patches.get(name, ())
+    if any(patch.parts.keys() != {"a", "b"} or patch.stack > 1 for patch in patches):
+        return None
+    return sum(adapted.adapters[p.adapter].specs[p.parts["a"]].shape[0] for p in patches)
 
 
 def matrices(spec: TensorSpec, patches: Sequence[Patch]) -> tuple[int, int, int]:

@@ -106,7 +106,14 @@ class _MixedHandle:
         whole = self.code
         shape = (last - first, *whole.shape[1:]) if len(whole.shape) > 1 else whole.shape
         code = replace(whole, slots=1, shape=shape, gate_rank=0)
-        if whole.codec == "low_rank":
+        if whole.codec == "basis":
+            held = {part: self._all(part) for part in self._specs}
+            for part in ("left_mean", "left_basis", "left_share"):
+                held[part] = held[part][first:last]
+            whole = replace(whole, shape=shape)
+            code, picked = codecs.pick(whole, held, [s])
+            held = dict(picked)
+        elif whole.codec == "low_rank":
             mine = self._all("slot") == s
             u = self._read("u", first * len(mine), last * len(mine)).view(-1, len(mine))
             held = {

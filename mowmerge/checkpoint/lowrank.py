@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mowmerge.methods.ops.spectral import Svd, few, leading_svd, product_svd, svd
+from mowmerge.methods.ops.spectral import OVERSAMPLED, Svd, few, leading_svd, product_svd, svd
 from mowmerge.tensors import Tensor, torch
+
+ROWS = 256  # added up at a time, for the norm
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,19 @@ def factor(delta: Tensor, rank: int | None, energy: float | None) -> Factors:
     By thin SVD, B = U sqrt(S), A = sqrt(S) V^T; for a small rank of a large matrix in a randomised
     basis, whose error is not guessed: what an orthonormal range keeps is measured.
     """
-    total = float(delta.square().sum(dtype=torch.float64))
+    parts = torch.split(delta, ROWS)
+    total = math.fsum(float(part.square().sum(dtype=torch.float64)) for part in parts)
     if rank is not None and few(rank, delta.shape):
         return _cut(leading_svd(delta, rank), rank, None, total, "randomised")
     return _cut(svd(delta), rank, energy, total, "svd")
+
+
+def workspace(shape: tuple[int, int], rank: int | None) -> int:
+    """Elements in fp32 that `factor` holds at once, the matrix among them; measured."""
+    whole, least = shape[0] * shape[1], min(shape)
+    if rank is not None and few(rank, shape):
+        return whole + 4 * (rank + OVERSAMPLED) * sum(shape)
+    return int(6.4 * whole + 1.6 * least**2)
 
 
 def joined(
@@ -63,6 +74,21 @@ def joined(
     found = product_svd(b, a)
     total = float(found.values.double().square().sum())
     return _cut(found, rank, energy, total, "concatenated, then cut")
+
+
+def distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """|B A - B' A'| / |B' A'| of two products of [m, r] and [r, n] in fp64, which are not formed;
+    infinite for B' A' = 0 alone. What is less than 1e-8 is 0 or the rounding of it."""
+    (b, a), (c, d) = ours, theirs
+    apart, size = _square(torch.cat([b, -c], 1), torch.cat([a, d])), _square(c, d)
+    if not size:
+        return float("inf") if apart else 0.0
+    return math.sqrt(max(0.0, apart) / size)
+
+
+def _square(b: Tensor, a: Tensor) -> float:
+    """|B A|^2 = <B^T B, A A^T>."""
+    return float(((b.T @ b) * (a @ a.T)).sum())
 
 
 def _cut(found: Svd, rank: int | None, energy: float | None, total: float, how: str) -> Factors:

@@ -34,8 +34,8 @@ _BY_TOKEN = re.compile(
     r"lm_head|vocab_projector|final_logits_bias|predictions\.(?:decoder|bias)", re.I
 )
 _NOT_BY_TOKEN = re.compile(
-    r"position|token_type|wpe|patch|cls_token|class_|segment|pos_embed|relative|time|rotary|dense|transform"
-    r"|score|classifier|qa_outputs|layer_?norm",
+    r"(?:^|[._])(?:pos|token_type|wpe|patch|cls_token|class|segment|relative|time|rotary|dense"
+    r"|transform(?!er)|score|qa_outputs|seq_rel|layer_?norm)",
     re.I,
 )
 

@@ -20,7 +20,7 @@ from mowmerge.errors import CheckpointError
 from mowmerge.plan import Adapted, Patch, Plan, Stored, config_source
 from mowmerge.tensors import TensorSpec
 
-CONFIG = "adapter_config.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 MERGE = "merge it with peft (merge_and_unload, then save_pretrained) and name the result instead"
 _LORA = re.compile(

@@ -114,9 +114,14 @@ class _PlacedHandle:
         return value.to(self._dtype)
 
     def _gathered(self, number: int, wanted: NDArray[int32]) -> Tensor:
-        """Those rows of an input; neighbours are read together, and none twice."""
+        """Those rows of an input: by one call where they lie in a file, else those that are
+        neighbours together, and none twice."""
         import numpy
 
+        gather = getattr(self._handles[number], "gather", None)
+        if gather:
+            found = gather(wanted.astype(numpy.int64), self._columns)
+            return torch.from_numpy(found).view(self._type(number))
         each, back = numpy.unique(wanted, return_inverse=True)
         value = torch.empty(len(each), self._columns, dtype=self._type(number))
         starts = numpy.flatnonzero(numpy.diff(each, prepend=NONE - 1) != 1)

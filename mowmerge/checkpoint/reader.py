@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Mapping
 from functools import cached_property
 from io import FileIO
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mowmerge.checkpoint import fp8
 from mowmerge.errors import CheckpointError
 from mowmerge.plan import Location, Stored
 from mowmerge.tensors import Tensor, TensorHandle, TensorSpec, torch
+
+if TYPE_CHECKING:
+    from numpy import int64, uint8
+    from numpy.typing import NDArray
 
 
 class StoredReader:
@@ -48,7 +52,7 @@ class _FileHandle:
         self._at, self._size = location.offset, location.spec.itemsize
         self._name = location.spec.name
         try:
-            self._file = Path(location.file).open("rb", buffering=0)  # noqa: SIM115
+            self._file = FileIO(location.file)
         except OSError as error:
             raise CheckpointError(
                 f"cannot be read any more: {error.strerror}", where=location.file,
@@ -61,16 +65,36 @@ class _FileHandle:
         while out:  # one call moves at most 2 GiB
             got = _read_at(self._file, out, offset)
             if not got:
-                raise CheckpointError(
-                    f"the file ended inside tensor '{self._name}'", where=self._file.name,
-                    hint="it changed while the merge was running: start again",
-                )  # fmt: skip
+                raise self._ended()
             out, offset = out[got:], offset + got
 
     def advise(self, start: int, stop: int) -> None:
         if hasattr(os, "posix_fadvise"):
             offset, length = self._at + start * self._size, (stop - start) * self._size
             os.posix_fadvise(self._file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
+
+    def gather(self, rows: NDArray[int64], length: int) -> NDArray[uint8]:
+        """The bytes of these rows of `length` elements each, [rows, bytes].
+
+        Through a map of the file, since a call for each row would cost more than its bytes; what
+        was mapped is given back after each time.
+        """
+        import numpy
+
+        end = self._at + (int(rows.max()) + 1) * length * self._size
+        if os.fstat(self._file.fileno()).st_size < end:  # a map would not say so
+            raise self._ended()
+        with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            whole = numpy.frombuffer(mapped, numpy.uint8, end - self._at, self._at)
+            found = whole.reshape(-1, length * self._size)[rows]
+            del whole
+        return found
+
+    def _ended(self) -> CheckpointError:
+        return CheckpointError(
+            f"the file ended inside tensor '{self._name}'", where=self._file.name,
+            hint="it changed while the merge was running: start again",
+        )  # fmt: skip
 
     def close(self) -> None:
         self._file.close()

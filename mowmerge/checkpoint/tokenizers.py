@@ -15,7 +15,7 @@ FILE = "tokenizer.json"
 _LISTS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tokenizer:
     """What a tokenizer.json says, and the folder whose it is."""
 
@@ -42,9 +42,11 @@ class Tokenizer:
 
     @property
     def kind(self) -> str:
-        """BPE | WordPiece | Unigram | WordLevel."""
-        vocab = self.data["model"]["vocab"]
-        return str(self.data["model"].get("type") or ("BPE" if isinstance(vocab, dict) else ""))
+        """BPE | WordPiece | Unigram | WordLevel; old files leave it to be seen."""
+        model = self.data["model"]
+        guess = "Unigram" if isinstance(model["vocab"], list) else "WordLevel"
+        guess = "WordPiece" if "continuing_subword_prefix" in model else guess
+        return str(model.get("type") or ("BPE" if "merges" in model else guess))
 
     @cached_property
     def spelling(self) -> str:
@@ -53,12 +55,15 @@ class Tokenizer:
             prefix = self.data["model"].get("continuing_subword_prefix", "##")
             return f"words whose later pieces begin with '{prefix}'"
         held = json.dumps([self.data.get(k) for k in ("normalizer", "pre_tokenizer", "decoder")])
-        if '"ByteLevel"' in held:
-            return "bytes"
-        if '"Metaspace"' in held or "\\u2581" in held:
-            return "text with '▁' for spaces"
+        what = "text with '▁' for spaces" if '"Metaspace"' in held or "\\u2581" in held else "text"
+        what = "bytes" if '"ByteLevel"' in held else what
         end = self.data["model"].get("end_of_word_suffix")
-        return f"words that end in '{end}'" if end else "plain text"
+        return f"{what} in words that end in '{end}'" if end else what
+
+    def splits_as(self, other: Tokenizer) -> bool:
+        """Whether both change and split a text alike before its pieces are looked up."""
+        parts = ("normalizer", "pre_tokenizer")
+        return all(self.data.get(part) == other.data.get(part) for part in parts)
 
 
 def read(folder: Path, text: str | None = None) -> Tokenizer:
@@ -67,20 +72,29 @@ def read(folder: Path, text: str | None = None) -> Tokenizer:
     Raises:
         CheckpointError: there is no tokenizer.json, or it cannot be understood.
     """
+    return understood(folder, content(folder) if text is None else text.encode())
+
+
+def content(folder: Path) -> bytes:
+    """The bytes of a folder's tokenizer.json; CheckpointError where there is none."""
     file = folder / FILE
-    if text is None and not file.is_file():
+    if not file.is_file():
         raise CheckpointError(
             f"there is no {FILE}, which placing rows by token needs", where=str(folder),
             hint="AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes one",
         )  # fmt: skip
+    return file.read_bytes()
+
+
+def understood(folder: Path, held: bytes) -> Tokenizer:
+    """The tokenizer of a tokenizer.json's bytes; CheckpointError where they are none."""
     try:
-        data = json.loads(file.read_bytes() if text is None else text)
-        found = Tokenizer(folder, data)
+        found = Tokenizer(folder, json.loads(held))
         if not found.kind or min(found.ids.values()) < 0:
             raise ValueError("its kind, or an id")
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"it says no token and id that can be understood: {error!r}", where=str(file),
+            f"it says no token and id that can be understood: {error!r}", where=str(folder / FILE),
             hint="download it again, or save the tokenizer again",
         ) from error  # fmt: skip
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from mowmerge.checkpoint import naming, special
@@ -23,11 +24,14 @@ def of(source: Source) -> Vocabulary | None:
 
 @dataclass(frozen=True)
 class Holder:
-    """A model by its tokens: its tokenizer, its tensors under the donor's names, its rows."""
+    """A model by its tokens: the folder of its tokenizer, that and the bytes it was read from,
+    its tensors under the donor's names, its config."""
 
     name: str
     source: Stored | Adapted | Plan
+    folder: Path
     tokenizer: Tokenizer
+    size: int
     specs: Mapping[str, TensorSpec]
     settings: Mapping[str, Any]
 

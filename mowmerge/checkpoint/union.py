@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from mowmerge.checkpoint.tokenizers import FILE, Tokenizer
@@ -117,7 +118,7 @@ def _pair(merge: Any) -> list[str]:
 
 
 def files(
-    lender: Tokenizer, tokenizer: Tokenizer, held: Mapping[str, str] | None = None
+    folder: Path, lender: Tokenizer, tokenizer: Tokenizer, held: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """The files of the lender's folder, or `held` in place of those, that its extended tokenizer
     changes, as they are then."""
@@ -125,7 +126,7 @@ def files(
     if tokenizer is lender:
         return found
     found[FILE] = json.dumps(tokenizer.data, ensure_ascii=False) + "\n"
-    file = lender.folder / _CONFIG
+    file = folder / _CONFIG
     text = found.get(_CONFIG) or (file.read_text("utf-8") if file.is_file() else "{}")
     try:
         settings = json.loads(text)

@@ -126,6 +126,8 @@ def _whole(folder: Path) -> list[Problem]:
         settings = config(folder)
     except MowmergeError as error:
         return list(error.problems)
+    if _is_adapter(folder):
+        return []
     if not settings:
         return [Problem("there is no config.json, or an empty one", str(folder), "merge again")]
     named = settings.get("auto_map") or {}
@@ -138,6 +140,10 @@ def _whole(folder: Path) -> list[Problem]:
         for name in sorted(_imported(folder, modules))
         if not (folder / f"{name}.py").is_file()
     ]
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
 
 
 def _imported(folder: Path, modules: set[str]) -> set[str]:
@@ -167,7 +173,7 @@ def _weights(folder: Path) -> tuple[Stored | None, Stored | None, list[Problem]]
             whole = held(folder)
             stored, encoder = whole.stored, whole.encoder
         else:
-            stored, encoder = find(str(folder)), None
+            stored, encoder = find(str(folder), adapter=_is_adapter(folder)), None
     except MowmergeError as error:
         return None, None, [*problems, *error.problems]
     for index in sorted(folder.glob("*.safetensors.index.json")):

@@ -21,6 +21,7 @@ def extract_lora(
     ] = None,
     force: Annotated[bool, typer.Option(help="Replace the folder.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Tensors worked on at once.")] = None,
+    max_memory: Annotated[str | None, typer.Option(help="Peak memory, such as 2GB.")] = None,
     hash_: Annotated[bool, typer.Option("--hash/--no-hash", help="Write SHA256SUMS.")] = True,
     allow_pickle: Annotated[
         bool, typer.Option(help="Also read .bin and .pt files (weights_only).")
@@ -45,6 +46,7 @@ def extract_lora(
     with output.Progress(quiet or json_) as progress:
         result = api.extract_lora(
             model, base, out, rank=rank, energy=energy, workers=workers,
-            allow_pickle=allow_pickle, hashes=hash_, force=force, begin=progress.start,
+            max_memory=output.limit(max_memory), allow_pickle=allow_pickle,
+            hashes=hash_, force=force, begin=progress.start,
         )  # fmt: skip
     results.show(result, as_json=json_, quiet=quiet)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mowmerge.cli import output, reports, results
+from mowmerge.cli import adapters, output, reports, results
 from mowmerge.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -81,6 +81,9 @@ def merge(
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported
     options = _options(workers, max_memory, device, stats, not dry_run, allow_pickle)
     parsed = api.check(recipe, set_ or [], strict=strict)
+    if dry_run and parsed.output.format == "adapter":
+        adapters.show(api.outline(parsed, options), as_json=json_)
+        return
     if dry_run:
         planned = api.survey if survey else api.plan
         output.show_plan(planned(parsed, options=options), as_json=json_)
@@ -129,10 +132,6 @@ def _options(
     allow_pickle: bool,
 ) -> Options:
     from mowmerge.planner import Options
-    from mowmerge.recipe.model import parse_size
 
-    try:
-        limit = parse_size(max_memory) if max_memory else None
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--max-memory") from error
+    limit = output.limit(max_memory)
     return Options(workers, limit, device, stats, download, allow_pickle)

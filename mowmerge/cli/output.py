@@ -9,6 +9,8 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 if TYPE_CHECKING:
     from mowmerge.api import Advance, Trained
     from mowmerge.placement import Vocabulary
@@ -24,6 +26,16 @@ def size(nbytes: float) -> str:
             return f"{nbytes:.3g} {unit}"
         nbytes /= 1000
     return ""
+
+
+def limit(max_memory: str | None) -> int | None:
+    """--max-memory in bytes."""
+    from mowmerge.recipe.model import parse_size
+
+    try:
+        return parse_size(max_memory) if max_memory else None
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--max-memory") from error
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -111,21 +123,9 @@ def _show_vocabulary(vocabulary: Vocabulary) -> None:
         f"\nvocabulary: the tokens of {told.source}{added}, {told.tokens:,} in {told.rows:,} rows"
         f" ({told.padding:,} without one) of {', '.join(told.tensors)}\n"
     )
-    rules = {r: r for share in told.models.values() for r in share.missing} | {"all": "own mean"}
-    rules = {
-        r: head for r, head in rules.items() if any(r in s.missing for s in told.models.values())
-    }
-    rows = [
-        (
-            "model",
-            "tokens",
-            "shared",
-            "added",
-            "moved",
-            "left out",
-            *(f"missing: {head}" for head in rules.values()),
-        )
-    ]
+    rules = list(dict.fromkeys(rule for share in told.models.values() for rule in share.missing))
+    heads = ("model", "tokens", "shared", "added", "moved", "left out")
+    rows = [(*heads, *(f"missing: {rule}" for rule in rules))]
     for name, share in told.models.items():
         numbers = (share.tokens, share.shared, share.added, share.moved, share.left)
         counts = (*numbers, *(share.missing.get(rule, 0) for rule in rules))

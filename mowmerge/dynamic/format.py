@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass, field, fields
 from math import prod
 from typing import Any
 
-FORMAT = 3  # the newest
+FORMAT = 4  # the newest
 ROUTER = "mow_router"  # module and name prefix of what train-router may change
 HEADS = "mow_heads"  # module and name prefix of the heads, one a task
-CODECS = ("full", "full_abs", "low_rank", "sparse", "row_sparse", "mask", "one_bit")
+CODECS = ("full", "full_abs", "low_rank", "sparse", "row_sparse", "mask", "one_bit", "basis")
 SCOPES = ("sample", "block", "module", "task")
 POOLS = ("mean", "statistics")
 READS = ("texts", "pixels")
@@ -40,12 +40,13 @@ class Code:
     """How one tensor's deltas are stored.
 
     name: the anchor tensor's name on disk. gate: whose coefficients mix the slots. dtype: of the
-    values. rank: columns a slot (low_rank). kept: entries a slot (sparse) or rows in all
-    (row_sparse); each: of these each slot's, where whoever wrote it said so. zeros: whether one_bit
-    marks entries that are 0. fitted: whether its scales have factors that train-router may learn, 1
-    before, beside the routers. gate_rank: rows a slot of a gate that scores tokens by their
-    projection (scope module); gate_width: its columns, the inputs of the layer (0: the columns of
-    the code, which are the outputs of a weight stored [in,out]).
+    values. rank: columns a slot (low_rank, basis); basis: directions that the slots share. kept:
+    entries a slot (sparse) or rows in all (row_sparse); each: of these each slot's, where whoever
+    wrote it said so. zeros: whether one_bit marks entries that are 0. fitted: whether its scales
+    have factors that train-router may learn, 1 before, beside the routers. gate_rank: rows a slot
+    of a gate that scores tokens by their projection (scope module); gate_width: its columns, the
+    inputs of the layer (0: the columns of the code, which are the outputs of a weight stored
+    [in,out]).
     """
 
     name: str
@@ -61,6 +62,7 @@ class Code:
     fitted: bool = False
     gate_rank: int = 0
     gate_width: int = 0
+    basis: int = 0
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -98,6 +100,15 @@ class Code:
                 "unified": Part(self.dtype, self.shape, alone),
                 "mask": bits,
                 "scale": scale,
+            },
+            "basis": {
+                f"{side}_{name}": Part(self.dtype, shape)
+                for side, length in (("left", rows), ("right", columns))
+                for name, shape in (
+                    ("mean", (length, self.rank)),
+                    ("basis", (length, self.rank, self.basis)),
+                    ("share", (length, self.basis, n)),
+                )
             },
             "one_bit": {"sign": bits, "scale": scale} | ({"occ": bits} if self.zeros else {}),
         }[self.codec]
@@ -235,8 +246,10 @@ class Manifest:
     @property
     def format(self) -> int:
         """The oldest format that can say this: 2 where a router sees statistics, or keeps its
-        largest outputs as they are; 3 where classifiers look at an encoder, scales are fitted,
-        or it says how many rows of a table each slot has."""
+        largest outputs as they are; 3 where classifiers look at an encoder, scales are fitted, or
+        it says how many rows of a table each slot has; 4 where slots share a basis."""
+        if any(code.codec == "basis" for code in self.codes):
+            return 4
         if self.encoder or self.fitted or any(code.each for code in self.codes):
             return 3
         newer = (

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from .codecs import mixed
+from .codecs import expanded, mixed, plain
 from .context import Context
 from .format import Code
 
@@ -23,15 +23,17 @@ class Mixable(nn.Module):
 
     def __init__(self, inner: nn.Module, codes: Mapping[str, Code], context: Context) -> None:
         super().__init__()
-        self.codes, self.context = dict(codes), context
+        self.codes = {leaf: plain(code) for leaf, code in codes.items()}
+        self.stored, self.context = dict(codes), context
         for leaf, value in inner._parameters.items():
             self.register_parameter(leaf, value)
         for leaf, code in codes.items():
             add_parts(self, leaf, code)
 
-    def parts(self, leaf: str) -> dict[str, Tensor]:
-        """The stored parts of a tensor's code."""
-        return parts_of(self, leaf, self.codes[leaf])
+    def parts(self, leaf: str) -> Mapping[str, Tensor]:
+        """The parts of a tensor's code as it is used."""
+        code = self.stored[leaf]
+        return expanded(code, parts_of(self, leaf, code))
 
     def mixed(self, leaf: str, x: Tensor) -> Tensor | None:
         """The tensor as each sample has it [B,*shape], or the anchor's own [*shape]."""

@@ -39,8 +39,8 @@ def _summary(table: Table, row: str, parts: Sequence[ScorePart]) -> Summary:
     tasks = [part.task for part in parts]
     missing = [task for task in table.own if task not in tasks]
     gap = f"not scored on {', '.join(missing)}" if missing else ""
-    mixed = "higher is better on some tasks, lower on others"
-    no_mean = gap or (mixed if len({table.sign(task) for task in tasks}) > 1 else "")
+    mixed = "the tasks' scores are in different units"
+    no_mean = gap or ("" if not tasks or table.alike(tasks) else mixed)
     no_share = gap or "; ".join(
         dict.fromkeys(f"{p.task}: {p.absent['normalised']}" for p in parts if p.normalised is None)
     )
@@ -159,8 +159,9 @@ def _forgetting(table: Table, row: str, on: str, tasks: Sequence[str]) -> Forget
         row=row,
         on=on,
         tasks=tasks,
-        signed=fsum(gaps.values()) / len(gaps),
-        interval=_interval(draws),
+        signed=fsum(gaps.values()) / len(gaps) if table.alike(tasks) else None,
+        interval=_interval(draws) if table.alike(tasks) else None,
+        unit=table.unit(tasks[0]),
         relative=mean(shares),
         worse_than_base=[task for task, gap in gaps.items() if gap < 0],
     )

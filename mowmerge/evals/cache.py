@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -95,17 +95,19 @@ class Cache:
             _mend(own)
         return Journal(own, found, taken)
 
-    def weights(self, folder: Path) -> str:
-        """The sha256 of a folder's weights: of their names and digests, in order."""
-        return self._digest(folder, WEIGHTS)
+    def weights(self, *folders: Path) -> str:
+        """The sha256 of the folders' weights: of their names and digests, in order."""
+        return self._digest(folders, WEIGHTS)
 
     def everything(self, folder: Path) -> str:
         """The sha256 of all that decides what a model answers: weights, config, tokenizer."""
-        return self._digest(folder, (*WEIGHTS, *REST))
+        return self._digest((folder,), (*WEIGHTS, *REST))
 
-    def _digest(self, folder: Path, patterns: tuple[str, ...]) -> str:
-        files = sorted({f for p in patterns for f in folder.glob(p) if f.name not in MADE})
-        lines = [f"{self._file(file)}  {file.relative_to(folder).as_posix()}\n" for file in files]
+    def _digest(self, folders: Sequence[Path], patterns: tuple[str, ...]) -> str:
+        lines = []
+        for folder in folders:
+            files = sorted({f for p in patterns for f in folder.glob(p) if f.name not in MADE})
+            lines += [f"{self._file(f)}  {f.relative_to(folder).as_posix()}\n" for f in files]
         return sha256("".join(lines).encode()).hexdigest()
 
     def _file(self, file: Path) -> str:

@@ -19,6 +19,7 @@ from mowmerge.evals.job import Taken
 from mowmerge.evals.models import Entry
 from mowmerge.evals.runner import Spent
 from mowmerge.evals.score import Cost
+from mowmerge.tasks.adapters import folders
 from mowmerge.tensors import torch
 
 
@@ -99,4 +100,5 @@ def _row(row: str, by_entry: Mapping[Entry, Sequence[Taken]]) -> Cost:
 
 
 def _on_disk(entry: Entry) -> int:
-    return sum(file.stat().st_size for file in entry.folder.rglob("*.safetensors"))
+    found = (file for at in folders(entry.where) for file in at.rglob("*.safetensors"))
+    return sum(file.stat().st_size for file in found)

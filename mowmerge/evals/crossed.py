@@ -19,7 +19,7 @@ def entries(found: Sequence[Entry], recipe: Recipe, jobs: Sequence[Job]) -> list
     Where heads are kept it is the expert's backbone under the head of the task's own expert, as
     the base is scored; else its own head or language head answers.
     """
-    folders = {entry.expert: entry.folder for entry in found if entry.expert}
+    places = {entry.expert: entry.where for entry in found if entry.expert}
     crossed = []
     for entry in (each for each in found if each.expert):
         others = [job for job in jobs if job.name not in entry.tasks]
@@ -28,7 +28,7 @@ def entries(found: Sequence[Entry], recipe: Recipe, jobs: Sequence[Job]) -> list
             for job in others
             if recipe.heads and job.kind.FAMILY == "head" and job.asked.expert
         }
-        keeping = {task: folders[expert] for task, expert in kept.items()}
+        keeping = {task: places[expert] for task, expert in kept.items()}
         if others:
             crossed.append(
                 replace(

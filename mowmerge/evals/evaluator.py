@@ -30,6 +30,7 @@ from mowmerge.evals.score import Evaluation, Gates, Score
 from mowmerge.evals.settings import ALL, Advance, Options
 from mowmerge.recipe.model import Recipe
 from mowmerge.recipe.task_types import TYPES
+from mowmerge.tasks.adapters import folders
 from mowmerge.training import processes
 from mowmerge.training.processes import Processes
 
@@ -215,8 +216,8 @@ def _lacks(journals: Journals, ways: Sequence[str], place: Place) -> bool:
 def _key(cache: Cache, entry: Entry, job: Job, recipe: Recipe) -> list[Any]:
     """The files and the asking that decide an answer."""
     kind, options = job.asked.type, job.asked.options
-    used = [entry.folder, models.processor_folder(entry, kind, recipe)]
-    used += [entry.keeping[job.name]] if job.name in entry.keeping else []
+    used = [*folders(entry.where), models.processor_folder(entry, kind, recipe)]
+    used += folders(entry.keeping[job.name]) if job.name in entry.keeping else []
     used += [models.clip_folder(options.clip, recipe)] if options.clip else []
     metric = job.metric if job.kind.WHOLE else ""
     files = [cache.everything(folder) for folder in used]

@@ -14,6 +14,7 @@ from mowmerge.evals.models import Entry
 from mowmerge.evals.score import Data, Gates, Model, Score
 from mowmerge.recipe import needs, parse
 from mowmerge.recipe.model import Recipe
+from mowmerge.tasks.adapters import folders
 from mowmerge.tensors import torch
 
 
@@ -29,7 +30,7 @@ def data(job: Job) -> Data:
     source = json.dumps(dict(asked.data), sort_keys=True, default=str)
     return Data(
         asked.type, source, items.split, len(items.digests), sha256(text.encode()).hexdigest(),
-        sha256(templates.encode()).hexdigest() if templates else "",
+        sha256(templates.encode()).hexdigest() if templates else "", asked.benchmark or "",
     )  # fmt: skip
 
 
@@ -53,7 +54,7 @@ def models(entries: Sequence[Entry], cache: Cache, dtype: str | None) -> dict[st
         settings = entry.config.get("base_config") or entry.config
         own = str(settings.get("dtype") or settings.get("torch_dtype") or "float32")
         name = f"expert {entry.expert}" if entry.row == "expert" else entry.row
-        weights = cache.weights(entry.folder)
+        weights = cache.weights(*folders(entry.where))
         found[name] = Model(entry.source, entry.revision, weights, dtype or own)
     return found
 

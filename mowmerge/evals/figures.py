@@ -48,8 +48,16 @@ class Table:
 
     def sign(self, task: str) -> int:
         """1 where higher is better on a task, -1 where lower is."""
+        return -1 if self.unit(task) else 1
+
+    def unit(self, task: str) -> str:
+        """What a task's score is counted in: its metric where lower is better, else "", a share."""
         metric = next(s.metric for (_, t), s in self.scores.items() if t == task)
-        return -1 if metric in LOWER_IS_BETTER else 1
+        return metric if metric in LOWER_IS_BETTER else ""
+
+    def alike(self, tasks: Iterable[str]) -> bool:
+        """Whether the scores of these tasks can be added."""
+        return len({self.unit(task) for task in tasks}) == 1
 
     def share(self, row: str, task: str) -> tuple[float, Array | None] | str:
         """A score as a multiple of the expert's, and resampled; or why there is none."""

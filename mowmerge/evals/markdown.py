@@ -88,9 +88,9 @@ def _forgetting(report: Report) -> list[str]:
         return []
     rows = [["", "on", "points", "interval", "of the base's score", "worse than the base on"]]
     for f in report.forgetting:
-        ends = "" if f.interval is None else " to ".join(words.signed(end) for end in f.interval)
+        said, ends = words.gap(f.signed, f.interval, f.unit)
         worse = ", ".join(f.worse_than_base) or "none"
-        rows.append([f.row, f"{len(f.tasks)} {f.on}", words.signed(f.signed), ends,
+        rows.append([f.row, f"{f.on}: {len(f.tasks)}", said, ends,
                      words.percent(f.relative), worse])  # fmt: skip
     return table(rows, numbers_from=2)
 
@@ -104,13 +104,14 @@ def _matrix(report: Report) -> list[str]:
     for expert in found.experts:
         cells = [_crossed(report, cell) for cell in found.cells if cell.expert == expert]
         spill = spilled.get(expert)
-        rows.append([expert, *cells, NONE if spill is None else words.signed(spill.signed)])
+        said = words.gap(spill.signed, None, spill.unit)[0] if spill else NONE
+        rows.append([expert, *cells, said])
     best = [
         NONE if each is None else f"{each.expert}"
         for each in ({b.task: b for b in found.best}.get(task) for task in found.tasks)
     ]
     gaps = {b.task: b.difference for b in found.best if b.difference is not None}
-    over = [words.signed(gaps[t]) if t in gaps else NONE for t in found.tasks]
+    over = [words.gap(gaps.get(t), None, report.data[t].metric)[0] for t in found.tasks]
     rows += [["best single", *best, ""], [f"{report.subject} minus it", *over, ""]]
     blank = [f"- {c.expert} on {c.task}: {_plain(c.absent)}" for c in found.cells if c.absent]
     note = (

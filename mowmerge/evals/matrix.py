@@ -99,10 +99,13 @@ def _forgotten(table: Table, expert: str, owner: Mapping[str, str]) -> Spillover
                 draws.append(table.sign(task) * (ours - theirs))
     if not gaps:
         return None
+    alike = table.alike(gaps)
+    sure = alike and len(draws) == len(gaps)
     return Spillover(
         expert=expert,
         tasks=list(gaps),
-        signed=fsum(gaps.values()) / len(gaps),
-        interval=statistics.interval(np.mean(draws, 0)) if len(draws) == len(gaps) else None,
+        signed=fsum(gaps.values()) / len(gaps) if alike else None,
+        interval=statistics.interval(np.mean(draws, 0)) if sure else None,
+        unit=table.unit(next(iter(gaps))),
         worse_than_base=[task for task, gap in gaps.items() if gap < 0],
     )

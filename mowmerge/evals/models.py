@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mowmerge.checkpoint.source import config, find
-from mowmerge.errors import CheckpointError, MowmergeError, RecipeError
+from mowmerge.errors import CheckpointError, RecipeError
 from mowmerge.evals.job import Job, Place, Tools
+from mowmerge.evals.places import found_at, where_of
 from mowmerge.evals.towers import towers
+from mowmerge.plan import Adapted, config_source
 from mowmerge.recipe.model import Recipe
 from mowmerge.tasks import heads, inputs
+from mowmerge.tasks.adapters import Where, home
 from mowmerge.tensors import Tensor, torch
 
 PICTURES = ("preprocessor_config.json", "processor_config.json")
@@ -31,6 +34,7 @@ class Entry:
     experts: of each task the expert, where it has one. keeping: of a task where its head is, if
     not in the checkpoint: a folder with heads/, or an expert. expert: its name, if it is one.
     crossed: whether the tasks are those of others; `match` are then the names of heads' tensors.
+    adapted: the checkpoint in `folder` with adapters on it, where it is one.
     """
 
     row: str
@@ -39,10 +43,16 @@ class Entry:
     revision: str
     tasks: tuple[str, ...]
     experts: Mapping[str, str | None]
-    keeping: Mapping[str, Path] = field(default_factory=dict)
+    keeping: Mapping[str, Where] = field(default_factory=dict)
     expert: str = ""
     crossed: bool = False
     match: tuple[str, ...] = ()
+    adapted: Adapted | None = None
+
+    @property
+    def where(self) -> Where:
+        """What is loaded."""
+        return self.adapted or self.folder
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -61,7 +71,7 @@ class Entry:
 
         return held(self.folder).manifest
 
-    def head(self, task: str) -> Path | None:
+    def head(self, task: str) -> Where | None:
         """Where a task's head is stored, None where it is in the weights."""
         return self.keeping.get(task, self.folder if (self.folder / "heads").is_dir() else None)
 
@@ -90,9 +100,9 @@ class Entry:
             settings = named[self.manifest.experts.index(expert)].config if named else None
             settings = settings or self.config.get("base_config") or {}
         elif expert is not None and (kept := self.head(task)):
-            beside = kept / "heads" / f"{expert}.json"
+            beside = home(kept) / "heads" / f"{expert}.json"
             whole = not beside.exists()
-            settings = config(kept) if whole else json.loads(beside.read_text("utf-8"))
+            settings = config(home(kept)) if whole else json.loads(beside.read_text("utf-8"))
         else:
             settings = self.config
         if "label2id" in settings:
@@ -127,10 +137,10 @@ def entries(
     if "base" in against:
         if recipe.base is None:
             raise RecipeError("--against base, and the recipe names no base", where=recipe.file)
-        stored = _found(recipe, None, "")
+        stored = config_source(found_at(recipe, None, ""))
         kept = next((e.folder for e in found if not e.dynamic and e.head("")), None)
         keeping = {
-            job.name: kept or Path(_found(recipe, job.asked.expert, job.name).folder)
+            job.name: kept or where_of(found_at(recipe, job.asked.expert, job.name))
             for job in jobs
             if job.kind.FAMILY == "head" and job.asked.expert
         }
@@ -142,34 +152,17 @@ def entries(
     if "experts" in against:
         for expert in dict.fromkeys(e for e in experts.values() if e is not None):
             own = tuple(task for task in tasks if experts[task] == expert)
-            stored = _found(recipe, expert, own[0])
-            source = str(recipe.models[expert].source)
+            origin, ref = found_at(recipe, expert, own[0]), recipe.models[expert]
+            stored = config_source(origin)
+            source = " + ".join([str(ref.source), *(each.source for each in ref.adapter)])
             folder, revision = Path(stored.folder), stored.revision or ""
             found.append(
-                Entry("expert", source, folder, revision, own, dict.fromkeys(own), expert=expert)
-            )
+                Entry(
+                    "expert", source, folder, revision, own, dict.fromkeys(own), expert=expert,
+                    adapted=origin if isinstance(origin, Adapted) else None,
+                )
+            )  # fmt: skip
     return found
-
-
-def _found(recipe: Recipe, model: str | None, task: str) -> Any:
-    """Where a model of the recipe is, or its base."""
-    what = f"the expert '{model}' of task '{task}'" if model else "the base"
-    source = recipe.models[model].source if model else recipe.base
-    adapted = model is not None and bool(recipe.models[model].adapter)
-    if not isinstance(source, str) or adapted:
-        told = "a model with an adapter on it" if adapted else "itself a recipe"
-        raise RecipeError(
-            f"{what} is {told}", where=recipe.file,
-            hint="merge it first: only checkpoints can be scored",
-        )  # fmt: skip
-    try:
-        return find(recipe.locate(source))
-    except MowmergeError as error:
-        first = error.problems[0]
-        hint = first.hint or "paths start at the recipe's folder, or here"
-        message = f"{what} cannot be had: {first.message}"
-        where = recipe.where(*(("models", model) if model else ("base",)))
-        raise type(error)([replace(first, message=message, where=where, hint=hint)]) from error
 
 
 @dataclass(eq=False)
@@ -301,7 +294,7 @@ def processor_folder(entry: Entry, kind: str, recipe: Recipe) -> Path:
     expert = next((e for e in entry.experts.values() if e), None)
     if expert is None or any((entry.folder / name).exists() for name in names):
         return entry.folder
-    return Path(_found(recipe, expert, entry.tasks[0]).folder)
+    return home(where_of(found_at(recipe, expert, entry.tasks[0])))
 
 
 def load(
@@ -317,7 +310,7 @@ def load(
     made = _headed(entry, jobs, more) if family == "head" else None
     groups = [list(jobs)] if made is None or len(made) == 1 else [[job] for job in jobs]
     if made is None:
-        made = [(heads.load(entry.folder, None, **more), None)]
+        made = [(heads.load(entry.where, None, **more), None)]
     found = []
     for (model, context), some in zip(made, groups, strict=True):
         if not spread:
@@ -351,13 +344,13 @@ def _headed(
     """Models with the heads of these tasks; None where the checkpoint has its own in it."""
     if entry.dynamic or not any(entry.head(job.name) for job in jobs):
         return None
-    trunk = heads.load(entry.folder, None, **more) if entry.crossed else None
+    trunk = heads.load(entry.where, None, **more) if entry.crossed else None
 
     def one(job: Job) -> Any:
         keeping = entry.keeping.get(job.name)
         if trunk is not None and keeping is not None:
             return heads.grafted(trunk, heads.load(keeping, None, **more), entry.match)
-        return heads.load(entry.folder, job.name, entry.experts[job.name], keeping=keeping, **more)
+        return heads.load(entry.where, job.name, entry.experts[job.name], keeping=keeping, **more)
 
     if len(jobs) > 1 and (both := heads.joined(one(job) for job in jobs)):
         return [both]

@@ -52,6 +52,9 @@ class DataPart(Part):
     metric: str = Field(description="What is measured.")
     higher_is_better: bool = Field(description="Which way is better.")
     held_out: bool = Field(description="Whether no expert was trained for it.")
+    benchmark: str = Field(
+        default="", description="The Hub's benchmark that it is, org/dataset:task_id."
+    )
 
 
 class ScorePart(Part):
@@ -120,8 +123,13 @@ class Forgetting(Part):
     row: str = Field(description="Model, and way.")
     on: str = Field(description="held-out tasks or experts' tasks.")
     tasks: Sequence[str] = Field(description="The tasks.")
-    signed: float = Field(description="Mean of value - base (negated if lower is better).")
+    signed: float | None = Field(
+        description="Mean of value - base (negated if lower is better); None over different units."
+    )
     interval: Pair | None = Field(description="Its paired bootstrap interval.")
+    unit: str = Field(
+        default="", description="The metric where lower is better; empty: a share of 1."
+    )
     relative: float | None = Field(description="Mean over tasks of (value - base) / |base|.")
     worse_than_base: Sequence[str] = Field(description="Tasks on which the row is below the base.")
 
@@ -155,8 +163,13 @@ class Spillover(Part):
 
     expert: str = Field(description="Expert.")
     tasks: Sequence[str] = Field(description="The others' tasks, where base and it were scored.")
-    signed: float = Field(description="Mean of value - base (negated if lower is better).")
+    signed: float | None = Field(
+        description="Mean of value - base (negated if lower is better); None over different units."
+    )
     interval: Pair | None = Field(description="Its paired bootstrap interval.")
+    unit: str = Field(
+        default="", description="The metric where lower is better; empty: a share of 1."
+    )
     worse_than_base: Sequence[str] = Field(description="Tasks on which it is below the base.")
 
 

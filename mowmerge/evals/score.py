@@ -77,7 +77,7 @@ class Gates:
 @dataclass(frozen=True)
 class Data:
     """What a task's items were. sha256: of inputs and labels in order. template: sha256 of the
-    prompt templates, empty where there are none."""
+    prompt templates, empty where there are none. benchmark: the Hub's, org/dataset:task_id."""
 
     type: str
     source: str
@@ -85,6 +85,7 @@ class Data:
     n: int
     sha256: str
     template: str = ""
+    benchmark: str = ""
 
 
 @dataclass(frozen=True)

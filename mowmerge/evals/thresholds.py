@@ -65,6 +65,12 @@ def _value(report: Report, name: str) -> tuple[float | None, str]:
         "held_out": next((f.signed for f in report.forgetting
                           if f.row == report.subject and f.on == HELD_OUT), None),
     }  # fmt: skip
+    if (
+        name == "held_out"
+        and values[name] is None
+        and any(f.on == HELD_OUT for f in report.forgetting)
+    ):
+        return None, "the held-out tasks' scores are in different units"
     whys = {"avg": "mean", "avg_normalized": "normalised", "avg_recovery": "recovery"}
     if name in values:
         why = found.absent.get(whys.get(name, ""), "this evaluation does not have it")

@@ -39,6 +39,12 @@ def shares(pair: Pair | None) -> str:
     return "" if pair is None else " to ".join(minus(f"{100 * end:.1f}") for end in pair)
 
 
+def gap(value: float | None, pair: Pair | None, metric: str = "") -> tuple[str, str]:
+    """A difference and its interval, dashes where there is none."""
+    ends = "" if pair is None else " to ".join(signed(end, metric) for end in pair)
+    return (NONE if value is None else signed(value, metric)), ends
+
+
 def signed(value: float, metric: str = "") -> str:
     """A difference with its sign."""
     lower = metric in LOWER_IS_BETTER
@@ -181,8 +187,8 @@ def conditions(report: Report) -> list[str]:
         if cost.on:
             what = ", ".join(f"{name} {flag(value)}" for name, value in cost.on.items())
             when = "in an earlier run, whose answers were kept" if cost.earlier else "in this run"
-            found.setdefault(f"{what}, {when}", []).append(cost.row)
-    lines = [f"{', '.join(rows)}: measured on {what}." for what, rows in found.items()]
+            found.setdefault(f"{when}, on {what}", []).append(cost.row)
+    lines = [f"{'; '.join(rows)}: measured {what}." for what, rows in found.items()]
     if len({json.dumps(dict(cost.on), sort_keys=True) for cost in report.costs}) > 1:
         lines.append(
             "Memory, latency and throughput are put beside the experts' only for rows that ran on"

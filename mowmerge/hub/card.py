@@ -32,11 +32,12 @@ PIPELINES = {
 
 @dataclass(frozen=True)
 class Results:
-    """What an evaluation says: the fields of huggingface_hub.EvalResult for each figure, and the
-    lines of a Markdown table."""
+    """What an evaluation says: the fields of huggingface_hub.EvalResult for each figure, the lines
+    of a Markdown table, and the entries of .eval_results for benchmarks of the Hub."""
 
     figures: Sequence[Mapping[str, Any]]
     lines: Sequence[str]
+    benchmarks: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True)

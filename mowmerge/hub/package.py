@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mowmerge.checkpoint.source import CARD
 from mowmerge.checkpoint.verify import SUMS, UNHASHED, Advance, verify
 from mowmerge.errors import CheckpointError, SourceError
 from mowmerge.hub.card import Results, card, private
 
+SCORES = ".eval_results/mowmerge.yaml"
 TEXTS = ("recipe.yaml", "recipe.lock.yaml", "report.json")  # may name folders of this machine
 
 
@@ -71,12 +73,21 @@ def package(
             sums[name] = files[name].sha256
     lines = "".join(f"{digest}  {name}\n" for name, digest in sums.items())
     files[SUMS] = _held(SUMS, lines.encode())
+    if results and results.benchmarks:
+        files[SCORES] = _held(SCORES, _scores(results.benchmarks))
     shown = tuple(name for name in found.unlisted if not _hidden(name))
     warnings = [*made.warnings]
     if cut:
         where = ", ".join(sorted(set(cut)))
         warnings.append(f"of these paths only the last part is published: {where}")
     return Package(made.text, tuple(files[name] for name in sorted(files)), shown, tuple(warnings))
+
+
+def _scores(benchmarks: Sequence[Mapping[str, Any]]) -> bytes:
+    """What the Hub reads onto the page of a model and the leaderboards of benchmarks."""
+    import yaml
+
+    return yaml.safe_dump([dict(each) for each in benchmarks], sort_keys=False).encode()
 
 
 def _check(repo: str) -> None:

@@ -18,7 +18,7 @@ from mowmerge import __version__
 from mowmerge.checkpoint.source import CARD
 from mowmerge.checkpoint.verify import SUMS, parsed
 from mowmerge.errors import MowmergeError, SourceError
-from mowmerge.hub.package import File, Package
+from mowmerge.hub.package import SCORES, File, Package
 from mowmerge.hub.refusals import WRITE, is_passing, refusal
 
 if TYPE_CHECKING:
@@ -198,17 +198,19 @@ def _refuse_other(there: _There, target: Target) -> None:
 
 
 def _stale(api: HfApi, there: _There, package: Package, repo: str, same: bool) -> list[str]:
-    """What the commit removes, hidden files never: of an earlier push of this merge what that one
-    listed and this one has not; of anything else all that would stay beside it."""
+    """What the commit removes: scores that an earlier push gave and this one has not; of an earlier
+    push of this merge what that one listed and this one has not; of anything else all that would
+    stay beside it, but hidden files."""
     ours = {file.name for file in package.files}
+    scores = [SCORES] if SCORES in there.files and SCORES not in ours else []
     extra = sorted(n for n in there.files if n not in ours and not n.startswith("."))
     if same and extra:
         listed: Mapping[str, str] = {}
         if SUMS in there.files:
             file = api.hf_hub_download(repo, SUMS, revision=there.head)
             listed, _ = parsed(Path(file).read_text(encoding="utf-8", errors="replace"))
-        return [name for name in extra if name in listed]
-    return extra
+        return [*scores, *(name for name in extra if name in listed)]
+    return [*scores, *extra]
 
 
 def _addition(file: File) -> Any:

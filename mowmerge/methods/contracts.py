@@ -9,7 +9,8 @@ A method is a plain function. It asks for what it needs by reserved parameter na
     anchor [*S]     what the static method for the rest gave, as stored (dynamic methods)
     code            how this tensor is to be coded (dynamic methods)
 
-`deltas` in means a delta out (the engine adds the base); `models` in means a weight out. A dynamic
+`deltas` in means a delta out (the engine adds the base); `models` in means a weight out; `factors`
+in means a delta out that is such a product too, its B and A, where they are given. A dynamic
 method gives the parts of its code by name, and the "anchor" where it did not ask for one.
 """
 

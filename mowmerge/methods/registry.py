@@ -89,6 +89,7 @@ class MethodSpec:
     validate: Callable[[Mapping[str, Any], int], None] | None = None
     workspace: Workspace | None = None
     decompositions: Decompositions | None = None
+    needs_factors: Callable[[Mapping[str, Any]], bool] = lambda parameters: False
     dynamic: Dynamic | None = None
     fit: str | None = None
     origin: str = "mowmerge"
@@ -180,6 +181,7 @@ def merge_method(
     validate: Callable[[Mapping[str, Any], int], None] | None = None,
     workspace: Workspace | None = None,
     decompositions: Decompositions | None = None,
+    needs_factors: Callable[[Mapping[str, Any]], bool] = lambda parameters: False,
     dynamic: Dynamic | None = None,
     fit: str | None = None,
 ) -> Callable[[F], F]:
@@ -202,6 +204,8 @@ def merge_method(
             that it takes for a matrix of that shape and so many models. Such a method gets
             matrices whole, and elements of everything else, which is what vocabulary tables and
             heads are where its parameter `vocabulary` is false.
+        needs_factors: whether, with these parameters, every model has to be an adapter of one rank
+            on the base, wherever one of them is on a matrix.
         dynamic: which tensors are coded, how, and by what they are mixed; the function then gives
             the parts of a code.
         fit: the per-model parameter in which the method is linear and that is found on data, within
@@ -238,6 +242,7 @@ def merge_method(
             validate=validate,
             workspace=workspace,
             decompositions=decompositions,
+            needs_factors=needs_factors,
             dynamic=dynamic,
             fit=fit,
             origin=function.__module__.partition(".")[0],

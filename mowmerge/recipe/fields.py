@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -42,6 +43,21 @@ Names = Annotated[
     BeforeValidator(listed),
     AfterValidator(distinct),
     one_or_more({"type": "string"}),
+]
+BENCHMARK = r"[\w.-]+/[\w.-]+:[\w./-]+"
+
+
+def benchmark(value: Any) -> Any:
+    """org/dataset:task_id."""
+    if not (isinstance(value, str) and re.fullmatch(BENCHMARK, value)):
+        raise ValueError("must be org/dataset:task_id, a data set of the Hub and its benchmark")
+    return value
+
+
+Benchmark = Annotated[
+    str,
+    BeforeValidator(benchmark),
+    WithJsonSchema({"type": "string", "pattern": f"^{BENCHMARK}$"}),
 ]
 Count = Annotated[StrictInt, Field(ge=1)]
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StrictBool, StrictInt
 
-from mowmerge.recipe.fields import Count, Names, Strict
+from mowmerge.recipe.fields import Benchmark, Count, Names, Strict
 
 
 class Splits(Strict):
@@ -75,6 +75,10 @@ class Task(Strict):
     options: Asking = Field(default=Asking(), description="How it is put to a model.")
     metric: str | None = Field(
         default=None, description="What is measured; the task type's own if absent."
+    )
+    benchmark: Benchmark | None = Field(
+        default=None,
+        description="The Hub's benchmark that this is, org/dataset:task_id: a push reports it.",
     )
     limit: Count | None = Field(default=None, description="At most this many items of each split.")
     seed: Annotated[StrictInt, Field(ge=0)] = Field(

@@ -11,25 +11,29 @@ from typing import Any
 from mowmerge.checkpoint.reader import StoredReader
 from mowmerge.checkpoint.source import config, find
 from mowmerge.errors import CheckpointError, SourceError, did_you_mean
+from mowmerge.plan import Adapted
 from mowmerge.recipe import parse
 from mowmerge.recipe.model import Match
+from mowmerge.tasks import adapters
+from mowmerge.tasks.adapters import Where, home
 from mowmerge.tensors import DTYPES, torch
 
 
 def load(
-    folder: Path,
+    where: Where,
     task: str | None,
     expert: str | None = None,
     *,
-    keeping: Path | None = None,
+    keeping: Where | None = None,
     dtype: str | None = None,
     device_map: str | None = None,
 ) -> Any:
-    """The model in `folder` in eval mode: the class its config names, or that of the task's head.
+    """The model in a folder in eval mode: the class its config names, or that of the task's head;
+    with the adapters that are on it.
 
     `expert` says whose head the task's is where that is known; `keeping` is the folder with the
-    heads where it is another one, or a checkpoint that has the head in it. `dtype` is that of the
-    files unless one is given; `device_map` spreads the model as accelerate does.
+    heads where it is another one, or a checkpoint or adapter that has the head in it. `dtype` is
+    that of the files unless one is given; `device_map` spreads the model as accelerate does.
 
     Raises:
         CheckpointError: no head for the task, a head that does not fit, a key too many or too few.
@@ -42,13 +46,14 @@ def load(
         )
     import transformers
 
-    settings = config(folder)
+    folder, settings = home(where), config(home(where))
     if not settings:
         raise CheckpointError("there is no config.json", where=str(folder))
     if settings.get("model_type") == "mowmerge":
         return dynamic(folder, dtype or "auto", device_map)
-    whole = keeping is not None and not (keeping / "heads").is_dir()
-    head = keeping if whole else _head_file(keeping or folder, task, expert) if task else None
+    kept = home(keeping) if keeping is not None else None
+    whole = kept is not None and not (kept / "heads").is_dir()
+    head = kept if whole else _head_file(kept or folder, task, expert) if task else None
     find(str(folder))  # a shard that is absent or cut short is named before transformers meets it
     file = (head if whole else head.with_suffix(".json")) if head else folder
     try:
@@ -74,6 +79,8 @@ def load(
             raise CheckpointError(str(error).strip(), where=str(folder)) from error
     missing = set(map(str, info["missing_keys"]))
     missing -= _fit(model, head, missing if whole else None) if head else set()
+    missing -= adapters.apply(model, where) if isinstance(where, Adapted) else set()
+    missing -= adapters.apply(model, keeping, missing) if isinstance(keeping, Adapted) else set()
     wrong = {"missing": sorted(missing), "unexpected": sorted(map(str, info["unexpected_keys"]))}
     if any(wrong.values()):
         keys = "; ".join(f"{what}: {', '.join(names)}" for what, names in wrong.items() if names)

@@ -21,7 +21,7 @@ from typing import Any
 from mowmerge.engine import Engine
 from mowmerge.errors import CheckpointError, RecipeError
 from mowmerge.methods import registry
-from mowmerge.plan import Fit, Plan, Stored, TensorJob
+from mowmerge.plan import Adapted, Fit, Plan, Stored, TensorJob
 from mowmerge.recipe import coefficients
 from mowmerge.recipe.coefficients import Coefficients, Samples
 from mowmerge.recipe.model import Recipe
@@ -193,8 +193,9 @@ class Task:
         wanted, (expert, asked) = plan.fit, recipe.trained[name]
         assert wanted is not None
         origin = plan.sources[expert]
-        if not isinstance(origin, Stored):
-            what = "itself a recipe" if isinstance(origin, Plan) else "a base with an adapter"
+        below = origin.model if isinstance(origin, Adapted) else origin
+        if not isinstance(below, Stored):
+            what = "itself a recipe" if isinstance(below, Plan) else "of another vocabulary"
             raise RecipeError(
                 f"model '{expert}' is {what}, which has no head for task '{name}'",
                 where=recipe.where("models", expert),
@@ -207,8 +208,9 @@ class Task:
         if not self._batch:
             raise RecipeError(f"the router split of task '{name}' is empty", where=self.items.where)
         self._order = order(wanted.seed, name, len(self.items))
-        self.model = heads.load(Path(origin.folder), None).float().to(plan.device)
-        self._processor = inputs.processor(Path(origin.folder), asked.type)
+        where = origin if isinstance(origin, Adapted) else Path(below.folder)
+        self.model = heads.load(where, None).float().to(plan.device)
+        self._processor = inputs.processor(Path(below.folder), asked.type)
         settings = self.model.config
         if settings.num_labels < 2 or settings.problem_type not in (None, ONE_LABEL):
             raise RecipeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -73,7 +74,15 @@ def begin(device: str | None = None, verb: str = "train-router") -> Processes:
         )
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu" or not gpu)
+    try:
+        state = PartialState(cpu=device == "cpu" or not gpu)
+    except (ValueError, RuntimeError) as error:
+        raise ResourceError(
+            f"WORLD_SIZE says {told} processes, and they do not meet: {str(error).splitlines()[0]}",
+            hint=f"start them with `torchrun --nproc_per_node {told} -m mowmerge {verb} ...`",
+        ) from error
+    if state.num_processes > 1:
+        atexit.register(_leave)
     if told != state.num_processes:
         raise ResourceError(
             f"WORLD_SIZE says {told} processes, and accelerate sees {state.num_processes}",
@@ -82,3 +91,11 @@ def begin(device: str | None = None, verb: str = "train-router") -> Processes:
     alone = state.num_processes == 1
     chosen = torch.device(device or ("cuda" if gpu else "cpu")) if alone else state.device
     return Processes(state.process_index, state.num_processes, chosen)
+
+
+def _leave() -> None:
+    """Ends the process group, whose threads would end the process with an abort."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mowmerge.checkpoint.naming import depths, role, stack, tied_to
+from mowmerge.checkpoint.naming import by_token, depths, role, stack, tied_to
 from mowmerge.tensors import TensorSpec
 
 FAMILIES: dict[str, dict[str, str]] = {
@@ -233,3 +233,21 @@ def test_the_names_of_real_models(model_class: str) -> None:
     assert len(in_layers) > len(names) / 2
     assert all(0 <= d <= 1 for d in depths(names).values())
     assert {depths(names)[n] for n in in_layers} == {0.0, 0.5, 1.0}
+
+
+@pytest.mark.parametrize(("name", "fits"), [
+    ("model.embed_tokens.weight", True), ("transformer.wte.weight", True),
+    ("shared.weight", True), ("bert.embeddings.word_embeddings.weight", True),
+    ("text_model.embeddings.token_embedding.weight", True), ("lm_head.weight", True),
+    ("lm_head.bias", True), ("cls.predictions.bias", True), ("embed_out.weight", True),
+    ("cls.predictions.decoder.weight", True), ("vocab_projector.bias", True),
+    ("proj_out.weight", True), ("final_logits_bias", True), ("generator_lm_head.weight", True),
+    ("transformer.wpe.weight", False), ("model.embed_positions.weight", False),
+    ("bert.embeddings.position_embeddings.weight", False), ("cls.seq_relationship.weight", False),
+    ("bert.embeddings.token_type_embeddings.weight", False), ("score.weight", False),
+    ("cls.predictions.transform.dense.weight", False), ("lm_head.layer_norm.weight", False),
+    ("vision_model.embeddings.patch_embedding.weight", False), ("classifier.weight", False),
+    ("model.layers.0.mlp.up_proj.weight", False), ("model.norm.weight", False),
+])  # fmt: skip
+def test_what_may_have_a_row_for_each_token(name: str, fits: bool) -> None:
+    assert by_token(name) == fits

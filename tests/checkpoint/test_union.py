@@ -133,17 +133,26 @@ def test_unigram_scores_and_holes(tmp_path: Path) -> None:
 def test_the_files_that_follow(tmp_path: Path) -> None:
     words = {"type": "WordLevel", "vocab": {"<unk>": 0}, "unk_token": "<unk>"}
     one = read(tmp_path / "one", tokenizer(words))
-    assert files(one, one) == {}
+    assert files(one.folder, one, one) == {}
     both = extended(one, [Addition("<new>", None, verbatim=True)])
-    assert list(files(one, both)) == ["tokenizer.json"]
+    assert list(files(one.folder, one, both)) == ["tokenizer.json"]
     config = {"added_tokens_decoder": {"0": {"content": "<unk>"}}, "eos_token": "</s>"}
     (tmp_path / "one/tokenizer_config.json").write_text(json.dumps(config))
-    said = json.loads(files(one, both)["tokenizer_config.json"])
+    said = json.loads(files(one.folder, one, both)["tokenizer_config.json"])
     assert said["eos_token"] == "</s>"
     assert said["added_tokens_decoder"]["1"] == {
         "content": "<new>", "special": True, "normalized": False, "single_word": False,
         "lstrip": False, "rstrip": False,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("model", "kind"), [
+    ({"type": "BPE", "vocab": {"a": 0}}, "BPE"), ({"vocab": {"a": 0}, "merges": []}, "BPE"),
+    ({"vocab": {"a": 0}, "continuing_subword_prefix": "##"}, "WordPiece"),
+    ({"vocab": [["a", 0.0]]}, "Unigram"), ({"vocab": {"a": 0}}, "WordLevel"),
+])  # fmt: skip
+def test_kinds(tmp_path: Path, model: dict[str, Any], kind: str) -> None:
+    assert read(tmp_path / "one", tokenizer(model)).kind == kind
 
 
 @pytest.mark.parametrize(("change", "said"), [
@@ -156,7 +165,10 @@ def test_the_files_that_follow(tmp_path: Path) -> None:
     ({"model": {"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "a"}},
      "its tokens stand for words whose later pieces begin with '##'"),
     ({"model": {"type": "BPE", "vocab": {"a": 0}, "end_of_word_suffix": "</w>"}},
-     "its tokens stand for words that end in '</w>'"),
+     "its tokens stand for text in words that end in '</w>'"),
+    ({"model": {"type": "BPE", "vocab": {"a": 0}, "end_of_word_suffix": "</w>"},
+      "pre_tokenizer": {"type": "ByteLevel"}},
+     "its tokens stand for bytes in words that end in '</w>'"),
     ({"model": {"type": "BPE", "vocab": {"a": 0}}}, "its tokenizer is BPE"),
 ])  # fmt: skip
 def test_what_cannot_be_reconciled(tmp_path: Path, change: dict[str, Any], said: str) -> None:

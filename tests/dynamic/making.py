@@ -19,7 +19,8 @@ from mowmerge.dynamic.loading import locator
 from mowmerge.dynamic.routers import RouterModule
 
 K = 3
-CODECS = ("full_abs", "full", "low_rank", "sparse", "row_sparse", "mask", "one_bit", "one_bit0")
+CODECS = ("full_abs", "full", "low_rank", "sparse", "row_sparse", "mask", "one_bit", "one_bit0",
+          "basis")  # fmt: skip
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "vocab_size": 50, "pad_token_id": 0}  # fmt: skip
 IMAGE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -115,7 +116,7 @@ def coded(
     """Random deltas of a kind that the codec holds exactly: code, parts, D [S,*shape]."""
     shape, zeros = tuple(anchor.shape), codec == "one_bit0"
     codec = "one_bit" if zeros else codec
-    if len(shape) < 2 and codec in ("low_rank", "row_sparse"):
+    if len(shape) < 2 and codec in ("low_rank", "row_sparse", "basis"):
         codec = "full"
     delta, scale = 0.05 * torch.randn(slots, *shape), torch.tensor([0.05, 0.02, 0.03])[:slots]
     more: dict[str, Any] = {"zeros": zeros}
@@ -126,6 +127,12 @@ def coded(
         pair = torch.randn(slots, rows, rank) @ torch.randn(slots, rank, columns)
         delta = 0.03 * pair.view(delta.shape)
         parts = codecs.low_rank(delta, rank)
+    elif codec == "basis":
+        more["rank"], more["basis"] = rank, size = min(2, rows, columns), slots - 1
+        pairs = [(0.2 * torch.randn(rows, rank), 0.2 * torch.randn(rank, columns))
+                 for _ in range(slots)]  # fmt: skip
+        delta = torch.stack([left @ right for left, right in pairs]).view(delta.shape)
+        parts = codecs.basis(pairs, size)
     elif codec == "sparse":
         more["kept"] = kept = max(1, rows * columns // 5)
         order = delta.view(slots, -1).abs().argsort(1)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mowmerge.dynamic.format import Code, FormatError, Gate, Head, Manifest, Router
+from mowmerge.dynamic.format import FORMAT, Code, FormatError, Gate, Head, Manifest, Router
 
 CODES = (
     Code("a.weight", (4, 6), "low_rank", 2, "g", rank=2),
@@ -53,7 +53,7 @@ def _edit(where: str, **values: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (_edit("", format=4), "upgrade mowmerge"),
+        (_edit("", format=FORMAT + 1), "upgrade mowmerge"),
         (_edit("", format=None), "upgrade mowmerge"),
         (_edit("tensors.0", codec="zip"), "'a.weight' has codec 'zip'"),
         (_edit("tensors.0", colour=1), "damaged"),

@@ -54,7 +54,18 @@ def evaluation(folder: Path | str = "./merged", **skill: float) -> Evaluation:
         for task, expert in TASKS.items()
         if expert or row in ("base", "merged", NASTY)
     ]
-    costs = [Cost(row, 1000, 4000, 9000, 2.0, N, 0.001, 60.0) for row in rows]
+    here = {"machine": "a processor, 2 cores", "device": "cpu", "threads": 1, "batch": 64}
+    there = here | {"machine": "another"}
+    costs = [
+        Cost(row, 1000, 4000, 9000, 2.0, N, 0.001, 60.0, there if row == NASTY else here,
+             row == "base")
+        for row in rows
+    ]  # fmt: skip
+    crossed = [
+        score(f"expert {expert}", task, skill, f"{expert} {task}")
+        for expert, task, skill in (("a", "sea", 0.4), ("a", "old", 0.3), ("b", "sky", 0.65))
+    ]
+    blank = {"b": {"old": "its head does not know the label 'x'"}}
     gate = Gates([0.7, 0.3], [0.1, 0.1], 0.61)
     data = {task: Data("text-classification", "json", "test", N, f"{task:0<64}") for task in TASKS}
     models = {row: Model(f"./{row}", "", "0" * 64, "float32") for row in ("base", "expert a")}
@@ -62,7 +73,9 @@ def evaluation(folder: Path | str = "./merged", **skill: float) -> Evaluation:
     settings = {"batch": 64, "seed": 0, "device": "cpu", "versions": {"torch": "2.13.0"}}
     flags = {row: {"needs_task_id": ", " in row, "tuned_on": ["train"]} for row in rows}
     gates = {"merged": {t: {"0": gate, "encoder.1": gate} for t, e in TASKS.items() if e}}
-    return Evaluation(scores, costs, gates, data, models, settings, flags)
+    return Evaluation(
+        scores, costs, gates, data, models, settings, flags, crossed, blank
+    )  # fmt: skip
 
 
 def tensor(name: str, cosine: float, action: str) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,23 @@ def test_a_card_is_told_of_the_subject(tmp_path: Path) -> None:
     lines = published.lines(found)
     assert lines[0].startswith("recipe keeps ")
     assert sum(line.startswith("| ") for line in lines) == 2 + len(TASKS)
+
+
+def test_scores_of_the_hubs_benchmarks_are_what_it_reads(tmp_path: Path) -> None:
+    from huggingface_hub import eval_result_entries_to_yaml, parse_eval_result_entries
+
+    found, _ = made(tmp_path)
+    assert published.benchmarks(found) == []
+    commit = "5503434ddd753f426f4b38109466949a1217c2bb"
+    told = {"benchmark": "org/sky:default", "source": json.dumps({"revision": commit})}
+    data = {**found.data, "sky": found.data["sky"].model_copy(update=told)}
+    held = published.benchmarks(found.model_copy(update={"data": data}))
+    (entry,) = parse_eval_result_entries(held)
+    (sky,) = [s for s in found.scores if (s.row, s.task) == ("merged", "sky")]
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("org/sky", "default", sky.value)
+    assert entry.dataset_revision == commit and entry.verify_token is None
+    assert entry.notes == "accuracy on 120 items of test, by mowmerge eval"
+    assert eval_result_entries_to_yaml([entry]) == held
 
 
 def test_a_table_of_rivals_is_not_confused_by_the_order_of_scores() -> None:

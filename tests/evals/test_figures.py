@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mowmerge.evals import aggregates, figures
+from mowmerge.evals import aggregates, figures, words
 from mowmerge.evals.schema import ScorePart, Summary
 from mowmerge.evals.score import Cost, Score
 
@@ -164,6 +164,25 @@ def test_costs_are_multiples_of_the_expert() -> None:
         "throughput": 0.5,
     }
     assert aggregates.costs([merged])[0].ratios == {}
+
+
+def test_scores_in_different_units_are_not_added() -> None:
+    """Nats of one task and hits of another have no mean; two of a kind have."""
+    rows = [
+        Score(model, "", task, metric, value)
+        for model, nats, hits in (("base", 4.0, 0.5), ("mow", 2.0, 0.75))
+        for task, metric, value in (("a", "perplexity", nats), ("c", "accuracy", hits))
+    ]
+    (mixed,) = aggregates.forgetting(figures.tabled(rows, ["a", "c"]))
+    assert mixed.signed is None and mixed.interval is None
+    assert mixed.relative == pytest.approx(0.5)  # of the base's, which has no unit
+    (alike,) = aggregates.forgetting(figures.tabled([rows[0], rows[2]], ["a"]))
+    assert (alike.signed, alike.unit) == (2.0, "perplexity")
+    assert words.gap(alike.signed, None, alike.unit) == ("+2", "")
+    assert words.gap(0.25, (0.2, 0.3)) == ("+25.0", "+20.0 to +30.0")
+    _, _, summaries = parts(rows)
+    assert summaries["base"].mean is None
+    assert "different units" in summaries["base"].absent["mean"]
 
 
 def test_the_joint_row_speaks_before_the_task_given() -> None:

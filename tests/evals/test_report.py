@@ -120,8 +120,8 @@ def test_the_page_needs_nothing_and_names_everything(tmp_path: Path) -> None:
         assert name in said
     assert NASTY not in text
     ids = re.findall(r'<section id="(\w+)"', text)
-    assert ids == ["scores", "normalised", "rivals", "routing", "calibration", "merge", "costs",
-                   "forgetting", "provenance"]  # fmt: skip
+    assert ids == ["scores", "normalised", "rivals", "matrix", "routing", "calibration", "merge",
+                   "costs", "forgetting", "provenance"]  # fmt: skip
     assert [link[1:] for link in parsed.links] == ids
     assert parsed.tags.count("svg") == text.count('role="img"') == text.count("<desc>")
     assert parsed.tags.count("th") > 0

@@ -69,7 +69,7 @@ def test_on_a_phone_nothing_runs_over_and_nothing_complains(
     measured = json.loads(told[0])
     assert measured["width"] == PHONE
     assert measured["over"] == 0
-    assert measured["sections"] == 9
+    assert measured["sections"] == 10
     assert measured["text"] > 9  # a line of text, in pixels
     light = [int(c) for c in re.findall(r"\d+", measured["paper"])[:3]]
     ink = [int(c) for c in re.findall(r"\d+", measured["ink"])[:3]]

@@ -234,7 +234,9 @@ def test_what_answers_cost_is_kept_with_them_and_with_what_they_ran_on(
     }  # fmt: skip
     made = api.report_on(both, tmp_path / "out", file)
     said = " ".join(words.conditions(made))
-    assert "second: measured on machine another machine" in said and "earlier run" in said
+    assert (
+        "second: measured in this run, on machine another machine" in said and "earlier run" in said
+    )
     assert "merged (earlier)" in page.render(made) and "merged (earlier)" in markdown.render(made)
     monkeypatch.undo()
     content = json.loads(file.read_text())

@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from hub_server import Fault, Files, Hub, served
 from huggingface_hub import constants
 from zoo import Ran, Zoo
 
 from mowmerge.checkpoint.verify import verify
+from mowmerge.hub.card import Results
+from mowmerge.hub.package import package
 
 # huggingface_hub's own upload, of which its HTTP library says so
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -318,6 +321,20 @@ def test_force_replaces_it_in_one_commit(zoo: Zoo, hub: Hub, out: Path) -> None:
     assert repo.files().pop(".eval_results/x.yaml") == b"kept"
     assert set(repo.files()) == {*on_disk(out), ".eval_results/x.yaml"}
     assert len(repo.commits) == 2
+
+
+def test_scores_of_an_earlier_push_do_not_outlive_it(zoo: Zoo, hub: Hub, out: Path) -> None:
+    scores = ".eval_results/mowmerge.yaml"
+    entry = {"dataset": {"id": "org/x", "task_id": "default"}, "value": 0.75}
+    made = package(out, "org/demo", Results([], [], [entry]))
+    (file,) = [each for each in made.files if each.name == scores]
+    assert isinstance(file.content, bytes) and yaml.safe_load(file.content) == [entry]
+    assert scores not in {each.name for each in package(out, "org/demo").files}
+    other = {scores: file.content, ".eval_results/theirs.yaml": b"kept"}
+    repo = hub.repo("org/demo", {**on_disk(out), **other})
+    ran = push(zoo, hub, "--json")
+    assert ran.rc == 0 and json.loads(ran.out)["removed"] == [scores], ran.err
+    assert set(repo.files()) == {*on_disk(out), ".eval_results/theirs.yaml"}
 
 
 def test_a_branch_of_its_own_leaves_main_as_it_is(zoo: Zoo, hub: Hub, out: Path) -> None:

@@ -25,7 +25,7 @@ torch.set_num_threads(1)
 MERGEKIT = [name for name in CASES if name.startswith("mergekit_")]  # tests/recipe
 GLOBAL = [name for name in CASES if name.startswith("ties_global_")]
 DYNAMIC = [name for name in CASES if re.match("mow_merge|wemoe_|smile_", name)]  # tests/dynamic
-SPECTRAL = [name for name in CASES if re.match("iso_c|tsvm|star|knots|opcm", name)]  # its own file
+SPECTRAL = [n for n in CASES if re.match("iso_c|tsvm|star|knots|opcm|doge", n)]  # its own file
 
 
 def method(name: str) -> Callable[..., Any]:

@@ -78,6 +78,7 @@ def test_knots_of_adapters(thin: bool) -> None:
         basis, _ = left_basis(moved, factors if thin else None)
         assert basis.shape[1] == extra(case)["retained_directions"][tensor]
         delta = registry.get("knots").function(moved, scale=0.5, factors=factors if thin else None)
+        delta = delta[0] @ delta[1] if thin else delta
         got[tensor] = wide("models/base", tensor) + delta
     assert_within_tolerance(case, got)
 
@@ -118,7 +119,20 @@ def test_opcm_as_a_recipe(zoo: Zoo, case: str) -> None:
     assert told["stretch"] == pytest.approx(logged[-1], rel=1e-5)
 
 
+def test_doge_as_a_recipe(zoo: Zoo) -> None:
+    """Its threshold is of the layers' matrices, as in the case: vocabulary tables have none."""
+    case = "doge_default"
+    base, *experts = CASES[case]["inputs"]
+    content = {
+        "base": str(GOLDEN / base),
+        "models": {Path(e).name: str(GOLDEN / e) for e in experts},
+        "method": "doge",
+    }
+    found, _ = zoo.merge(content, workers=2)
+    assert_within_tolerance(case, {name: found[name] for name in expected(case)})
+
+
 def test_every_case_is_run() -> None:
     named = {*PER_MATRIX, "knots_ties_lowrank", "knots_ties_top30_mean", "opcm_a05"}
-    named.add("opcm_a05_zerodiag")
-    assert named == {name for name in CASES if re.match("iso_c|tsvm|star|knots|opcm", name)}
+    named |= {"opcm_a05_zerodiag", "doge_default"}
+    assert named == {name for name in CASES if re.match("iso_c|tsvm|star|knots|opcm|doge", name)}

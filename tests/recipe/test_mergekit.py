@@ -10,15 +10,18 @@ from typing import Any
 import jinja2
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from zoo import Zoo, llama, raw
 
 from mowmerge import api
 from mowmerge.errors import CheckpointError, RecipeError
 from mowmerge.methods import registry
 from mowmerge.planner import build
-from mowmerge.recipe import parse
+from mowmerge.recipe import mergekit, parse
 from mowmerge.recipe.mergekit.presets import PRESETS
-from mowmerge.recipe.text import read
+from mowmerge.recipe.mergekit.reading import TOP
+from mowmerge.recipe.text import dump, read, read_all
 
 TIES = """\
 merge_method: ties
@@ -275,8 +278,8 @@ def test_tokenizers_and_templates(tmp_path: Path) -> None:
         },
     }  # fmt: skip
     legacy = TIES + "tokenizer_source: %s\n"
-    for given, ours in (("union", "union"), ("base", "base"), ("org/math", "math")):
-        assert native(legacy % given, tmp_path)["vocabulary"] == {"source": ours}
+    for asked, ours in (("union", "union"), ("base", "base"), ("org/math", "math")):
+        assert native(legacy % asked, tmp_path)["vocabulary"] == {"source": ours}
 
 
 # --- what is ignored
@@ -413,9 +416,9 @@ def test_a_conversion_loads_no_torch(zoo: Zoo) -> None:
 
 
 def test_chat_templates(tmp_path: Path) -> None:
-    for given in ("auto", "'{% for m in messages %}{{ m }}{% endfor %}'"):
-        found = native(f"{TIES}chat_template: {given}\n", tmp_path)
-        assert found["output"]["chat_template"] == given.strip("'")
+    for asked in ("auto", "'{% for m in messages %}{{ m }}{% endfor %}'"):
+        found = native(f"{TIES}chat_template: {asked}\n", tmp_path)
+        assert found["output"]["chat_template"] == asked.strip("'")
     found = native(f"{TIES}chat_template: chatml\n", tmp_path)["output"]["chat_template"]
     told = [{"role": "user", "content": "hi"}]
     text = jinja2.Template(found).render(messages=told, add_generation_prompt=True)
@@ -442,3 +445,41 @@ def test_the_docs_name_every_method_and_default() -> None:
         for value in (preset.method, *preset.fixed):
             if value != "mode":
                 assert value in row, (name, value)
+
+
+def test_filters_that_end_nowhere_end_in_the_default(tmp_path: Path) -> None:
+    text = TIES.replace("normalize: false", "normalize: [{filter: mlp, value: false}]")
+    assert native(text, tmp_path)["parameters"]["aggregate"] == [
+        {"match": {"tensors": "*mlp*"}, "value": "sum"}, {"value": "mean"},
+    ]  # fmt: skip
+
+
+WORDS = st.sampled_from(["a", "b", "base", "union", "linear", "ties", "x+y", "@", "", "{{ a }}"])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 9) | st.floats(-2, 2) | WORDS,
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(
+        st.sampled_from(
+            ["model", "lora", "parameters", "weight", "t", "filter", "value", "layer_range",
+             "sources", "models", "slices", "kind", "token", "source", "tokens", "default", "path"]
+        ), inner, max_size=4,
+    ),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(TOP), VALUES, max_size=5),
+    st.sampled_from(["linear", "slerp", "ties", "passthrough", "nuslerp"]),
+)
+def test_whatever_is_in_it_is_a_recipe_or_a_fault(content: dict[str, Any], method: str) -> None:
+    content.setdefault("merge_method", method)
+    content.setdefault("models", [{"model": "a", "parameters": {"weight": 1}}])
+    try:
+        text = dump(mergekit.converted(read_all(json.dumps(content), "k.yml"))[0].data)
+        parse.loads(json.dumps(content), file="k.yml")
+    except RecipeError as error:
+        assert error.problems
+        return
+    assert parse.loads(text, file="k.yml").method == PRESETS[content["merge_method"]].method

@@ -77,6 +77,7 @@ def test_a_fitted_merge_is_scored_on_tasks_without_a_router_split(out: Path) -> 
          "unknown key 'tasks.new.metrc'.*did you mean 'metric'"),
         ("tasks:\n  new: {type: generation}\n", 2, "'tasks.new.data' is missing"),
         (f"tasks: {{new: {TASK}}}\nheads: {{match: x}}\n", 2, "'heads' has no meaning"),
+        (f"tasks:\n  new: {TASK[:-1]}, benchmark: org/x}}\n", 2, "must be org/dataset:task_id"),
         ("version: 1\n", None, "names no tasks"),
         ("tasks: [a]\n", 1, "must be a mapping"),
     ],

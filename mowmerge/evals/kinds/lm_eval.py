@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -230,14 +231,27 @@ def _forced(loaded: Loaded, way: str, place: Place) -> Iterator[None]:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Without the harness's log lines and bars."""
+    """Without the harness's log lines and bars, nor what the git that it calls says."""
     log, level = logging.getLogger("lm_eval"), logging.getLogger("lm_eval").level
     log.setLevel(logging.ERROR)
     try:
-        with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()):
+        with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()), _mute(2):
             yield
     finally:
         log.setLevel(level)
+
+
+@contextmanager
+def _mute(stream: int) -> Iterator[None]:
+    """Nothing that a child process writes there is seen."""
+    kept = os.dup(stream)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), stream)
+            yield
+    finally:
+        os.dup2(kept, stream)
+        os.close(kept)
 
 
 def score(job: Job, true: Sequence[Any], answers: Sequence[Answer]) -> Scored:

@@ -173,8 +173,7 @@ def forgetting(report: Report) -> Element | None:
     if not report.forgetting:
         return None
     rows: list[list[Node]] = [
-        [f.row, f.on, str(len(f.tasks)), words.signed(f.signed),
-         "" if f.interval is None else " to ".join(words.signed(end) for end in f.interval),
+        [f.row, f.on, str(len(f.tasks)), *words.gap(f.signed, f.interval, f.unit),
          words.percent(f.relative), ", ".join(f.worse_than_base) or "none"]
         for f in report.forgetting
     ]  # fmt: skip

@@ -27,10 +27,8 @@ def matrix(report: Report) -> Element | None:
             _cell(report, cells[expert, task], shares[expert, task], low) for task in found.tasks
         ]
         spill = spilled.get(expert)
-        said = words.NONE if spill is None else words.signed(spill.signed)
-        full = None
-        if spill and spill.interval:
-            full = f"interval {' to '.join(words.signed(end) for end in spill.interval)}"
+        said, ends = words.gap(spill.signed, spill.interval, spill.unit) if spill else ("", "")
+        full = f"interval {ends}" if ends else None
         body.append([expert, *made, node("td", said, class_="sum", title=full)])
     body += _beside(report, found)
     heads: list[Node] = ["", *found.tasks, "others' tasks against the base"]
@@ -40,10 +38,10 @@ def matrix(report: Report) -> Element | None:
     )  # fmt: skip
     note = (
         "Each expert on every task, with the head of the task's own expert where heads are kept."
-        f" Colour is the share of the own expert's score, from {100 * low:.0f} %; the frame marks"
-        " the own task. ▲ and ▼: better or worse than the base by more than the interval of the"
-        " difference. The last column is the mean difference from the base on the others' tasks,"
-        " in points: below 0 is forgotten."
+        f" Colour is the share of the own expert's score, from {100 * low:.0f} %; the own task is"
+        " bold, in a frame. ▲ and ▼: better or worse than the base by more than the interval of the"
+        " difference. The last column is the mean difference from the base on the others' tasks"
+        " where their scores can be added: below 0 is forgotten."
     )
     return section("matrix", "Every expert on every task", note, drawn, _blanks(found))
 

@@ -10,8 +10,8 @@ from typing import Any
 from mowmerge.methods.contracts import Block, Reduction
 from mowmerge.tensors import Tensor
 
-SAMPLE_SHARE = 1 / 1024  # of a large tensor or model; SAMPLE_LEAST elements of a small one
-SAMPLE_LEAST = 65_536
+SAMPLE_SHARE = 1 / 1024  # of a tensor or model; SAMPLE_LEAST elements of a small one
+SAMPLE_LEAST, SAMPLE_MOST = 65_536, 4 << 20
 BIN_BITS = 18
 
 
@@ -35,13 +35,15 @@ def kth_largest(
     do. One counting pass is the rule; a sample that misleads costs more passes, never
     exactness. Memory is one histogram a model, whatever the number of ties.
     """
-    share = max(SAMPLE_SHARE, SAMPLE_LEAST / max(total, 1))
+    share = max(min(SAMPLE_SHARE, SAMPLE_MOST / max(total, 1)), SAMPLE_LEAST / max(total, 1))
     sample = yield _Sample(len(ranks), share, of, _Order(signed))
     spans = [sample.bracket(i, rank / max(total, 1)) for i, rank in enumerate(ranks)]
+    order = sample.order
+    del sample  # up to gigabytes, for the largest models
     found = [math.inf if rank == 0 else None for rank in ranks]
     while None in found:
         open_spans = [span if f is None else None for span, f in zip(spans, found, strict=True)]
-        count = yield _Count(open_spans, of, sample.order)
+        count = yield _Count(open_spans, of, order)
         for i, rank in enumerate(ranks):
             if found[i] is None:
                 spans[i], found[i] = count.locate(i, rank)

@@ -147,7 +147,7 @@ def knots(
     factors: Sequence[Factors] | None = None,
     rng: Draws | None = None,
     state: State | None = None,
-) -> Tensor:
+) -> Tensor | Factors:
     """The TIES merge of the task vectors' coordinates in a basis that they share, times scale.
 
     U S [V_1' .. V_N'] = svd([D_1 .. D_N]); X_i = S V_i' = U' D_i; T_i = weight_i X_i where |X_i| is
@@ -201,8 +201,10 @@ def knots(
     zero = {"majority": state.majority, "plus": 1.0, "drop": 0.0}[zero_sign]
     kept = _kept(parts.flatten(1), options, rng, state)
     merged = _aggregated(kept, elect, zero, aggregate, spread(weight, n)).view_as(parts[0])
-    out = (basis @ merged).mul_(scale)
-    return out.T.contiguous() if direction == "vertical" else out
+    left, right = basis * scale, merged
+    if direction == "vertical":
+        left, right = right.T, left.T
+    return (left, right) if factors is not None else left @ right
 
 
 def _aggregated(

@@ -42,7 +42,7 @@ def star(
     vocabulary: bool = False,
     scale: float = 1.0,
     factors: Sequence[Factors] | None = None,
-) -> Tensor:
+) -> Tensor | Factors:
     """The mean of the task vectors, each cut to its leading singular triplets and stretched.
 
     D_i = U S V'; q the least rank with sum_{j<=q} S_j >= density * sum_j S_j; T_i = U_q S' V_q'
@@ -65,8 +65,15 @@ def star(
     n, each = len(deltas), [float(w) for w in spread(weight, len(deltas))]
     if deltas.dim() != 3 or not deltas.numel():
         return weighted_sum(deltas, [scale * w / n for w in each])
+    kept = (_truncated(found, density) for found in svds(deltas, factors))
+    pairs = (
+        (part.left * (part.values * (scale * w / n)), part.right)
+        for part, w in zip(kept, each, strict=True)
+    )
+    if factors is not None:
+        lefts, rights = zip(*pairs, strict=True)
+        return torch.cat(lefts, 1), torch.cat(rights)
     total = torch.zeros_like(deltas[0])
-    for found, w in zip(svds(deltas, factors), each, strict=True):
-        kept = _truncated(found, density)
-        total.addmm_(kept.left * (kept.values * (scale * w / n)), kept.right)
+    for left, right in pairs:
+        total.addmm_(left, right)
     return total

@@ -38,7 +38,7 @@ def tsv_m(
     vocabulary: bool = False,
     scale: float = 1.0,
     factors: Sequence[Factors] | None = None,
-) -> Tensor:
+) -> Tensor | Factors:
     """The sum of the task vectors' leading singular triplets, with directions made orthogonal.
 
     D_i = U_i S_i V_i', of each the first q triplets; U = polar([U_1 .. U_N]) and V =
@@ -70,4 +70,5 @@ def tsv_m(
     used = values.abs() > NOTHING * values.abs().amax() if len(values) else values > 0
     left = polar(torch.cat([part.left for part in parts], 1)[:, used])[0]
     right = polar(torch.cat([part.right for part in parts])[used])[0]
-    return ((left * values[used]) @ right).mul_(scale)
+    stretched = left * (values[used] * scale)
+    return (stretched, right) if factors is not None else stretched @ right

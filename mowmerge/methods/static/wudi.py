@@ -7,6 +7,7 @@ from typing import Literal
 
 from mowmerge.methods.contracts import Count, NonNegative
 from mowmerge.methods.ops import added
+from mowmerge.methods.ops.descent import adam
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
@@ -26,14 +27,10 @@ def _normal_equations(deltas: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_adam(start: Tensor, left: Tensor, right: Tensor, steps: int, rate: float) -> Tensor:
-    moved, first, second = (torch.zeros_like(start) for _ in range(3))
-    for step in range(1, steps + 1):
-        slope = ((start + moved) @ left).sub_(right).mul_(2.0)
-        first.mul_(0.9).add_(slope, alpha=0.1)
-        second.mul_(0.999).addcmul_(slope, slope, value=0.001)
-        spread = (second / (1 - 0.999**step)).sqrt_().add_(1e-8)
-        moved.addcdiv_(first, spread, value=-rate / (1 - 0.9**step))
-    return start + moved
+    def slope(moved: Tensor) -> Tensor:
+        return ((start + moved) @ left).sub_(right).mul_(2.0)
+
+    return start + adam(slope, start, steps, rate)
 
 
 def _closed(left: Tensor, right: Tensor) -> Tensor:
@@ -54,6 +51,7 @@ def _workspace(shape: tuple[int, ...], n: int) -> int:
     paper="arXiv:2503.08099",
     scope="tensor",
     workspace=_workspace,
+    decompositions=lambda shape, n: [],
     laws={"permutation": {"solver": "closed"}, "scale": {"solver": "closed"}},
 )
 def wudi(
@@ -63,6 +61,7 @@ def wudi(
     steps: Count = 300,
     rate: NonNegative = 1e-5,
     rest: Literal["base", "mean"] = "base",
+    vocabulary: bool = False,
     scale: float = 1.0,
 ) -> Tensor:
     """For matrices the T of least interference sum_i |(T - D_i) D_i'|^2 / |D_i|^2, times scale.
@@ -79,11 +78,12 @@ def wudi(
         rate: of Adam, absolute: an entry moves by about rate x steps at most, whatever the size of
             the task vectors.
         rest: what is not a matrix stays at the base, or takes the mean task vector.
+        vocabulary: whether embeddings and output heads are matrices too.
         scale: factor on the result.
 
     Source: WUDI-Merging, arXiv:2503.08099; reference code wudi_main.py.
     Differs: a task vector of zeros, which gives NaN there, is left out. The code optimises matrices
-    of attention and MLP only: leave embeddings and heads to another method by a rule.
+    of attention and MLP only; here those of other roles too, but for vocabulary tables.
     """
     if deltas.dim() != 3 or not deltas.numel():
         return deltas.mean(0).mul_(scale) if rest == "mean" else torch.zeros_like(deltas[0])

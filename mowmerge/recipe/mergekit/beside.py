@@ -67,6 +67,9 @@ def _vocabulary(reader: Reader, names: Names) -> Found:
     elif source != "union":
         source = _named(reader, names, at, source)
     told: dict[str, Any] = {"source": source}
+    based = given.get("base_model") and _named(reader, names, at, given["base_model"])
+    if based and based != "base":  # whose rows stand in for those that lack, as a base's would
+        told["missing"] = {"model": based}
     tokens = {
         token: _token(reader, names, (*at, "tokens", token), as_map(asked))
         for token, asked in as_map(block.get("tokens")).items()

@@ -227,6 +227,8 @@ class Converter:
             return None
         if word.required and found is None:
             self.reader.fault(loc, f"mergekit needs '{theirs}' here, and no level gives it")
+        elif found is not None and not everywhere and word.default is not None:
+            found = [*found, {"value": word.default}]
         elif word.required and not everywhere:
             told = f"'{theirs}' is ours by default where no filter matches; mergekit stops there"
             self.reader.ignored.append(

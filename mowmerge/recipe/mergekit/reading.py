@@ -94,7 +94,12 @@ class Reader:
         self.known((), given, TOP + ("name",) * self.several)
         bodies = [key for key in BODIES if given.get(key)]
         if len(bodies) == 1:
-            return bodies[0]
+            (body,) = bodies
+            if isinstance(given[body], Mapping if body == "modules" else list):
+                return body
+            what = "a mapping of modules" if body == "modules" else "a list"
+            self.fault((body,), f"{body} must be {what}")
+            return ""
         told = f"has {' and '.join(bodies)}" if bodies else "has none"
         self.fault((), f"mergekit takes one of models, slices and modules, and this {told}")
         return ""

@@ -72,8 +72,9 @@ def test_adapters_from_their_factors(direction: str) -> None:
     factors = [(normal(20, r, seed=r), normal(r, 14, seed=r + 1)) for r in (2, 3)]
     deltas = torch.stack([b @ a for b, a in factors])
     given = {"density": 0.4, "trim": "tensor", "direction": direction}
-    thin = knots(torch.zeros_like(deltas), factors=factors, **given)
-    assert torch.allclose(thin, knots(deltas, **given))
+    left, right = knots(torch.zeros_like(deltas), factors=factors, **given)
+    assert left.shape[1] == 5
+    assert torch.allclose(left @ right, knots(deltas, **given))
 
 
 def test_random_drops() -> None:

@@ -78,7 +78,9 @@ def test_more_models_than_triplets() -> None:
 def test_adapters_from_their_factors() -> None:
     factors = [(normal(20, r, seed=r), normal(r, 14, seed=r + 1)) for r in (2, 3)]
     deltas = torch.stack([b @ a for b, a in factors])
-    assert torch.allclose(tsv_m(torch.zeros_like(deltas), factors=factors), tsv_m(deltas))
+    left, right = tsv_m(torch.zeros_like(deltas), factors=factors, scale=0.5)
+    assert left.shape[1] == 5  # a product of the ranks' sum
+    assert torch.allclose(left @ right, tsv_m(deltas, scale=0.5))
 
 
 def test_what_is_no_matrix_has_the_mean() -> None:
