@@ -111,13 +111,13 @@ def _recipe(
         raise RecipeError([*problems, found])
     filled, inner = _nested(data, origin, above)
     recipe, faults = check(filled, origin)
-    every = [*sorted([*problems, *faults], key=_line), *inner]
+    every = [*sorted([*problems, *faults], key=by_line), *inner]
     if recipe is None or every:
         raise RecipeError(every)
     return recipe
 
 
-def _line(problem: Problem) -> float:
+def by_line(problem: Problem) -> float:
     """The problem's line; overrides come after all lines."""
     number = problem.where.rpartition(":")[2]
     return int(number) if number.isdecimal() else float("inf")

@@ -65,7 +65,7 @@ def _joined(tasks: Any, kept: Recipe, origin: Origin, problems: list[Problem]) -
     shell = {"base": base, "models": models, "method": "linear", "tasks": tasks or {}}
     checked, faults = check(shell, origin)
     if checked is None or problems or faults:
-        raise RecipeError([*problems, *faults])
+        raise RecipeError(sorted([*problems, *faults], key=parse.by_line))
     sources = {
         name: model.model_copy(update={"source": models[name]})
         for name, model in kept.models.items()

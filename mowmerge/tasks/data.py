@@ -175,10 +175,11 @@ def _load(recipe: Recipe, task: str) -> Mapping[str, Any]:
         with without_bars():
             loaded = datasets.load_dataset(**given)
     except Exception as error:  # missing files, no network, damaged files: each with its own type
-        empty = "corresponds to no data" in str(error)
+        empty = isinstance(error, StopIteration) or "corresponds to no data" in str(error)
         what = "has an empty split" if empty else "cannot be loaded"
+        why = "" if isinstance(error, StopIteration) else f": {str(error).strip() or repr(error)}"
         raise SourceError(
-            f"the data of task '{task}' {what}: {str(error).strip() or repr(error)}",
+            f"the data of task '{task}' {what}{why}",
             where=where,
             hint="`data` takes the arguments of datasets.load_dataset; paths start at the recipe",
         ) from error
