@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from mowmerge.checkpoint import adapter
 from mowmerge.errors import Problem
 from mowmerge.methods import registry
-from mowmerge.plan import Algebra, Source, TensorJob
+from mowmerge.plan import Algebra, Input, Source, TensorJob
 
 HOURS = 10**15  # floating-point operations from which on a processor takes hours
 
@@ -40,10 +40,7 @@ def faults(jobs: Sequence[TensorJob], sources: Mapping[str, Source]) -> list[Pro
     for job in jobs:
         if not job.matrix or not registry.get(str(job.method)).needs_factors(job.parameters):
             continue
-        ranks = {
-            i.model: adapter.rank(sources[i.model], sources.get("base"), i.spec.name)
-            for i in job.models
-        }
+        ranks = {i.model: _rank(job, i, sources) for i in job.models}
         for model in [model for model, rank in ranks.items() if rank is None]:
             problem = Problem(
                 f"'{job.method}' works on the factors of '{job.output.name}', which has none there",
@@ -60,6 +57,13 @@ def faults(jobs: Sequence[TensorJob], sources: Mapping[str, Source]) -> list[Pro
             )
             found.setdefault("", problem)
     return list(found.values())
+
+
+def _rank(job: TensorJob, given: Input, sources: Mapping[str, Source]) -> int | None:
+    """Of the product that a model adds to the base's tensor; None where it adds no such thing."""
+    if job.base is None or given.spec.name != job.base.spec.name:
+        return None
+    return adapter.rank(sources[given.model], sources.get("base"), given.spec.name)
 
 
 def cautions(jobs: Sequence[TensorJob], found: Algebra | None) -> Iterator[str]:

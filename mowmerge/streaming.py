@@ -243,6 +243,8 @@ class OpenJob:
             return None
         found: list[tuple[Tensor, Tensor]] = []
         for given in job.models:
+            if given.spec.name != job.base.spec.name:  # of another layer than the base's
+                return None
             reader, origin = self._readers[given.model], sources[given.model]
             if not isinstance(reader, AdaptedReader) or not isinstance(origin, Adapted):
                 return None

@@ -168,3 +168,19 @@ def test_a_merge_of_adapters_stays_one(zoo: Zoo, tmp_path: Path, kind: str, meth
     loaded = merged(base, [out.path], tmp_path / "loaded")
     for name, value in loaded.items():
         assert torch.allclose(value, dense[name], atol=2e-5), name
+
+
+def test_adapters_of_other_layers_than_the_bases_are_dense(zoo: Zoo, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    from peft_models import adapt, save
+
+    base = save(tmp_path / "base", "llama")
+    for i, name in enumerate("ab"):
+        adapt(base, tmp_path / f"lora-{name}", seed=i)
+        zoo.merge({"models": {name: {"source": "./base", "adapter": f"./lora-{name}"}},
+                   "method": "passthrough"}, f"dense-{name}")  # fmt: skip
+    content = {"base": "./base", "method": "tsv_m", "slices": [{"layers": {"a": 0, "b": 1}}]}
+    thin = {n: {"source": "base", "adapter": f"./lora-{n}"} for n in "ab"}
+    got, _ = zoo.merge({**content, "models": thin}, "thin")
+    want, _ = zoo.merge({**content, "models": {n: f"./dense-{n}" for n in "ab"}}, "dense")
+    assert all(torch.allclose(got[name], value, atol=1e-5) for name, value in want.items())

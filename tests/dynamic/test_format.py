@@ -84,6 +84,10 @@ def test_the_number_is_the_oldest_that_can_say_it() -> None:
         held = made.to_json()
         assert held["format"] == number
         assert Manifest.from_json(held) == made
+    shared = replace(MANIFEST.codes[0], codec="basis", rank=2, basis=1)
+    made = replace(MANIFEST, codes=(shared, *MANIFEST.codes[1:]))
+    assert made.to_json()["format"] == 4
+    assert Manifest.from_json(json.loads(json.dumps(made.to_json()))) == made
 
 
 def test_format_loads_no_torch() -> None:

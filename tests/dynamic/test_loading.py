@@ -221,7 +221,7 @@ def test_absent_shard_is_named(copied: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("format", 4, "this checkpoint has format 4 .* upgrade mowmerge"),
+        ("format", 5, "this checkpoint has format 5 .* upgrade mowmerge"),
         ("experts", ["a", "b"], "3 slots for 2 experts"),
     ],
 )
