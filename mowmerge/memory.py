@@ -75,13 +75,13 @@ def working_bytes(job: TensorJob, block: int) -> int:
     folds = 0 if whole else FOLDS[job.scope]
     counted = HISTOGRAM * len(job.models) * folds
     coding = _coding_bytes(job, length, wide) if job.code else 0
-    held = wide * _workspace(job) + sum(
-        i.held for one in (job, job.anchor) if one for i in one.inputs
-    )
+    workspace = _workspace(job)
+    beside = 0 if workspace and job.code is None else n + 4  # what a method on blocks makes of one
+    held = wide * workspace + sum(i.held for one in (job, job.anchor) if one for i in one.inputs)
     if job.packing is not None:  # rows wait until all that share a scale are there
         rows = min(job.packing.block[0], math.prod(job.output.shape[:-1]))
         held += 4 * wide * rows * job.output.shape[-1]
-    return read + length * (wide * (2 * n + 4) + job.output.itemsize) + counted + coding + held
+    return read + length * (wide * (n + beside) + job.output.itemsize) + counted + coding + held
 
 
 def _workspace(job: TensorJob) -> int:
@@ -89,7 +89,7 @@ def _workspace(job: TensorJob) -> int:
     spec = registry.get(job.method) if job.method else None
     if spec is None or spec.workspace is None or (spec.decompositions and not job.matrix):
         return 0
-    return spec.workspace(job.output.shape, len(job.models))
+    return spec.workspace(job.output.shape, len(job.models), job.parameters)
 
 
 def _coding_bytes(job: TensorJob, length: int, wide: int) -> int:

@@ -28,7 +28,7 @@ LAWS = ("identity", "idempotent", "permutation", "scale", "propagates")
 FITTING = ("granularity", "steps", "rate", "batch", "balance", "seed")
 F = TypeVar("F", bound=Callable[..., Any])
 Scope = str | Callable[[Mapping[str, Any]], str]
-Workspace = Callable[[tuple[int, ...], int], int]
+Workspace = Callable[[tuple[int, ...], int, Mapping[str, Any]], int]
 Decompositions = Callable[[tuple[int, ...], int], Sequence[tuple[int, int]]]
 
 
@@ -199,7 +199,8 @@ def merge_method(
             the extents that yields folds and returns `state`; run for every scope but element.
         validate: raises MethodError where parameters contradict each other.
         workspace: of a method that works on whole tensors, how many elements it holds beside the
-            inputs, from the tensor's shape and the number of models.
+            inputs, its result among them, from the tensor's shape, the number of models and the
+            parameters.
         decompositions: of a method on matrices, the shapes of the singular value decompositions
             that it takes for a matrix of that shape and so many models. Such a method gets
             matrices whole, and elements of everything else, which is what vocabulary tables and

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal
 
 from mowmerge.methods.contracts import PerModel, Range, Unit
 from mowmerge.methods.ops import elect_sign, spread, weighted_sum
@@ -51,9 +51,14 @@ def _merged(parts: Sequence[Tensor], weight: Sequence[float], elect: bool, mean:
     return total.div_(number.clamp_(min=1.0))
 
 
-def _workspace(shape: tuple[int, ...], n: int) -> int:
-    """All task vectors beside each other, their decomposition, coordinates and order."""
-    return 10 * n * math.prod(shape) + 8 * min(shape) ** 2 if len(shape) == 2 else 0
+def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
+    """All task vectors beside each other, twice for their SVD, the basis, and coordinates with what
+    trims and elects them."""
+    if len(shape) != 2:
+        return 0
+    rows, columns = reversed(shape) if p["direction"] == "vertical" else shape
+    rank = min(rows, n * columns)
+    return 3 * n * math.prod(shape) + rank * (rows + 5 * n * columns) + 8 * min(shape) ** 2
 
 
 @merge_method(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from mowmerge.methods.ops import added, weighted_sum
 from mowmerge.methods.ops.spectral import polar
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor
 
 
-def _workspace(shape: tuple[int, ...], n: int) -> int:
+def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
     """The sum, its polar factor, and the Gram matrix of its shorter side in fp64."""
     return 3 * shape[0] * shape[1] + 16 * min(shape) ** 2
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from mowmerge.methods.contracts import Unit
 from mowmerge.methods.ops import added, weighted_sum
 from mowmerge.methods.ops.spectral import NOTHING, polar, svd
@@ -9,7 +12,7 @@ from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
 
-def _workspace(shape: tuple[int, ...], n: int) -> int:
+def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
     """One decomposition, all kept triplets, and the Gram matrices of both sides in fp64."""
     return 2 * shape[0] * shape[1] + 3 * sum(shape) * min(shape) + 16 * min(shape) ** 2
 

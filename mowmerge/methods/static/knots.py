@@ -112,9 +112,15 @@ def _scope(p: Mapping[str, Any]) -> str:
     return "model" if p["trim"] == "global" and least < 1 else "tensor"
 
 
-def _workspace(shape: tuple[int, ...], n: int) -> int:
-    """All coordinates, as they are and trimmed, and the Gram matrix of a side in fp64."""
-    return 3 * n * math.prod(shape) + 16 * max(shape) ** 2
+def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
+    """All task vectors beside each other, the basis of the longer side in fp64, coordinates as they
+    are, dropped and trimmed, and the Gram matrix of the shorter side in fp64."""
+    if len(shape) != 2:
+        return 0
+    rows, columns = reversed(shape) if p["direction"] == "vertical" else shape
+    rank = min(rows, n * columns)
+    each = 3 if p["drop"] else 1
+    return 3 * n * math.prod(shape) + rank * (4 * rows + each * n * columns) + 8 * rank**2
 
 
 @merge_method(

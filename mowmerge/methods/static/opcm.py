@@ -83,7 +83,7 @@ def _statistics(extents: Sequence[Extent]) -> Reduction:
     return State(norm, math.fsum([p["merged"] * norms[0], *norms[1:]]) / count, count)
 
 
-def _workspace(shape: tuple[int, ...], n: int) -> int:
+def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
     """The sum, its singular vectors, what is left of a task vector, and a Gram matrix in fp64."""
     return 7 * math.prod(shape) + 16 * min(shape) ** 2
 

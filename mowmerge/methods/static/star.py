@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mowmerge.methods.contracts import PerModel, Unit
 from mowmerge.methods.ops import spread, weighted_sum
@@ -21,7 +22,7 @@ def _truncated(found: Svd, density: float) -> Svd:
     return Svd(kept.left, kept.values * float(reached[-1] / reached[rank - 1]), kept.right)
 
 
-def _workspace(shape: tuple[int, ...], n: int) -> int:
+def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
     """The mean, one decomposition, and what is kept of it."""
     return 3 * shape[0] * shape[1] + 3 * sum(shape) * min(shape)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mowmerge.methods.contracts import PerModel, Unit
 from mowmerge.methods.ops import spread, weighted_sum
@@ -11,9 +12,9 @@ from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
 
-def _workspace(shape: tuple[int, ...], n: int) -> int:
-    """One decomposition, all kept triplets, and the Gram matrices of both sides in fp64."""
-    return 3 * sum(shape) * min(shape) + 16 * min(shape) ** 2
+def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
+    """One decomposition, all kept triplets, the result, the Gram matrices of both sides in fp64."""
+    return shape[0] * shape[1] + 3 * sum(shape) * min(shape) + 16 * min(shape) ** 2
 
 
 def _decompositions(shape: tuple[int, ...], n: int) -> list[tuple[int, int]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from mowmerge.methods.contracts import Count, NonNegative
 from mowmerge.methods.ops import added
@@ -42,9 +43,13 @@ def _closed(left: Tensor, right: Tensor) -> Tensor:
     return found
 
 
-def _workspace(shape: tuple[int, ...], n: int) -> int:
-    """The closed form in fp64, or Adam's moments, and products of k x k."""
-    return 2 * (n + 4) * math.prod(shape) + 8 * shape[1] ** 2 if len(shape) == 2 else 0
+def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
+    """In fp64 the task vectors and both sides of the closed form, or Adam's moments; and products
+    of k x k."""
+    if len(shape) != 2:
+        return 0
+    held = 2 * n + 6 if p["solver"] == "closed" else 9
+    return held * math.prod(shape) + 8 * shape[1] ** 2
 
 
 @merge_method(
