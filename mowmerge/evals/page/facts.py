@@ -212,7 +212,7 @@ def rests(report: Report) -> Element:
     settings: list[list[Node]] = [[name, words.flag(v)] for name, v in report.run.settings.items()]
     return section(
         "provenance", "What the figures rest on", "",
-        table(heads, flags, "Flags by row") if flags else None,
+        table(heads, flags, "Flags by row", least=90 * len(heads)) if flags else None,
         table(data_heads, data, "Data", least=980),
         table(model_heads, models, "Models", least=900) if models else None,
         table(["setting", "value"], settings, "Settings") if settings else None,
