@@ -14,6 +14,7 @@ from mowmerge.methods import registry
 SHAPE = (32_768, 512)  # 64 MiB in fp32, and still quick to decompose
 GIVEN: dict[str, dict[str, Any]] = {
     "wudi": {"steps": 2},  # as much memory at once as with all
+    "doge": {"steps": 2},
     "wudi closed": {"solver": "closed"},
     "drm vertical": {"direction": "vertical"},
     "knots vertical": {"direction": "vertical", "trim": "tensor"},

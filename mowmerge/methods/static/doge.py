@@ -77,9 +77,11 @@ def _change(deltas: Tensor, share: Sequence[float], p: Mapping[str, Any]) -> Ten
     return adam(slope, deltas[0], p["steps"], p["rate"])
 
 
-def _workspace(shape: tuple[int, ...], n: int) -> int:
-    """The change, Adam's moments and slope, the sum, a product, and the decompositions."""
-    return (10 + n) * shape[0] * shape[1] + 4 * (n + 1) * min(shape) * max(shape)
+def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
+    """All decompositions, products with all task vectors, or the change with Adam's moments."""
+    whole, least = shape[0] * shape[1], min(shape)
+    decomposed = n * sum(shape) * least + 4 * whole
+    return max(decomposed, (2 * n + 3) * whole, 10 * whole) + 8 * least**2
 
 
 def _decompositions(shape: tuple[int, ...], n: int) -> list[tuple[int, int]]:
