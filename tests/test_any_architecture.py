@@ -198,6 +198,8 @@ def test_every_method_merges_experts_and_towers(zoo: Zoo, name: str, method: str
     make, given = MODELS[name]
     cls = family(zoo.folder, make)
     spec = registry.get(method)
+    if spec.needs_factors(spec.complete({})):
+        pytest.skip("for adapters alone")
     models = ["a", "b", "base"][: spec.count or 2]
     content = {"models": {m: f"./{m}" for m in models}, "method": method}
     api.merge(zoo.recipe({**content, "base": "./base"}), zoo.folder / "out", hashes=False)

@@ -58,6 +58,8 @@ def test_the_peak_is_what_the_plan_says(zoo: Zoo, case: str) -> None:
     name = case.partition(" ")[0]
     method = registry.get(name)
     models = dict.fromkeys("abc"[: method.count or 3])
+    if method.needs_factors(method.complete({})):
+        pytest.skip("for adapters alone")
     for size, shape in (("small", (4, 256)), ("large", SHAPE)):
         base = torch.randn(shape)
         for model in ("base", *models):

@@ -92,6 +92,18 @@ def test_polar_factor_of_low_rank_stays_in_its_spaces(rows: int, columns: int) -
     assert not polar(torch.zeros(4, 3))[0].any()
 
 
+@pytest.mark.parametrize("shape", [(600, 1300), (1300, 530)])
+def test_a_spectrum_in_many_pieces(shape: tuple[int, int]) -> None:
+    matrix = normal(*shape)
+    found = spectrum(matrix)
+    wanted = torch.linalg.svdvals(matrix.double())
+    assert torch.allclose(found.values, wanted, rtol=1e-10)
+    assert orthonormal(found.vectors.T)
+    side = matrix if shape[0] < shape[1] else matrix.T
+    moved = found.vectors.T @ side.double()
+    assert torch.allclose(moved.norm(dim=1), wanted, rtol=1e-8)
+
+
 def test_the_gram_matrix_in_fp64_knows_more_than_lapack_in_fp32() -> None:
     left, right = (torch.linalg.qr(normal(40, 40, seed=i, dtype=torch.float64))[0] for i in (1, 2))
     values = torch.logspace(0, -5, 40, dtype=torch.float64)

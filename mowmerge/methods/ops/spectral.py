@@ -15,6 +15,7 @@ from mowmerge.tensors import Tensor, torch
 NOTHING = 1e-6  # share of the largest singular value up to which one is the rounding of none
 LONG = 2  # from this ratio of the sides on a QR comes first
 COLUMNS = 1024  # worked on at a time in fp64
+ROWS = 256  # of a Gram matrix worked out at a time
 OVERSAMPLED = 16  # columns that the range finder draws beyond the rank
 ITERATIONS = 4  # passes of its subspace iteration
 WORTH = 8  # a randomised decomposition pays where the rank is below a share of the shorter side
@@ -131,12 +132,14 @@ def spectrum(matrix: Tensor) -> Spectrum:
     products = wide.new_zeros(len(wide), len(wide), dtype=torch.float64)
     for start in range(0, wide.shape[1], COLUMNS):
         part = wide[:, start : start + COLUMNS].double()
-        products.addmm_(part, part.T)
+        for first in range(0, len(wide), ROWS):  # the lower triangle, which is all that is read
+            last = first + ROWS
+            products[first:last, :last].addmm_(part[first:last], part[:last].T)
     return _of_gram(products)
 
 
 def _of_gram(products: Tensor) -> Spectrum:
-    """Singular values and vectors from the inner products of a matrix's rows."""
+    """Singular values and vectors from the inner products of a matrix's rows, lower triangle."""
     squares, vectors = torch.linalg.eigh(products)
     values = squares.clamp_(min=0.0).sqrt_().flip(0)
     used = values > NOTHING * values.amax() if len(values) else values > 0
