@@ -21,6 +21,7 @@ from mowmerge.checkpoint import writer
 from mowmerge.engine import Engine
 from mowmerge.errors import ResourceError
 from mowmerge.planner import Options
+from mowmerge.ranks import Ranks
 
 MOW = {"method": "mow", "parameters": {"blocks": 1}}
 
@@ -227,7 +228,7 @@ def test_a_surveyed_plan_has_a_fingerprint_of_its_own(zoo: Zoo) -> None:
     recipe = zoo.recipe(MOW)
     exact, rough = api.survey(recipe), api.plan(recipe)
     assert exact.fingerprint != rough.fingerprint
-    assert survey.survey(api.check(recipe), rough) == exact.surveyed
+    assert survey.survey(api.check(recipe), rough, Ranks()) == exact.surveyed
     assert rough.undecided and not exact.undecided
 
 
