@@ -28,6 +28,7 @@ from mowmerge.plan import RUN, Adapted, Plan, Source, Stored, TensorJob, Tied
 from mowmerge.ranks import Ranks
 from mowmerge.reduction import driven, reduced
 from mowmerge.report import TensorReport
+from mowmerge.room import fitting
 from mowmerge.sharing import share, spread
 from mowmerge.streaming import OpenJob
 from mowmerge.tensors import TensorHandle, TensorReader, TensorSpec, torch
@@ -139,8 +140,11 @@ class Engine:
         """The total of each job's fold over the values its method works on, by tensor."""
 
         def total(job: TensorJob, fold: Fold) -> Any:
-            with self.open(job) as opened:
-                return opened.observe(fold.fresh(), 0, job.output.numel)
+            def whole(plan: Plan) -> Any:
+                with self.open(job, plan) as opened:
+                    return opened.observe(fold.fresh(), 0, job.output.numel)
+
+            return fitting(self.plan, whole)[0]
 
         mine = spread(asked, [job.read_bytes for job, _ in asked], self.ranks)
 
@@ -163,16 +167,23 @@ class Engine:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def open(self, job: TensorJob) -> OpenJob:
-        """The job with its inputs open, for one thread; a context manager."""
-        return OpenJob(self.plan, job, self.readers, self.stopped)
+    def open(self, job: TensorJob, plan: Plan | None = None) -> OpenJob:
+        """The job with its inputs open, for one thread; a context manager. `plan`: this one with
+        other blocks, or another device."""
+        return OpenJob(plan or self.plan, job, self.readers, self.stopped)
 
     def _write(self, job: TensorJob, sink: Sink) -> TensorReport:
-        if job.code is not None:
-            return self._write_coded(job, sink)
+        """Writes a tensor where there is room to make it."""
+        write = self._write_plain if job.code is None else self._write_coded
+        told, used = fitting(self.plan, lambda plan: write(job, sink, plan))
+        if used.device != self.plan.device:
+            told.notes.append(f"too large for {self.plan.device}: made on the {used.device}")
+        return told
+
+    def _write_plain(self, job: TensorJob, sink: Sink, plan: Plan) -> TensorReport:
         began = time.perf_counter()
         notes, size = [], job.output.itemsize
-        with self.open(job) as opened:
+        with self.open(job, plan) as opened:
             give = self.settled(opened)
             for start, stop in opened.blocks():
                 sink.write(job.output.name, start * size, give(start, stop))
@@ -191,15 +202,15 @@ class Engine:
             notes=notes,
         )
 
-    def _write_coded(self, job: TensorJob, sink: Sink) -> TensorReport:
+    def _write_coded(self, job: TensorJob, sink: Sink, plan: Plan) -> TensorReport:
         """An anchor and the parts of its code, a block of whole rows at a time."""
         began = time.perf_counter()
         with ExitStack() as stack:
-            opened = stack.enter_context(self.open(job))
+            opened = stack.enter_context(self.open(job, plan))
             self.settle(opened)
             give = None
             if job.anchor is not None:
-                below = OpenJob(self.plan, job.anchor, self.readers, self.stopped, opened.block)
+                below = OpenJob(plan, job.anchor, self.readers, self.stopped, opened.block)
                 give = self.settled(stack.enter_context(below))
             for start, stop in opened.blocks():
                 anchor = give(start, stop) if give else None
@@ -255,7 +266,7 @@ class Engine:
         """Runs a reduction over every job of a group; a nested plan is for each rank to read."""
         jobs = [job for job in self.plan.each if job.group == group]
         ranks = self.ranks if pool is not None else Ranks()
-        return reduced(jobs, self.open, pool, 2 * self.plan.workers, ranks)
+        return reduced(self.plan, jobs, self.open, pool, ranks)
 
     def _check_ties(self) -> None:
         for tied in self.plan.tied:

@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 from mowmerge.methods import registry
 from mowmerge.methods.contracts import Extent, Fold, Reduction, seen, with_seen
-from mowmerge.plan import RUN, TensorJob
+from mowmerge.plan import RUN, Plan, TensorJob
 from mowmerge.ranks import Ranks
+from mowmerge.room import fitting
 from mowmerge.sharing import run_of
 from mowmerge.streaming import OpenJob
 
@@ -18,17 +19,17 @@ SPAN = 256 * RUN  # elements in one task
 
 
 def reduced(
+    plan: Plan,
     jobs: Sequence[TensorJob],
-    opening: Callable[[TensorJob], OpenJob],
+    opening: Callable[[TensorJob, Plan], OpenJob],
     pool: ThreadPoolExecutor | None,
-    ahead: int,
     ranks: Ranks,
 ) -> Any:
     """What the reduction of the jobs' method returns, in tasks that are merged in plan order.
 
     Ranks read a run of the tasks each. Where merging is exact a rank's folds are merged before they
-    are exchanged, else all of them are exchanged and merged one by one. `ahead`: tasks under way at
-    most; without a pool they run here.
+    are exchanged, else all of them are exchanged and merged one by one. Without a pool tasks run
+    here.
     """
     reduce = registry.get(str(jobs[0].method)).reduce
     assert reduce is not None
@@ -41,21 +42,24 @@ def reduced(
     mine = run_of(tasks, lengths, ranks)
     bunches = _bunched(mine, lambda task: min(span(task[0]), task[0].output.numel - task[1]))
 
-    def part(fold: Fold, some: Sequence[tuple[TensorJob, int]]) -> list[Fold]:
+    def part(fold: Fold, some: Sequence[tuple[TensorJob, int]], narrowed: Plan) -> list[Fold]:
         found: list[Fold] = []
         for job, start in some:
             ranks.check()
             if not found or not fold.exact:
                 found.append(fold.fresh())
-            with opening(job) as opened:
+            with opening(job, narrowed) as opened:
                 opened.observe(found[-1], start, min(start + span(job), job.output.numel))
         return found
+
+    def fitted(fold: Fold, some: Sequence[tuple[TensorJob, int]]) -> list[Fold]:
+        return fitting(plan, lambda narrowed: part(fold, some, narrowed))[0]
 
     def parts(fold: Fold) -> Iterator[Fold]:
         pending: list[Future[list[Fold]]] = []
         for some in bunches:
-            pending.append(_submit(pool, part, fold, some))
-            if len(pending) > ahead:
+            pending.append(_submit(pool, fitted, fold, some))
+            if len(pending) > 2 * plan.workers:
                 yield from pending.pop(0).result()
         for future in pending:
             yield from future.result()

@@ -113,6 +113,8 @@ class OpenJob:
                     length, dtype=dtype, device=device or self.plan.device
                 )
             except (MemoryError, RuntimeError) as error:
+                if isinstance(error, torch.OutOfMemoryError):  # of a device: see `room`
+                    raise
                 raise ResourceError(
                     f"not enough memory for '{self.job.output.name}': {error}",
                     hint="lower --max-memory or --workers",

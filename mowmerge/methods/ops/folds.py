@@ -65,10 +65,10 @@ class Sum:
     def observe(self, block: Block) -> None:
         """Adds a block, run by run."""
         if self.exact:
-            self.total = self.total + self.fn(block).double()
+            self.total = self.total + self.fn(block).double().cpu()
             return
         for run in block.runs():
-            self.total = self.total + self.fn(run).double()
+            self.total = self.total + self.fn(run).double().cpu()
 
     def merge(self, other: Sum) -> None:
         """Adds another tensor's total."""
@@ -91,7 +91,7 @@ class Most:
     def observe(self, block: Block) -> None:
         """Takes in a block; an empty one says nothing."""
         if block.values.numel():
-            self._take(self.fn(block).double())
+            self._take(self.fn(block).double().cpu())
 
     def merge(self, other: Most) -> None:
         """Takes in another tensor's largest."""
