@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -157,7 +158,12 @@ def test_gradients_are_those_of_finite_differences(
     held = linear.Held(anchor.double(), code, wide, transposed, context)
     x = torch.randn(2, 2, 3 if transposed else 5, dtype=torch.float64, requires_grad=True)
     c = torch.randn(2, K, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, c: linear.MixedProduct.apply(x, c, held), (x, c))
+    product = linear.MixedProduct.apply
+    assert torch.autograd.gradcheck(lambda x, c: product(x, c, None, held), (x, c))
+    if codec == "one_bit":
+        factor = torch.rand(K, dtype=torch.float64).add_(0.5).requires_grad_()
+        held = replace(held, code=replace(code, fitted=True), parts={**wide, "factor": factor})
+        assert torch.autograd.gradcheck(lambda *given: product(*given, held), (x, c, factor))
 
 
 @pytest.mark.parametrize("codec", CODECS)
