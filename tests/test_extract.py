@@ -21,7 +21,7 @@ from mowmerge import api
 from mowmerge.checkpoint import dynamic, heads, writer
 from mowmerge.checkpoint.dense import DenseReader
 from mowmerge.dynamic import codecs
-from mowmerge.dynamic.format import Code, Gate, Head, Manifest
+from mowmerge.dynamic.format import FORMAT, Code, Gate, Head, Manifest
 from mowmerge.errors import CheckpointError, RecipeError, ResourceError, SourceError
 from mowmerge.extraction import one_hot
 from tests.zoo import Zoo, left, load, raw
@@ -425,8 +425,8 @@ def test_a_damaged_checkpoint(berts: Path) -> None:
     fails(berts, 4, "is [16], and config.json says [17]", args=sky)
     change(out, lambda m: m["tensors"][0].update(shape=[16], name="encoder.lost"))
     fails(berts, 4, "tensor 'encoder.lost' is not there", args=sky)
-    change(out, lambda m: m.update(format=4))
-    fails(berts, 4, "has format 4", "upgrade mowmerge", args=sky)
+    change(out, lambda m: m.update(format=FORMAT + 1))
+    fails(berts, 4, f"has format {FORMAT + 1}", "upgrade mowmerge", args=sky)
     change(out, lambda m: m.clear())
     fails(berts, 4, "config.json", args=sky)
 
