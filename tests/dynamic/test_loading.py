@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import mowmerge.hf  # noqa: F401
 from mowmerge.dynamic import modeling, remote
+from mowmerge.dynamic.format import FORMAT
 
 torch.set_num_threads(1)
 BLOCKED = """
@@ -221,7 +222,7 @@ def test_absent_shard_is_named(copied: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
-        ("format", 5, "this checkpoint has format 5 .* upgrade mowmerge"),
+        ("format", FORMAT + 1, f"this checkpoint has format {FORMAT + 1} .* upgrade mowmerge"),
         ("experts", ["a", "b"], "3 slots for 2 experts"),
     ],
 )
