@@ -172,6 +172,34 @@ def test_no_rank_writes_to_a_file_of_another_host(
     assert len({frozenset(each) for each in opened.values()}) == 1
 
 
+@pytest.mark.parametrize(
+    "content",
+    [WAYS["ties, sums of floats"],
+     {"method": "task_arithmetic", "parameters": {"coefficients": "metagpt"}}],
+)  # fmt: skip
+def test_sums_of_floats_are_added_in_the_order_of_one_process(
+    zoo: Zoo, several: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch,
+    content: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """To the last bit, which the rounding of weights may hide."""
+    shapes = {f"model.layers.{i}.w": (17 + i, 31) for i in range(24)}
+    for name, tensors in zoo.family(shapes, 3).items():
+        scaled = {n: value * 10 ** (i % 7 - 3) for i, (n, value) in enumerate(tensors.items())}
+        zoo.save(name, scaled)
+    states: list[str] = []
+    reduced = engine.reduced
+
+    def noted(*args: Any) -> Any:
+        found = reduced(*args)
+        states.append(repr(found))
+        return found
+
+    monkeypatch.setattr(engine, "reduced", noted)
+    single(zoo, content)
+    several(content, 3)
+    assert len(states) == 4 and len(set(states)) == 1, states
+
+
 @pytest.mark.parametrize("hosts", [1, 2])
 @pytest.mark.parametrize("way", ["ties", "emr", "mow"])
 @pytest.mark.parametrize("then", [1, 3])
