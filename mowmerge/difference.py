@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mowmerge import __version__
 from mowmerge.checkpoint import heads, lowrank, modules, naming, source
@@ -19,67 +19,15 @@ from mowmerge.checkpoint.appender import Appender
 from mowmerge.checkpoint.lowrank import Factors
 from mowmerge.checkpoint.peft import PREFIX, WEIGHTS
 from mowmerge.errors import CheckpointError
+from mowmerge.known import Cut, Known, Unknown
 from mowmerge.plan import Stored
 from mowmerge.tensors import DTYPES, Tensor, TensorReader, TensorSpec, torch
 
 PARTS = {"embedding": ("lora_embedding_A", "lora_embedding_B")}
 LINEAR_PARTS = ("lora_A.weight", "lora_B.weight")
+FUSED = "transformers joins it with others as it loads them, and peft has no name for it"
+NO_TARGETS = "dummy-target-modules"  # peft's word for an adapter of saved modules alone
 STEP = 1 << 20  # elements read or compared at a time
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How far low-rank updates are cut: to a rank, or to the rank that keeps a share of energy."""
-
-    rank: int | None = None
-    energy: float | None = None
-
-
-@dataclass(frozen=True)
-class Joint:
-    """Factors side by side, of the rank `summed` before they are cut, in `nbytes` of adapters."""
-
-    summed: int
-    nbytes: int
-    cut: Cut
-
-    @property
-    def exact(self) -> bool:
-        """Whether nothing is cut."""
-        return self.cut.energy is None and self.rank == self.summed
-
-    @property
-    def rank(self) -> int:
-        """The rank they are cut to; with an energy, the most it can be."""
-        return self.summed if self.cut.rank is None else min(self.summed, self.cut.rank)
-
-
-class Known(Protocol):
-    """What is known of a difference before a tensor of the two models is read."""
-
-    def joint(self, name: str) -> Joint | None:
-        """The rank of the tensor's factors, from headers; None where `joined` gives none, or only
-        finds their rank."""
-
-    def joined(self, name: str) -> Factors | None:
-        """The factors of the tensor's update, where it is known as such."""
-
-    def same(self, name: str) -> bool:
-        """Whether the model's tensor is the base's."""
-
-
-class Unknown:
-    """Of two checkpoints nothing is known beforehand."""
-
-    def joint(self, name: str) -> None:
-        """None."""
-
-    def joined(self, name: str) -> None:
-        """None."""
-
-    def same(self, name: str) -> bool:
-        """False."""
-        return False
 
 
 @dataclass
@@ -132,11 +80,34 @@ class Difference:
         """The path of the tensor's module in memory."""
         return self.memory.get(name, name).rpartition(".")[0]
 
+    def path(self, name: str) -> str:
+        """What an adapter's config calls a target: its module, or of experts the parameter."""
+        return self.memory[name] if self.kind(name) == "experts" else self.module(name)
+
     def matrix(self, name: str) -> tuple[int, int]:
-        """Rows and columns of a target's update, [out, in]."""
-        rows, *rest = self.base.specs[name].shape
+        """Rows and columns of a target's update, [out, in]; of experts those of each."""
+        rows, *rest = self.base.specs[name].shape[self.stack(name) > 1 :]
         columns = math.prod(rest)
-        return (columns, rows) if self.kind(name) in ("conv1d", "embedding") else (rows, columns)
+        return (columns, rows) if self._across(name) else (rows, columns)
+
+    def stack(self, name: str) -> int:
+        """How many matrices a target is."""
+        return self.base.specs[name].shape[0] if self.kind(name) == "experts" else 1
+
+    def beside(self, name: str) -> list[str]:
+        """The parameters of a module of experts, which have updates all or none: how deep peft
+        nests one depends on the others. In the order in which they are declared."""
+        if self.kind(name) != "experts":
+            return [name]
+        found = {
+            memory: n for n, memory in self.memory.items() if self.module(n) == self.module(name)
+        }
+        return [found[memory] for memory in self.modules.experts if memory in found]
+
+    def _across(self, name: str) -> bool:
+        """Whether a target is stored [in, out]."""
+        stored = self.modules.experts.get(self.memory[name], False)
+        return stored or self.kind(name) in ("conv1d", "embedding")
 
     def parts(self, name: str, rank: int) -> tuple[TensorSpec, TensorSpec]:
         """A and B of a target, as the adapter stores them."""
@@ -144,7 +115,8 @@ class Difference:
         if self.kind(name) == "conv":
             shape = (rank, *self.base.specs[name].shape[1:])
             return TensorSpec(a, "F32", shape), TensorSpec(b, "F32", (rows, rank, 1, 1))
-        return TensorSpec(a, "F32", (rank, columns)), TensorSpec(b, "F32", (rows, rank))
+        width = rank * self.stack(name)
+        return TensorSpec(a, "F32", (width, columns)), TensorSpec(b, "F32", (rows, width))
 
     def keys(self) -> list[str]:
         """The name of every tensor that may come into the adapter."""
@@ -155,11 +127,12 @@ class Difference:
         return found + [_bias_key(self.memory[n]) for n in specs if n.endswith(".bias")]
 
     def delta(self, name: str) -> Tensor:
-        """Model minus base in fp32, as a matrix [out, in]."""
+        """Model minus base in fp32, as a matrix [out, in], of experts a stack of them."""
         ours = self.held[name]
         assert ours is not None
-        value = _whole(self.model, ours).sub_(_whole(self.base, self.base.specs[name])).flatten(1)
-        return value.T.contiguous() if self.kind(name) in ("conv1d", "embedding") else value
+        value = _whole(self.model, ours).sub_(_whole(self.base, self.base.specs[name]))
+        value = value.flatten(2 if self.stack(name) > 1 else 1)
+        return value.mT.contiguous() if self._across(name) else value
 
     def differs(self, name: str) -> bool:
         """Whether any value of the tensor is another."""
@@ -184,6 +157,11 @@ def write(
     found: dict[str, dict[str, Any]] = {}
     lines: list[dict[str, Any]] = []
     saved, biases, lost = rest(difference, difference.differs)
+    if fused := [name for name, rule in lost.items() if rule == FUSED]:
+        raise CheckpointError(
+            f"'{fused[0]}' and {len(fused) - 1} more differ: {FUSED}",
+            where=difference.origin.origin, hint="merge to a checkpoint, or leave experts alone",
+        )  # fmt: skip
     metadata = {"format": "pt", "mowmerge": __version__}
     with Appender(folder / WEIGHTS, difference.keys(), metadata) as out:
         left = [n for n in difference.targets if not _within(difference.module(n), saved)]
@@ -192,6 +170,9 @@ def write(
                 found[name] = _line(difference, name, factors)
                 _append(out, difference, name, factors)
             advance(specs[name].nbytes)
+        for name in [n for each in found for n in difference.beside(each) if n not in found]:
+            found[name] = _line(difference, name, _nothing(difference, name))
+            _append(out, difference, name, _nothing(difference, name))
         whole = kept(difference, saved)
         whole += [(n, _own_bias(difference, n, found)) for n in biases]
         held = {n: difference.held.get(n) or difference.extra[n] for n, _ in whole}
@@ -222,7 +203,18 @@ def _factors(difference: Difference, name: str, cut: Cut) -> Factors | None:
     low, high = (float(end) for end in delta.aminmax()) if delta.numel() else (0.0, 0.0)
     if not (math.isfinite(low) and math.isfinite(high)):
         raise CheckpointError(f"'{name}' holds NaN or Inf", where=difference.origin.origin)
-    return lowrank.factor(delta, cut.rank, cut.energy) if low or high else None
+    if not (low or high):
+        return None
+    matrices = delta if delta.dim() == 3 else [delta]
+    each = [lowrank.factor(matrix, cut.rank, cut.energy) for matrix in matrices]
+    return each[0] if delta.dim() == 2 else lowrank.stacked(each)
+
+
+def _nothing(difference: Difference, name: str) -> Factors:
+    """An update of zero, of rank 1, for experts whose module has another."""
+    stack, (rows, columns) = difference.stack(name), difference.matrix(name)
+    b, a = torch.zeros(stack, rows, 1), torch.zeros(stack, 1, columns)
+    return Factors(b, a, 0.0, 0.0, "zero")
 
 
 def rest(
@@ -235,7 +227,8 @@ def rest(
     lost = {
         n: "a tensor that the base lacks, in no module" for n in difference.extra if "." not in n
     }
-    owned, owners = set(targets), {difference.module(n): n for n in targets}
+    owned = set(targets)
+    owners = {difference.module(n): n for n in targets if difference.kind(n) != "experts"}
     for name, spec in difference.base.specs.items():
         if name in owned or not differs(name):
             continue
@@ -243,6 +236,8 @@ def rest(
         below = [n for m, n in owners.items() if m.startswith(f"{module}.")]
         if spec.kind != "float":
             lost[name] = "not a float tensor"
+        elif name in difference.modules.fused:
+            lost[name] = FUSED
         elif module in owners:
             biases.append(name)
         elif not module:
@@ -283,6 +278,8 @@ def _keys(difference: Difference, name: str) -> tuple[str, str]:
     """The names of A and B."""
     a, b = PARTS.get(difference.kind(name), LINEAR_PARTS)
     module = f"{PREFIX}{difference.module(name)}"
+    beside = difference.beside(name)  # the first declared is the deepest
+    module += ".base_layer" * (len(beside) - 1 - beside.index(name))
     return f"{module}.{a}", f"{module}.{b}"
 
 
@@ -299,14 +296,17 @@ def _own_bias(difference: Difference, name: str, found: Mapping[str, Mapping[str
 
 def _append(out: Appender, difference: Difference, name: str, factors: Factors) -> None:
     parts = difference.parts(name, factors.rank)
-    for spec, value in zip(parts, (factors.a, factors.b), strict=True):
+    a, b = factors.a, factors.b
+    if b.dim() == 3:  # peft has A expert by expert, and of B the experts side by side
+        b = b.permute(1, 2, 0)
+    for spec, value in zip(parts, (a, b), strict=True):
         data = value.contiguous().view(-1).view(torch.uint8).numpy().data
         out.append(spec, [data])
 
 
 def _line(difference: Difference, name: str, factors: Factors) -> dict[str, Any]:
     return {
-        "name": name, "action": "low rank", "module": difference.module(name),
+        "name": name, "action": "low rank", "module": difference.path(name),
         "rank": factors.rank, "kept": factors.energy, "error": factors.error,
         "norm": factors.total**0.5, "how": factors.how,
     }  # fmt: skip
@@ -321,13 +321,16 @@ def _config(
     r = max(set(counted), key=lambda rank: (counted.count(rank), rank)) if counted else 1
     pattern = {path: rank for path, rank in ranks.items() if rank != r}
     kinds = {difference.kind(name) for name in found}
+    targets = [difference.path(name) for name in found if difference.kind(name) != "experts"]
+    stacks = [difference.path(name) for name in found if difference.kind(name) == "experts"]
     ties = difference.modules.ties
     tied = any(f"{path}.weight" in (*ties, *ties.values()) for path in saved)
     return {
         "peft_type": "LORA", "base_model_name_or_path": shown(difference.origin),
         "revision": difference.origin.revision, "task_type": None, "inference_mode": True,
         "r": r, "lora_alpha": r, "rank_pattern": pattern, "alpha_pattern": pattern,
-        "target_modules": list(ranks), "modules_to_save": sorted(saved) or None,
+        "target_modules": targets if ranks else NO_TARGETS,
+        "target_parameters": stacks or None, "modules_to_save": sorted(saved) or None,
         "bias": "all" if biased else "none", "fan_in_fan_out": "conv1d" in kinds,
         "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "init_lora_weights": True,
         "ensure_weight_tying": tied,

@@ -18,8 +18,9 @@ from mowmerge.checkpoint import source, writer
 from mowmerge.checkpoint.peft import WEIGHTS
 from mowmerge.checkpoint.reader import StoredReader
 from mowmerge.checkpoint.writer import Staging
-from mowmerge.difference import Cut, Difference, shown, write
+from mowmerge.difference import Difference, shown, write
 from mowmerge.engine import Engine, MergedReader, one_thread_each
+from mowmerge.known import Cut
 from mowmerge.memory import working_bytes
 from mowmerge.outline import Outline, outline
 from mowmerge.plan import Plan, config_source

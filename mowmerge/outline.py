@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from mowmerge.checkpoint import appender, lowrank
-from mowmerge.difference import STEP, Cut, Difference, kept, rest
+from mowmerge.difference import STEP, Difference, kept, rest
 from mowmerge.errors import ResourceError
+from mowmerge.known import Cut
 from mowmerge.memory import RUNTIME
 from mowmerge.tensors import TensorSpec
 
@@ -79,7 +80,8 @@ def outline(
     """
     same = difference.known.same
     targets = set(difference.targets)
-    found = [_update(difference, n, cut, reading(n)) for n in difference.targets if not same(n)]
+    wanted = [n for n in targets if not all(map(same, difference.beside(n)))]
+    found = [_update(difference, n, cut, reading(n)) for n in difference.targets if n in wanted]
     saved, biases, lost = rest(difference, lambda name: not same(name))
     specs = {key: difference.held[n] or difference.extra[n] for n, key in kept(difference, saved)}
     specs |= {name: difference.base.specs[name] for name in biases}
@@ -96,16 +98,23 @@ def outline(
 def _update(difference: Difference, name: str, cut: Cut, reading: int) -> Update:
     """What is known of one matrix's update."""
     shape, joint = difference.matrix(name), difference.known.joint(name)
+    if difference.known.same(name):  # experts whose module has another update
+        parts = difference.parts(name, 1)
+        return Update(name, difference.path(name), 1, True, 0, parts, 0)
     exact = joint is not None and joint.exact
+    stack, size = difference.stack(name), shape[0] * shape[1]
     if joint is not None:
         rank = joint.rank if exact else min(joint.rank, *shape)
-        held = 4 * sum(shape) * joint.summed * (3 if exact else 6) + 32 * joint.summed**2
+        factors = stack * sum(shape) * joint.summed
+        held = 4 * factors * (3 if exact else 6) + 32 * joint.summed**2
     else:
         rank = min(shape) if cut.rank is None else min(cut.rank, *shape)
-        held = max(8 * shape[0] * shape[1] + reading, 4 * lowrank.workspace(shape, cut.rank))
+        done = 2 * stack * sum(shape) * rank if stack > 1 else 0
+        work = lowrank.workspace(shape, cut.rank) + (stack - 1) * size + done
+        held = max(8 * stack * size + reading, 4 * work)
     parts = difference.parts(name, rank)
     return Update(
-        name, difference.module(name), rank, exact, joint.nbytes if joint else 0, parts, held
+        name, difference.path(name), rank, exact, joint.nbytes if joint else 0, parts, held
     )
 
 

@@ -8,8 +8,8 @@ from functools import cached_property
 from mowmerge.checkpoint import lowrank
 from mowmerge.checkpoint.adapter import AdaptedReader
 from mowmerge.checkpoint.lowrank import Factors
-from mowmerge.difference import Cut, Joint
 from mowmerge.engine import Engine
+from mowmerge.known import Cut, Joint
 from mowmerge.methods import registry
 from mowmerge.plan import Adapted, Input, Patch, TensorJob
 from mowmerge.tensors import Tensor, TensorSpec, torch
@@ -34,8 +34,8 @@ class Sums:
         if not shared or not all(self._adds(given) for given, _ in shared):
             return None
         parts = [part for given, share in shared if share for part in self._factors(given)]
-        summed = sum(a.shape[0] for a, _ in parts)
-        nbytes = sum(a.nbytes + b.nbytes for a, b in parts)
+        summed = sum(a.shape[0] // stack for a, _, stack in parts)
+        nbytes = sum(a.nbytes + b.nbytes for a, b, _ in parts)
         return Joint(summed, nbytes, self.cut) if summed else None
 
     def joined(self, name: str) -> Factors | None:
@@ -47,7 +47,11 @@ class Sums:
             return None
         shared = self._shared(name) or []
         pairs = [(share, b, a) for given, share in shared if share for b, a in self._updates(given)]
-        return lowrank.joined(pairs, self.cut.rank, self.cut.energy)
+        each = [
+            lowrank.joined([(c, b[i], a[i]) for c, b, a in pairs], self.cut.rank, self.cut.energy)
+            for i in range(len(pairs[0][1]))
+        ]
+        return each[0] if len(each) == 1 else lowrank.stacked(each)
 
     def _product(self, job: TensorJob) -> Factors | None:
         """What a method on matrices makes of products, where it keeps them so."""
@@ -96,18 +100,16 @@ class Sums:
     def _adds(self, given: Input) -> bool:
         """Whether what adapters do to it is no more than to add products."""
         patches = self._patches(given)
-        return patches is not None and all(
-            patch.parts.keys() == {"a", "b"} and patch.stack == 1 for patch in patches
-        )
+        return patches is not None and all(p.parts.keys() == {"a", "b"} for p in patches)
 
-    def _factors(self, given: Input) -> list[tuple[TensorSpec, TensorSpec]]:
-        """A and B of each adapter on it, as they are stored."""
+    def _factors(self, given: Input) -> list[tuple[TensorSpec, TensorSpec, int]]:
+        """A and B of each adapter on it, as they are stored, and for how many matrices."""
         origin = self.engine.plan.sources[given.model]
         if not isinstance(origin, Adapted):
             return []
         patches = origin.patches.get(given.spec.name, ())
-        held = [(origin.adapters[patch.adapter].specs, patch.parts) for patch in patches]
-        return [(specs[parts["a"]], specs[parts["b"]]) for specs, parts in held]
+        held = [(origin.adapters[p.adapter].specs, p.parts, p.stack) for p in patches]
+        return [(specs[parts["a"]], specs[parts["b"]], stack) for specs, parts, stack in held]
 
     def _updates(self, given: Input) -> list[tuple[Tensor, Tensor]]:
         """The products that a model adds to the base's tensor."""

@@ -61,7 +61,17 @@ def gpt_oss() -> Any:
     )  # fmt: skip
 
 
-MODELS = {"llama": llama, "gpt2": gpt2, "vit": vit, "gpt_oss": gpt_oss}
+def qwen2_moe() -> Any:
+    return transformers.Qwen2MoeForCausalLM(
+        transformers.Qwen2MoeConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=16, moe_intermediate_size=8,
+            shared_expert_intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, num_experts=4, num_experts_per_tok=2, tie_word_embeddings=False,
+        )
+    )  # fmt: skip
+
+
+MODELS = {"llama": llama, "gpt2": gpt2, "vit": vit, "gpt_oss": gpt_oss, "qwen2_moe": qwen2_moe}
 
 
 def save(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:

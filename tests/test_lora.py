@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,14 @@ def tuned(base: Path, out: Path, changed: dict[str, int | None], seed: int = 5) 
     tensors = load_file(base / "model.safetensors")
     for name, value in tensors.items():
         for pattern, rank in changed.items():
-            if pattern not in name:
+            if not re.search(pattern, name):
                 continue
-            flat = value.flatten(1) if value.dim() > 1 else value
+            flat = value.flatten(1) if value.dim() in (2, 4) else value
             step = torch.randn(flat.shape, generator=draws)
             if rank is not None and value.dim() > 1:
-                left = torch.randn(len(flat), rank, generator=draws)
-                step = left @ torch.randn(rank, flat.shape[1], generator=draws)
+                *stack, rows, columns = flat.shape
+                left = torch.randn(*stack, rows, rank, generator=draws)
+                step = left @ torch.randn(*stack, rank, columns, generator=draws)
             tensors[name] = value + 0.1 * step.view(value.shape).to(value.dtype)
     out.mkdir()
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
@@ -63,6 +65,10 @@ CASES: dict[str, tuple[str, dict[str, int | None]]] = {
     "embeddings": ("llama", {"embed_tokens": 4, "lm_head": 3}),
     "conv1d and biases": ("gpt2", {"c_attn": 3, "c_fc.bias": None, "ln_1": None}),
     "names in memory": ("vit", {"query": 2, "patch_embeddings.projection": 2, "classifier": None}),
+    "experts": ("gpt_oss", {"experts.gate_up_proj$": 3, "experts.down_proj$": 2, "q_proj.w": 2}),
+    "some experts": ("gpt_oss", {"layers.0.mlp.experts.down_proj$": 2}),
+    "experts with biases": ("gpt_oss", {"experts.gate_up_proj_bias": None, "q_proj.w": 1}),
+    "only a norm": ("llama", {"model.norm": None}),
     "parameters": ("vit", {"query": 2, "cls_token": None}),
 }
 
@@ -221,6 +227,48 @@ def test_sums_of_adapters_stay_exact(family: Zoo, method: str, parameters: dict[
             name
         ].abs().max()
         torch.testing.assert_close(got[name], value, rtol=2**-6, atol=2e-2)
+
+
+EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]}
+
+
+@pytest.mark.parametrize("output", [{}, {"rank": 3}])
+def test_experts_in_a_stack_are_joined_one_by_one(zoo: Zoo, output: dict[str, Any]) -> None:
+    """Of rank 5 where they are joined; cut, each expert's is the best of rank 3."""
+    base = save(zoo.folder / "base", "gpt_oss")
+    for i, name in enumerate("ab"):
+        adapt(base, zoo.folder / name, seed=i, r=3 - i, **EXPERTS)
+    asked = recipe("task_arithmetic", {"format": "adapter", **output}, parameters={"scale": 0.5})
+    planned = api.outline(api.check(zoo.recipe(asked))).outline
+    result = api.merge(zoo.recipe(asked), zoo.folder / "out")
+    assert planned.exact == (not output)
+    assert planned.nbytes >= (result.path / "adapter_model.safetensors").stat().st_size
+    if planned.exact:
+        assert planned.nbytes == (result.path / "adapter_model.safetensors").stat().st_size
+    lines = {line["name"]: line for line in result.report["tensors"]}
+    stack = lines["model.layers.0.mlp.experts.gate_up_proj"]
+    assert stack["rank"] == (3 if output else 5)
+    assert lines["model.layers.0.mlp.experts.down_proj"]["how"] == "zero"
+    got = applied(base, result.path, zoo.folder / "theirs")
+    dense, _ = zoo.merge(
+        recipe("task_arithmetic", {"path": "dense"}, parameters={"scale": 0.5}), "dense"
+    )
+    before = load_file(base / "model.safetensors")
+    for name, value in dense.items():
+        stated = lines[name]["error"] if name in lines else 0.0
+        assert relative(got[name], value, before[name]) == pytest.approx(stated, abs=1e-4), name
+    moved = (dense[stack["name"]] - before[stack["name"]]).double()
+    left = torch.linalg.svdvals(moved)[:, stack["rank"] :].norm() / moved.norm()
+    assert stack["error"] == pytest.approx(float(left), abs=1e-4)
+
+
+def test_experts_that_are_joined_in_memory_are_refused(zoo: Zoo) -> None:
+    base = save(zoo.folder / "base", "qwen2_moe")
+    model = tuned(base, zoo.folder / "model", {"layers.0.mlp.experts.1.up_proj": 2})
+    with pytest.raises(MowmergeError, match="experts.1.up_proj.* transformers joins it"):
+        api.extract_lora(model, base, zoo.folder / "out")
+    fine = tuned(base, zoo.folder / "fine", {"q_proj.w": 2})
+    assert api.extract_lora(fine, base, zoo.folder / "out").report["lost"] == []
 
 
 def test_a_joined_update_is_cut_with_a_stated_error(family: Zoo) -> None:

@@ -48,13 +48,13 @@ class AdaptedReader:
         return _AdaptedHandle(self._model.open(name), self.specs[name], stored, patches, self)
 
     def updates(self, name: str) -> list[tuple[Tensor, Tensor]] | None:
-        """(B [out, r], A [r, in]) of each adapter on a tensor, in fp32 with the scale in B; None
-        where what they do is more than to add those products."""
-        found = self._products(name)
-        if found is None:
+        """(B [E, out, r], A [E, r, in]) of each adapter on a tensor, which is one matrix (E is 1)
+        or a stack, in fp32 with the scale in one of them; None where they do more than to add."""
+        patches = self._adapted.patches.get(name, ())
+        if any(patch.parts.keys() != {"a", "b"} for patch in patches):
             return None
-        pairs = [(p.left[0], p.right[0], p.across) for p in found]
-        return [(right.T, left.T) if across else (left, right) for left, right, across in pairs]
+        found = [_low_rank(self.adapters[p.adapter], p, torch.float32) for p in patches]
+        return [(p.right.mT, p.left.mT) if p.across else (p.left, p.right) for p in found]
 
     def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
         """L [m, r] and R [r, n], in fp32, whose product the adapters add to a matrix as it is

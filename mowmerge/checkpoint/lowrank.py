@@ -14,7 +14,8 @@ ROWS = 256  # added up at a time, for the norm
 
 @dataclass(frozen=True)
 class Factors:
-    """B [m, r] and A [r, n]; the squares of the norms of what was asked for and of what is kept."""
+    """B [m, r] and A [r, n], or [E, m, r] and [E, r, n] for a stack of matrices; the squares of the
+    norms of what was asked for and of what is kept."""
 
     b: Tensor
     a: Tensor
@@ -25,7 +26,7 @@ class Factors:
     @property
     def rank(self) -> int:
         """Columns of B."""
-        return len(self.a)
+        return int(self.a.shape[-2])
 
     @property
     def energy(self) -> float:
@@ -74,6 +75,16 @@ def joined(
     found = product_svd(b, a)
     total = float(found.values.double().square().sum())
     return _cut(found, rank, energy, total, "concatenated, then cut")
+
+
+def stacked(each: Sequence[Factors]) -> Factors:
+    """The factors of a stack of matrices, filled up with zeros to the largest rank among them."""
+    rank = max(found.rank for found in each)
+    pad = torch.nn.functional.pad
+    b = torch.stack([pad(found.b, (0, rank - found.rank)) for found in each])
+    a = torch.stack([pad(found.a, (0, 0, 0, rank - found.rank)) for found in each])
+    total, kept = (math.fsum(part) for part in zip(*((f.total, f.kept) for f in each), strict=True))
+    return Factors(b, a, total, kept, each[0].how)
 
 
 def distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:

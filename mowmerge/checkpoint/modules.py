@@ -14,7 +14,7 @@ from typing import Any, Literal
 from mowmerge.checkpoint import naming
 from mowmerge.tensors import TensorSpec
 
-Kind = Literal["linear", "conv1d", "embedding", "conv", "other"]
+Kind = Literal["linear", "conv1d", "embedding", "conv", "experts", "other"]
 _CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 _CONV1D_LEAVES = ("c_attn", "c_proj", "c_fc", "q_attn")
 
@@ -22,17 +22,26 @@ _CONV1D_LEAVES = ("c_attn", "c_proj", "c_fc", "q_attn")
 @dataclass(frozen=True)
 class Modules:
     """Tensors by their names in memory; the kind of each module that is known; ties, by the name
-    of the tensor that is the other's."""
+    of the tensor that is the other's.
+
+    `experts` are the parameters that stack one matrix for each expert, in the order in which their
+    modules declare them, and whether they are stored [in, out]; `fused` the tensors on disk that
+    are only parts of one in memory.
+    """
 
     names: Mapping[str, TensorSpec]
     kinds: Mapping[str, Kind]
     model_types: Collection[str] = ()
     ties: Mapping[str, str] = field(default_factory=dict)
+    experts: Mapping[str, bool] = field(default_factory=dict)
+    fused: Collection[str] = ()
 
     def kind(self, name: str) -> Kind:
         """What the module is that has this tensor (by its name in memory) as its weight."""
         module, _, leaf = name.rpartition(".")
         spec = self.names[name]
+        if name in self.experts and spec.kind == "float":
+            return "experts"
         if leaf != "weight" or spec.kind != "float":
             return "other"
         if self.kinds:
@@ -68,16 +77,27 @@ def of(config: Mapping[str, Any], specs: Mapping[str, TensorSpec]) -> Modules:
         changes = get_model_conversion_mapping(model)
         simple = [c for c in changes if isinstance(c, core_model_loading.WeightRenaming)]
         held, prefix = model.state_dict(), model.base_model_prefix
-        renamed = {
-            core_model_loading.rename_source_key(name, simple, [], prefix, held)[0]: spec
-            for name, spec in specs.items()
-        }
+        others = [c for c in changes if not isinstance(c, core_model_loading.WeightRenaming)]
+        rename = core_model_loading.rename_source_key
+        renamed = {rename(name, simple, [], prefix, held)[0]: spec for name, spec in specs.items()}
+        fused = {name for name in specs if rename(name, simple, others, prefix, held)[1]}
         kinds = {name: _kind(module) for name, module in model.named_modules()}
         ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
     except Exception:  # whatever an unknown architecture, or another transformers, may raise
         return Modules(specs, {}, types)
     names = renamed if len(renamed) == len(specs) else specs
-    return Modules(names, kinds, types, ties)
+    return Modules(names, kinds, types, ties, _experts(model), fused)
+
+
+def _experts(model: Any) -> dict[str, bool]:
+    """The stacks of experts' matrices, and whether they are stored [in, out]."""
+    return {
+        f"{path}.{name}": bool(getattr(module, "is_transposed", False))
+        for path, module in model.named_modules()
+        if getattr(module, "num_experts", 0) > 1
+        for name, value in module.named_parameters(recurse=False)
+        if value.dim() == 3 and len(value) == module.num_experts
+    }
 
 
 def _kind(module: Any) -> Kind:

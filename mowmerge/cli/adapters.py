@@ -93,7 +93,7 @@ def _shape(part: TensorSpec) -> str:
 
 def _how(update: Update) -> str:
     if not update.joined:
-        return "decomposed"
+        return "zero" if update.exact else "decomposed"
     return "joined" if update.exact else "joined, then cut"
 
 
