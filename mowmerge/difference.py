@@ -17,8 +17,8 @@ from mowmerge import __version__
 from mowmerge.checkpoint import heads, lowrank, modules, naming, source
 from mowmerge.checkpoint.appender import Appender
 from mowmerge.checkpoint.lowrank import Factors
-from mowmerge.checkpoint.peft import PREFIX, WEIGHTS
-from mowmerge.errors import CheckpointError
+from mowmerge.checkpoint.peft import CONFIG, PREFIX, WEIGHTS
+from mowmerge.errors import CheckpointError, denied
 from mowmerge.known import Cut, Known, Unknown
 from mowmerge.plan import Stored
 from mowmerge.tensors import DTYPES, Tensor, TensorReader, TensorSpec, torch
@@ -190,7 +190,10 @@ def write(
             where=difference.origin.origin, hint="an adapter would be empty",
         )  # fmt: skip
     config = _config(difference, found, saved, bool(biases))
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    try:
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+    except OSError as error:
+        raise denied(error, folder / CONFIG) from error
     return _report([*found.values(), *lines])
 
 
@@ -246,6 +249,7 @@ def rest(
             lost[name] = f"its module '{module}' holds whole layers"
         else:
             saved.add(module)
+    biases = [name for name in biases if not _within(difference.module(name), saved)]
     return saved, biases, lost
 
 

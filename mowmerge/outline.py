@@ -83,7 +83,9 @@ def outline(
     wanted = [n for n in targets if not all(map(same, difference.beside(n)))]
     found = [_update(difference, n, cut, reading(n)) for n in difference.targets if n in wanted]
     saved, biases, lost = rest(difference, lambda name: not same(name))
-    specs = {key: difference.held[n] or difference.extra[n] for n, key in kept(difference, saved)}
+    specs = {
+        key: difference.held.get(n) or difference.extra[n] for n, key in kept(difference, saved)
+    }
     specs |= {name: difference.base.specs[name] for name in biases}
     others = [
         reading(n) + 24 * min(spec.numel, STEP)

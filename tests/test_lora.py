@@ -69,6 +69,7 @@ CASES: dict[str, tuple[str, dict[str, int | None]]] = {
     "some experts": ("gpt_oss", {"layers.0.mlp.experts.down_proj$": 2}),
     "experts with biases": ("gpt_oss", {"experts.gate_up_proj_bias": None, "q_proj.w": 1}),
     "only a norm": ("llama", {"model.norm": None}),
+    "a module that holds an update": ("vit", {"cls_token": None, "projection": None, "query.w": 2}),
     "parameters": ("vit", {"query": 2, "cls_token": None}),
 }
 
