@@ -334,11 +334,18 @@ def _config(
         "revision": difference.origin.revision, "task_type": None, "inference_mode": True,
         "r": r, "lora_alpha": r, "rank_pattern": pattern, "alpha_pattern": pattern,
         "target_modules": targets if ranks else NO_TARGETS,
-        "target_parameters": stacks or None, "modules_to_save": sorted(saved) or None,
+        "target_parameters": stacks or None,
+        "modules_to_save": sorted(_named(difference, path) for path in saved) or None,
         "bias": "all" if biased else "none", "fan_in_fan_out": "conv1d" in kinds,
         "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "init_lora_weights": True,
         "ensure_weight_tying": tied,
     }  # fmt: skip
+
+
+def _named(difference: Difference, path: str) -> str:
+    """A module to save as peft finds it: it takes every one whose path in `base_model` ends so."""
+    others = (other for other in difference.modules.kinds if other != path)
+    return f"model.{path}" if any(other.endswith(path) for other in others) else path
 
 
 def shown(origin: Stored) -> str:

@@ -10,14 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import ViTModel
 
 import mowmerge
 from mowmerge import api
 from mowmerge.demo import images, tour, vit, zoo
 from mowmerge.demo.images import SPLITS, TASKS
 from mowmerge.errors import CheckpointError, ResourceError, SourceError
+from tests.peft_models import quiet
 from tests.zoo import ROOT, Zoo
 
 ROWS = [
@@ -170,8 +173,25 @@ def test_each_recipe_runs_on_the_zoo(
     first, second = recipe.read_text("utf-8").splitlines()[:2]
     assert first == "# yaml-language-server: $schema=../docs/recipe.schema.json"
     assert second.startswith("# ")
+    if recipe.stem == "lora":  # as its second line says
+        for task in images.TASKS:
+            where = hasty / task, hasty / "base", hasty.parent / "lora" / task
+            assert not api.extract_lora(*where, rank=16).report["lost"]
     fitted = ["parameters.steps=2"] if recipe.stem == "adamerging" else []
     out = api.merge(recipe, tmp_path / "out", overrides=fitted).path
+    if recipe.stem == "lora":
+        from peft import PeftModel
+
+        assert not api.verify(out).problems
+        below = ViTModel.from_pretrained(hasty / "base", add_pooling_layer=False)
+        before = {name: value.clone() for name, value in below.state_dict().items()}
+        with quiet():
+            after = PeftModel.from_pretrained(below, out).merge_and_unload().state_dict()
+        assert after.keys() == before.keys()
+        assert any(
+            not torch.equal(after[name], before[name]) for name in before if "q_proj" in name
+        )
+        return
     if (out / "router.safetensors").exists() or list(out.glob("dynamic-*")):
         assert len(mowmerge.load(out).mow_heads) == len(images.TASKS)
         return
