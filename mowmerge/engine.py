@@ -26,12 +26,14 @@ from mowmerge.methods.contracts import Extent, Fold
 from mowmerge.placement import Placed
 from mowmerge.plan import RUN, Adapted, Plan, Source, Stored, TensorJob, Tied
 from mowmerge.ranks import Ranks
-from mowmerge.reduction import driven, reduced
+from mowmerge.reduction import bunched, driven, reduced
 from mowmerge.report import TensorReport
 from mowmerge.room import fitting
 from mowmerge.sharing import share, spread
 from mowmerge.streaming import OpenJob
 from mowmerge.tensors import TensorHandle, TensorReader, TensorSpec, torch
+
+BUNCH = 32 * RUN  # elements of small tensors that one worker writes in a row
 
 
 class Sink(Protocol):
@@ -111,8 +113,9 @@ class Engine:
         def written() -> list[TensorReport]:
             if self.ranks.first:
                 self._check_ties()
-            futures = [pool.submit(write, job) for job in largest_first]
-            return [future.result() for future in as_completed(futures)]
+            together = bunched(largest_first, lambda job: job.output.numel, BUNCH)
+            futures = [pool.submit(lambda some: [*map(write, some)], some) for some in together]
+            return [told for future in as_completed(futures) for told in future.result()]
 
         with one_thread_each(), self._pool() as pool:
             for group in sorted({job.group for job in self.plan.each if job.group is not None}):

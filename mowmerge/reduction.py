@@ -40,7 +40,7 @@ def reduced(
     tasks = [(job, start) for job in jobs for start in range(0, job.output.numel, span(job))]
     lengths = [min(span(job), job.output.numel - start) for job, start in tasks]
     mine = run_of(tasks, lengths, ranks)
-    bunches = _bunched(mine, lambda task: min(span(task[0]), task[0].output.numel - task[1]))
+    bunches = bunched(mine, lambda t: min(span(t[0]), t[0].output.numel - t[1]), SPAN)
 
     def part(fold: Fold, some: Sequence[tuple[TensorJob, int]], narrowed: Plan) -> list[Fold]:
         found: list[Fold] = []
@@ -88,14 +88,14 @@ def driven(rounds: Reduction, fill: Callable[[Fold], Fold]) -> Any:
         return done.value
 
 
-def _bunched(tasks: Sequence[T], length: Callable[[T], int]) -> list[list[T]]:
-    """Neighbours together as long as they are no more than SPAN elements: small tensors cost less
-    in one task than in thousands."""
+def bunched(tasks: Sequence[T], length: Callable[[T], int], most: int) -> list[list[T]]:
+    """Neighbours together as long as they are no more than `most` elements: small tensors cost less
+    in one task than in thousands, for which workers wait on each other."""
     found: list[list[T]] = []
-    filled = SPAN
+    filled = most
     for task in tasks:
         filled += length(task)
-        if filled > SPAN:
+        if filled > most:
             found.append([])
             filled = length(task)
         found[-1].append(task)

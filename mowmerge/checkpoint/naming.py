@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from functools import lru_cache
 
 from mowmerge.tensors import TensorSpec
 
+_NUMBER = re.compile(r"\.\d+(?=\.)")
 _LAYER = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 _ROLES = tuple(
     (role, re.compile(pattern, re.I))
@@ -55,6 +57,12 @@ _TIES = (  # a head or copy that may be absent because it is tied, and the embed
 
 def role(name: str) -> str:
     """embedding | attention | mlp | norm | head | router | other, from the name alone."""
+    return _role(_NUMBER.sub(".0", name))
+
+
+@lru_cache
+def _role(name: str) -> str:
+    """The role of all tensors that differ in the numbers of layers and experts alone."""
     return next((role for role, pattern in _ROLES if pattern.search(name)), "other")
 
 

@@ -24,6 +24,8 @@ from mowmerge.cli.train_router import train_router
 from mowmerge.cli.verify import verify
 from mowmerge.errors import MowmergeError, ResourceError
 
+SEARCH = 50_000  # objects between searches for cycles: plans are many objects, and none is garbage
+
 app = typer.Typer(
     name="mowmerge",
     no_args_is_help=True,
@@ -51,6 +53,7 @@ def _version(
 
 def main() -> None:
     """Runs the command line; a user's mistake is a message and an exit code, not a traceback."""
+    gc.set_threshold(SEARCH)
     try:
         app()
     except MowmergeError as error:

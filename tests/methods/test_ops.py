@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mowmerge.methods import ops
 from mowmerge.methods.contracts import Block, Draws, Reduction
+from mowmerge.methods.ops import selection
 from mowmerge.plan import RUN
 
 torch.set_num_threads(1)
@@ -182,9 +183,18 @@ def test_a_misleading_sample_costs_passes_and_not_exactness(misleading: str, ran
     assert passes <= 5
 
 
-def test_a_rank_at_either_end_of_the_bracket() -> None:
+def test_up_to_65536_numbers_are_all_kept() -> None:
+    values = torch.randn(2, 1000, generator=torch.Generator().manual_seed(5))
+    values[0, 7] = values[0, 9] = 0.5
+    for ranks in ([1, 1000], [0, 500], [137, 3]):
+        found, passes = drive(ops.kth_largest(ranks, 1000), [values[:, :300], values[:, 300:]])
+        assert found == by_sort(values, ranks) and passes == 1
+
+
+def test_a_rank_at_either_end_of_the_bracket(monkeypatch: pytest.MonkeyPatch) -> None:
     # a sample from the middle brackets too near to it: where the true place crosses the ends of
     # the bracket, at about 420 and 580, the counts above and within it decide
+    monkeypatch.setattr(selection, "SAMPLE_LEAST", 999)
     values = torch.randn(1, 1000, generator=torch.Generator().manual_seed(5))
     order = values.abs().sort(dim=1).values
 

@@ -30,13 +30,16 @@ def kth_largest(
     of: whose magnitudes count: the values', or what it makes of a block. signed: numbers, not
     magnitudes.
 
-    Exact. A sample brackets each value, then counting passes narrow the bracket: entries above it
-    are counted, entries inside it go to a histogram over their bit patterns, which order as they
-    do. One counting pass is the rule; a sample that misleads costs more passes, never
-    exactness. Memory is one histogram a model, whatever the number of ties.
+    Exact. Up to 65,536 numbers are all kept. Of more a sample brackets each value, then counting
+    passes narrow the bracket: entries above it are counted, entries inside it go to a histogram
+    over their bit patterns, which order as they do. One counting pass is the rule; a sample that
+    misleads costs more passes, never exactness. Memory is one histogram a model, whatever the
+    number of ties.
     """
     share = max(min(SAMPLE_SHARE, SAMPLE_MOST / max(total, 1)), SAMPLE_LEAST / max(total, 1))
     sample = yield _Sample(len(ranks), share, of, _Order(signed))
+    if share >= 1:  # it is all there is
+        return [sample.largest(i, rank) if rank else math.inf for i, rank in enumerate(ranks)]
     spans = [sample.bracket(i, rank / max(total, 1)) for i, rank in enumerate(ranks)]
     order = sample.order
     del sample  # up to gigabytes, for the largest models
@@ -123,11 +126,24 @@ class _Sample:
         for mine, theirs in zip(self.kept, other.kept, strict=True):
             mine.extend(theirs)
 
+    def _codes(self, i: int) -> Any:
+        import numpy as np
+
+        return self.order.codes(np.concatenate([np.zeros(0, "f4"), *self.kept[i]]))
+
+    def largest(self, i: int, rank: int) -> float:
+        """The rank-th largest of the numbers kept."""
+        import numpy as np
+
+        codes = self._codes(i)
+        place = len(codes) - rank
+        return self.order.number(int(np.partition(codes, place)[place]))
+
     def bracket(self, i: int, share: float) -> tuple[int, int]:
         """Codes between which the number that a `share` of all exceed should lie."""
         import numpy as np
 
-        codes = self.order.codes(np.concatenate([np.zeros(0, "f4"), *self.kept[i]]))
+        codes = self._codes(i)
         n = len(codes)
         place, margin = n * (1 - share), 8 + 4 * math.sqrt(n * share * (1 - share))
         first, last = math.floor(place - margin), math.ceil(place + margin)
