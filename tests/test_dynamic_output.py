@@ -254,29 +254,27 @@ def test_no_room_is_said_and_nothing_is_left(zoo: Zoo, monkeypatch: pytest.Monke
 
 
 KILLED = """
-import os, random, shutil, signal, sys, time
+import random, shutil, sys
 from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from killing import killed, steps
 from mowmerge import merge
 from mowmerge.tensors import torch
-torch.zeros(1)
 torch.set_num_threads(1)
-merge("recipe.yaml", "warm", hashes=False)
-began = time.perf_counter()
-merge("recipe.yaml", "first", hashes=False)
-took, draws, early = time.perf_counter() - began, random.Random(5), 0
-whole = sorted(p.name for p in Path("first").iterdir())
+
+def run():
+    merge("recipe.yaml", "out", force=True, hashes=False)
+
+run()
+out = Path("out")
+whole, draws, early = sorted(p.name for p in out.iterdir()), random.Random(5), 0
+shutil.rmtree(out)
+last = steps(run)
+shutil.rmtree(out)
 for i in range(int(sys.argv[1])):
-    child = os.fork()
-    if child == 0:
-        try:
-            merge("recipe.yaml", "out", force=True, hashes=False)
-        finally:
-            os._exit(0)
-    time.sleep(draws.uniform(0, 1.1 * took))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    if not killed(run, draws.randrange(last)):
+        sys.exit(f"run {i} was not killed")
     early += Path(".out.partial").exists()
-    out = Path("out")
     if out.exists() and sorted(p.name for p in out.iterdir()) != whole:
         sys.exit(f"killed run {i} left a broken checkpoint")
     shutil.rmtree(out, ignore_errors=True)
@@ -287,9 +285,9 @@ print(early)
 def test_a_kill_leaves_nothing_or_a_whole_checkpoint(zoo: Zoo) -> None:
     zoo.family({f"model.layers.{i}.mlp.up_proj.weight": (300, 1000) for i in range(3)}, 2)
     zoo.recipe({"method": "emr", "output": {"shard_size": "2MB"}})
-    ran = zoo.python(KILLED, 8)
+    ran = zoo.python(KILLED, 8, Path(__file__).parent)
     assert ran.rc == 0, ran.err
-    assert int(ran.out) > 1
+    assert int(ran.out) > 4
 
 
 # --- memory

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from zoo import Zoo, environment, left
@@ -16,15 +17,14 @@ from zoo import Zoo, environment, left
 from mowmerge.errors import CheckpointError
 
 KILLED = """
-import hashlib, os, random, shutil, signal, sys, time
+import hashlib, random, shutil, sys
 from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from killing import killed, steps
 from mowmerge import merge
 from mowmerge.tensors import torch
-torch.zeros(1)
 torch.set_num_threads(1)
-began = time.perf_counter()
 merge("recipe.yaml", "first")
-took, draws, early = time.perf_counter() - began, random.Random(5), 0
 
 def whole(out):
     for line in (out / "SHA256SUMS").read_text().splitlines():
@@ -33,23 +33,21 @@ def whole(out):
             return False
     return (out / "config.json").exists() and (out / "report.json").exists()
 
+def run():
+    merge("recipe.yaml", "out", force=True)
+
+out, early = Path("out"), 0
+last, draws = steps(run), random.Random(5)
 for i in range(int(sys.argv[1])):
-    out, child = Path("out"), os.fork()
-    if child == 0:
-        try:
-            merge("recipe.yaml", out, force=True)
-        finally:
-            os._exit(0)
-    time.sleep(draws.uniform(0, 1.1 * took))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    if not killed(run, draws.randrange(last)):
+        sys.exit(f"run {i} was not killed")
     early += Path(".out.partial").exists()
     if out.exists() and not whole(out):
         sys.exit(f"killed run {i} left a broken checkpoint")
     if i % 2:
         shutil.rmtree(out, ignore_errors=True)
 merge("recipe.yaml", "out", force=True)
-if not whole(Path("out")):
+if not whole(out):
     sys.exit("the run after the kills is broken")
 print(early, *(p.name for p in Path().glob(".*")))
 """
@@ -59,7 +57,7 @@ print(early, *(p.name for p in Path().glob(".*")))
 def test_a_kill_at_any_moment_leaves_nothing_or_a_whole_checkpoint(zoo: Zoo, kills: int) -> None:
     zoo.family({f"model.layers.{i}.mlp.up_proj.weight": (600, 1000) for i in range(4)}, 2)
     zoo.recipe({"method": "linear", "output": {"shard_size": "4MB"}})
-    ran = zoo.python(KILLED, kills)
+    ran = zoo.python(KILLED, kills, Path(__file__).parent)
     assert ran.rc == 0, ran.err
     in_the_middle, *leftovers = ran.out.split()
     assert leftovers == []

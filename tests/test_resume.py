@@ -459,9 +459,11 @@ def test_an_extraction_does_not_wipe_an_unfinished_merge(
 
 
 KILLED = """
-import json, os, random, shutil, signal, sys, time
+import random, shutil, sys
+from functools import partial
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
+from killing import killed, steps
 from test_resume import folder
 from mowmerge import merge
 from mowmerge.checkpoint import journal
@@ -470,12 +472,7 @@ from mowmerge.planner import Options
 from mowmerge.tensors import torch
 torch.set_num_threads(1)
 ways, draws = ["ties", "nested", "mow"], random.Random(5)
-wanted, took, repeated, early = {}, {}, 0, 0
-for way in ways:
-    merge(f"{way}.yaml", f"{way}-warm")
-    began = time.perf_counter()
-    wanted[way] = folder(merge(f"{way}.yaml", f"{way}-wanted", options=Options(workers=2)).path)
-    took[way] = time.perf_counter() - began
+wanted, last, repeated, early = {}, {}, 0, 0
 write = ShardSink.write
 
 def noted(self, name, start, data):
@@ -490,24 +487,17 @@ def known(out):
 
 def run(way, out):
     ShardSink.write = noted
-    child = os.fork()
-    if child == 0:
-        try:
-            merge(f"{way}.yaml", out, options=Options(workers=2), resume=True)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return child
+    merge(f"{way}.yaml", out, options=Options(workers=2), resume=True)
 
+for way in ways:
+    wanted[way] = folder(merge(f"{way}.yaml", f"{way}-wanted", options=Options(workers=2)).path)
+    last[way] = steps(partial(run, way, f"{way}-counted"))
 for i in range(int(sys.argv[1])):
     way = ways[i % len(ways)]
     out = f"{way}-out"
     done = known(out)
     Path("log").write_text("")
-    child = run(way, out)
-    time.sleep(draws.uniform(0, 1.1 * took[way]))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    killed(partial(run, way, out), draws.randrange(last[way]))
     repeated += len(done & set(Path("log").read_text().split()))
     early += Path(f".{out}.partial").exists()
     if Path(out).exists():
@@ -516,8 +506,7 @@ for i in range(int(sys.argv[1])):
         shutil.rmtree(out)
 for way in ways:
     out = f"{way}-out"
-    done = os.waitpid(run(way, out), 0)[1]
-    if done or folder(Path(out)) != wanted[way]:
+    if killed(partial(run, way, out), -1) or folder(Path(out)) != wanted[way]:
         sys.exit(f"{way}: the run after the kills is another")
 print(repeated, early, *(p.name for p in Path().glob(".*")))
 """
