@@ -73,9 +73,8 @@ def test_short_writes_change_nothing(family: Zoo, monkeypatch: pytest.MonkeyPatc
 def test_a_kill_at_any_moment_leaves_nothing_or_a_whole_adapter(zoo: Zoo, kills: int) -> None:
     zoo.family({f"model.layers.{i}.mlp.up_proj.weight": (400, 300) for i in range(3)}, 2)
     zoo.recipe({"method": "ties", "output": {"format": "adapter", "rank": 100}})
-    warm = 'merge("recipe.yaml", "warm")\nbegan = '  # transformers is loaded but once
-    code = KILLED.replace("config.json", "adapter_config.json").replace("began = ", warm, 1)
-    ran = zoo.python(code, kills)
+    code = KILLED.replace("config.json", "adapter_config.json")
+    ran = zoo.python(code, kills, Path(__file__).parent)
     assert ran.rc == 0, ran.err
     in_the_middle, *leftovers = ran.out.split()
     assert leftovers == []
