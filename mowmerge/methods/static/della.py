@@ -21,6 +21,20 @@ from mowmerge.tensors import Tensor, torch
 LEAST = 2.0**-32  # the grain of a draw: below it nothing is kept, and 1 over it may overflow
 
 
+def _order(size: Tensor) -> Tensor:
+    """The places of each row's entries from the least to the largest, equal ones by index.
+
+    Bits of numbers that are not negative order as they do: with the index below them they are
+    codes of which no two are equal, and any sort of those is stable. numpy's is the fastest.
+    """
+    if size.dtype != torch.float32 or size.device.type != "cpu":
+        return size.sort(dim=-1, stable=True).indices
+    codes = size.view(torch.int32).long() << 32
+    codes |= torch.arange(size.shape[-1])
+    codes.numpy().sort(axis=-1)
+    return codes.bitwise_and_(0xFFFFFFFF)
+
+
 def _chances(delta: Tensor, density: float, epsilon: float) -> Tensor:
     """The probability of each entry to be kept, from its rank by magnitude in its row."""
     if density in (0.0, 1.0) or not delta.numel():
@@ -30,8 +44,7 @@ def _chances(delta: Tensor, density: float, epsilon: float) -> Tensor:
     table = torch.full((1, 1), density, dtype=torch.float64)
     if count > 1:
         table = density + epsilon * torch.linspace(-1.0, 1.0, count, dtype=torch.float64)[None]
-    order = size.sort(dim=-1, stable=True).indices
-    chance = torch.empty_like(size).scatter_(-1, order, table.to(size).expand_as(size))
+    chance = torch.empty_like(size).scatter_(-1, _order(size), table.to(size).expand_as(size))
     return chance.view(delta.shape)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mowmerge.methods import registry
 from mowmerge.methods.contracts import Draws, MethodError
-from mowmerge.methods.static.della import _chances, della
+from mowmerge.methods.static.della import _chances, _order, della
 from mowmerge.methods.static.ties import ties
 
 
@@ -46,6 +46,13 @@ def test_chances_by_hand() -> None:
     assert _chances(torch.ones(3), 0.5, 0.2).tolist() == pytest.approx([0.3, 0.5, 0.7])
     kernel = _chances(normal(4, 2, 3, 3), 0.6, 0.1).flatten(1)
     assert torch.allclose(kernel.sort(-1).values, torch.linspace(0.5, 0.7, 18).expand(4, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_magnitudes_stand_in_the_order_of_their_index(dtype: torch.dtype) -> None:
+    size = (normal(7, 301) * 4).round().to(dtype).abs() / 3  # a dozen values, zeros among them
+    size[:, 5], size[0, 9] = 1e30, 1e-42
+    assert torch.equal(_order(size), size.sort(dim=-1, stable=True).indices)
 
 
 def test_by_hand() -> None:

@@ -1,0 +1,115 @@
+"""Measures how each static method grows with layers and with experts; prints ratios.
+
+    python -m tests.bench.catalogue [--only ties,tsv_m] [--hidden 512]
+
+A llama-shaped family in bf16. Every merge is a child process with one worker, which merges a tiny
+model first; from then on its CPU time and the largest resident set above what it holds are taken.
+
+- *layers*: that memory for twice the layers over once, four experts (aim: at most 1.1)
+- *experts*: CPU time a further expert from four to eight over that from two to four (linear: 1)
+- *units*: that memory for eight experts, in the largest matrix of fp32 times eight
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from mowmerge.methods import registry
+from tests.bench.family import Llama, write_family
+from tests.bench.merge import table
+
+COUNTS, LAYERS = (2, 4, 8), 2
+FEW: dict[str, dict[str, Any]] = {"wudi": {"steps": 10}, "doge": {"steps": 10}}
+CHILD = """
+import json, os, sys
+from pathlib import Path
+from mowmerge import api
+from mowmerge.planner import Options
+
+def kept(word):
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[word].split()[0]) * 1024
+
+def run(recipe):
+    options = Options(workers=1, stats=False)
+    api.merge(recipe, "out", options=options, hashes=False, force=True)
+
+run("tiny.yaml")
+Path("/proc/self/clear_refs").write_text("5")
+floor, began = kept("VmRSS"), sum(os.times()[:2])
+run(sys.argv[1])
+print(json.dumps([sum(os.times()[:2]) - began, kept("VmHWM") - floor]))
+"""
+
+
+def shape(hidden: int, layers: int) -> Llama:
+    """A llama whose vocabulary is no larger than an MLP's matrix."""
+    wide = hidden * 11 // 4
+    return Llama(hidden, layers, heads=8, kv_heads=2, intermediate=wide, vocab=wide)
+
+
+def measured(room: Path, family: str, method: str, n: int) -> tuple[float, float]:
+    """CPU seconds and bytes above the floor of one merge of n experts."""
+    spec = registry.get(method)
+    for name, folder in (("tiny", "tiny"), ("asked", family)):
+        recipe: dict[str, Any] = {
+            "method": method,
+            "models": {f"m{i}": str(room / folder / f"expert-{i + 1}") for i in range(n)},
+            "parameters": FEW.get(method, {}),
+        }
+        if spec.wants_base:
+            recipe["base"] = str(room / folder / "base")
+        (room / f"{name}.yaml").write_text(json.dumps(recipe))
+    words = [sys.executable, "-c", CHILD, "asked.yaml"]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(words, cwd=room, env=env, capture_output=True, text=True, check=True)
+    cpu, peak = json.loads(done.stdout)
+    return cpu, peak
+
+
+def row(room: Path, method: str, unit: int) -> list[str]:
+    """A method's ratios; of a method with a fixed number of models the first alone."""
+    spec = registry.get(method)
+    count = spec.count or 4
+    once, twice = (measured(room, family, method, count)[1] for family in ("once", "twice"))
+    layers = f"{twice / once:.2f}"
+    if spec.count:
+        return [method, layers, "", f"{once / unit / count:.2f}"]
+    few, some, many = (measured(room, "once", method, n) for n in COUNTS)
+    slope = (many[0] - some[0]) / (some[0] - few[0]) / 2
+    return [method, layers, f"{slope:.2f}", f"{many[1] / unit / COUNTS[-1]:.2f}"]
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description="Measure each static method's growth.")
+    parser.add_argument("--only", default="", help="methods, comma-separated")
+    parser.add_argument("--hidden", type=int, default=512)
+    asked = parser.parse_args()
+    static = [name for name in registry.names() if registry.get(name).family == "static"]
+    static.remove("pem_composition")  # of adapters alone
+    with tempfile.TemporaryDirectory() as folder:
+        room = Path(folder)
+        for name, made in (
+            ("tiny", shape(64, 1)),
+            ("once", shape(asked.hidden, LAYERS)),
+            ("twice", shape(asked.hidden, 2 * LAYERS)),
+        ):
+            write_family(room / name, made, experts=COUNTS[-1])
+        unit = 4 * asked.hidden * (asked.hidden * 11 // 4)
+        rows = []
+        for method in asked.only.split(",") if asked.only else static:
+            rows.append(row(room, method, unit))
+            print("  ".join(rows[-1]), file=sys.stderr, flush=True)
+    print(table("method | layers | experts | units", rows))
+
+
+if __name__ == "__main__":
+    main()
