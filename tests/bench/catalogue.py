@@ -26,9 +26,10 @@ from tests.bench.family import Llama, write_family
 from tests.bench.merge import table
 
 COUNTS, LAYERS = (2, 4, 8), 2
+WIDER = 3  # times the matrices' sides for methods that decompose none
 FEW: dict[str, dict[str, Any]] = {"wudi": {"steps": 10}, "doge": {"steps": 10}}
 CHILD = """
-import json, os, sys
+import json, sys, time
 from pathlib import Path
 from mowmerge import api
 from mowmerge.planner import Options
@@ -43,9 +44,9 @@ def run(recipe):
 
 run("tiny.yaml")
 Path("/proc/self/clear_refs").write_text("5")
-floor, began = kept("VmRSS"), sum(os.times()[:2])
+floor, began = kept("VmRSS"), time.process_time()
 run(sys.argv[1])
-print(json.dumps([sum(os.times()[:2]) - began, kept("VmHWM") - floor]))
+print(json.dumps([time.process_time() - began, kept("VmHWM") - floor]))
 """
 
 
@@ -74,15 +75,16 @@ def measured(room: Path, family: str, method: str, n: int) -> tuple[float, float
     return cpu, peak
 
 
-def row(room: Path, method: str, unit: int) -> list[str]:
-    """A method's ratios; of a method with a fixed number of models the first alone."""
+def row(room: Path, method: str, hidden: int) -> list[str]:
+    """A method's ratios; of one with a fixed number of models those without further experts."""
     spec = registry.get(method)
-    count = spec.count or 4
-    once, twice = (measured(room, family, method, count)[1] for family in ("once", "twice"))
+    count, size = spec.count or 4, "small" if spec.decompositions else "wide"
+    unit = 4 * 11 // 4 * (hidden if spec.decompositions else WIDER * hidden) ** 2
+    once, twice = (measured(room, f"{size}-{k}", method, count)[1] for k in ("once", "twice"))
     layers = f"{twice / once:.2f}"
     if spec.count:
         return [method, layers, "", f"{once / unit / count:.2f}"]
-    few, some, many = (measured(room, "once", method, n) for n in COUNTS)
+    few, some, many = (measured(room, f"{size}-once", method, n) for n in COUNTS)
     slope = (many[0] - some[0]) / (some[0] - few[0]) / 2
     return [method, layers, f"{slope:.2f}", f"{many[1] / unit / COUNTS[-1]:.2f}"]
 
@@ -97,16 +99,13 @@ def main() -> None:
     static.remove("pem_composition")  # of adapters alone
     with tempfile.TemporaryDirectory() as folder:
         room = Path(folder)
-        for name, made in (
-            ("tiny", shape(64, 1)),
-            ("once", shape(asked.hidden, LAYERS)),
-            ("twice", shape(asked.hidden, 2 * LAYERS)),
-        ):
-            write_family(room / name, made, experts=COUNTS[-1])
-        unit = 4 * asked.hidden * (asked.hidden * 11 // 4)
+        write_family(room / "tiny", shape(64, 1), experts=COUNTS[-1])
+        for size, hidden in (("small", asked.hidden), ("wide", WIDER * asked.hidden)):
+            for name, layers in (("once", LAYERS), ("twice", 2 * LAYERS)):
+                write_family(room / f"{size}-{name}", shape(hidden, layers), experts=COUNTS[-1])
         rows = []
         for method in asked.only.split(",") if asked.only else static:
-            rows.append(row(room, method, unit))
+            rows.append(row(room, method, asked.hidden))
             print("  ".join(rows[-1]), file=sys.stderr, flush=True)
     print(table("method | layers | experts | units", rows))
 
