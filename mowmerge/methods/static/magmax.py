@@ -48,7 +48,7 @@ def magmax(
         ties = [(part.abs() == size).to(part.dtype) for part in parts]
         shares = [part * one for part, one in zip(parts, ties, strict=True)]
         return added(shares).div_(added(ties)).mul_(scale)
-    largest = parts[0]
+    largest: Tensor = parts[0]
     for other in parts[1:]:
         size, known = other.abs(), largest.abs()
         if tie == "positive":
