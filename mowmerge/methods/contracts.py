@@ -232,7 +232,7 @@ class Draws:
             words = self._words(i, self.start, numel)
             np.less(words, np.uint16(limit), out=kept[i])
             for at in np.flatnonzero(words == limit) if rest else ():
-                kept[i, at] = self._words(i, self.start + int(at), 1, "rest")[0] < rest
+                kept[i, at] = self._rest(i, at) < rest
         mask = torch.empty(like.shape, dtype=like.dtype)
         np.copyto(mask.view(len(like), numel).numpy(), kept)
         return mask.to(like.device)
@@ -240,20 +240,28 @@ class Draws:
     def keep_each(self, probability: Tensor) -> Tensor:
         """1.0 where an element is kept, else 0.0: Bernoulli of its own probability.
 
-        Shapes: probability [N,*B] -> [N,*B], in its dtype and on its device. The grain is 2^-32.
+        Shapes: probability [N,*B] -> [N,*B], in its dtype and on its device. Where it is the same
+        for all, what `keep` keeps of that density.
         """
         import numpy as np
 
         mask = torch.empty_like(probability, device="cpu")
         for i, chance in enumerate(probability.cpu()):
-            words = self._words(i, 2 * self.start, 2 * chance.numel(), "each").view("<u4")
-            limits = np.ldexp(chance.double().numpy().ravel(), 32)
-            mask[i] = torch.from_numpy(words < limits).view(chance.shape)
+            limits = np.rint(np.ldexp(chance.double().numpy().ravel(), 32)).astype(np.uint64)
+            words = self._words(i, self.start, limits.size)
+            kept = words < limits >> 16
+            for at in np.flatnonzero(words == limits >> 16):
+                kept[at] = self._rest(i, at) < limits[at] % 2**16
+            mask[i] = torch.from_numpy(kept).view(chance.shape)
         return mask.to(probability.device)
 
     def ahead(self, count: int) -> Draws:
         """The same draws from `count` elements further on."""
         return Draws(self.seed, self.models, self.tensor, self.start + count)
+
+    def _rest(self, model: int, at: Any) -> int:
+        """The word that goes on where one meets its limit."""
+        return int(self._words(model, self.start + int(at), 1, "rest")[0])
 
     def _words(self, model: int, start: int, count: int, stream: str = "") -> Any:
         import numpy as np

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf
+from math import ceil, inf
 from typing import Any, Literal
 
 from mowmerge.methods.contracts import Extent, PerModel, Reduction, Unit
@@ -25,8 +25,9 @@ State = tuple[Band, Sequence[float]]
 
 
 def _counts(density: float, gamma: float, total: int) -> tuple[int, int]:
-    """How many entries of `total` are kept, and how many above them are dropped."""
-    keep = min(total, max(1, int(density * total))) if density > 0 else 0
+    """How many entries of `total` are kept, and how many above them are dropped; a single number is
+    not ranked."""
+    keep = int(density * total) if total > 1 else ceil(density)
     return keep, min(int(gamma * total), total - keep)
 
 
@@ -109,7 +110,7 @@ def breadcrumbs(
 
     Args:
         weight: coefficient of each task vector.
-        density: share of entries kept, at least one; 1 keeps all, 0 none.
+        density: share of entries kept, of a single number all; 1 keeps all, 0 none.
         gamma: share of entries dropped as outliers above them; what density leaves, at most.
         elect: add everything (none), or elect a sign by the sum (mass) or by number (count) and
             keep what agrees, as TIES does; an even vote counts as plus.

@@ -36,7 +36,7 @@ def _statistics(extents: Sequence[Extent]) -> Reduction:
     density = p["density"]
     threshold: Sequence[float] = ()
     if p["mask"] == "magnitude":
-        dropped = [int((1 - d) * total) for d in density]
+        dropped = [int(round((1 - d) * total, 6)) for d in density]  # 1 - 0.9 is not quite 0.1
         threshold = yield from kth_largest([total - k + 1 if k else 0 for k in dropped], total)
     nothing = 2.0**-33  # a density that rounds to 0 draws nothing, and 1 over it may overflow
     factor: Sequence[float] = [

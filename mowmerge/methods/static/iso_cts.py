@@ -65,7 +65,8 @@ def iso_cts(
     shared, own = _ranks(min(deltas.shape[1:]), n, common)
     parts = [svd(added(list(deltas))).cut(shared)]
     if own:
-        basis = parts[0].left
+        least = NOTHING * float(torch.stack([delta.norm() for delta in deltas]).amax())
+        basis = parts[0].left[:, parts[0].values > least]  # not what task vectors cancel to
         parts += [svd(delta - basis @ (basis.T @ delta)).cut(own) for delta in deltas]
     values = torch.cat([part.values for part in parts])
     used = values > NOTHING * values.amax()

@@ -32,7 +32,7 @@ def _mean(cosines: Tensor, share: Tensor, max_iter: int, tol: float) -> Tensor:
         return math.sqrt(max(0.0, float(of @ cosines @ of)))
 
     mean = share.clone()
-    if length(mean) <= max(tol, CANCELLED):  # they cancel: start at the first that counts
+    if length(mean) <= max(tol, CANCELLED):  # they cancel: start at the first of the heaviest
         mean = torch.zeros_like(share)
         mean[int(share.argmax())] = 1.0
     mean = mean / length(mean)

@@ -91,8 +91,11 @@ def _state(
 
 
 def _statistics(extents: Sequence[Extent]) -> Reduction:
-    """The state over all matrices: how many coordinates there are is known when they are."""
+    """The state over all matrices: how many coordinates there are is known when they are. That of
+    one matrix is for the method, which decomposes it once."""
     p = extents[0].parameters
+    if _scope(p) == "tensor":
+        return None
     for word in ("density", "drop", "direction", "elect", "zero_sign"):
         if any(e.parameters[word] != p[word] for e in extents):
             raise MethodError(f"with trim: global, {word} must be the same for all tensors")
@@ -201,7 +204,7 @@ def knots(
         flat = parts.flatten(1)
 
         def own(extents: Sequence[Extent]) -> Reduction:
-            return _state(options, n, flat.shape[1], lambda b: b.values, 0)
+            return _state(options, n, flat.shape[1], lambda b: b.values, int(trim == "global"))
 
         state = settle(own, flat, options, rng)
     zero = {"majority": state.majority, "plus": 1.0, "drop": 0.0}[zero_sign]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from mowmerge.methods.contracts import PerModel
-from mowmerge.methods.ops import spread
+from mowmerge.methods.ops import added, spread
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
@@ -22,7 +22,7 @@ def magmax(
     deltas: Tensor,
     *,
     weight: PerModel[float] = 1.0,
-    tie: Literal["last", "first", "positive"] = "last",
+    tie: Literal["last", "first", "positive", "mean"] = "last",
     scale: float = 0.5,
 ) -> Tensor:
     """The entry of largest magnitude among the task vectors, times scale.
@@ -33,7 +33,7 @@ def magmax(
 
     Args:
         weight: coefficient of each task vector, before they are compared.
-        tie: of equal magnitudes, the last model's, the first one's or the positive one.
+        tie: of equal magnitudes, the last model's, the first one's, the positive one or their mean.
         scale: factor on the result, the paper's lambda.
 
     Source: MagMax, arXiv:2407.06322, eq. 3; reference code task_vectors.py, whose scale is the
@@ -42,12 +42,17 @@ def magmax(
     another.
     """
     each = spread(weight, len(deltas))
-    largest: Tensor = deltas[0] * each[0]
-    for delta, w in zip(deltas[1:], each[1:], strict=True):
-        other = delta if w == 1 else delta * w
+    parts = [d if w == 1 else d * w for d, w in zip(deltas, each, strict=True)]
+    if tie == "mean":
+        size = torch.stack([part.abs() for part in parts]).amax(0)
+        ties = [(part.abs() == size).to(part.dtype) for part in parts]
+        shares = [part * one for part, one in zip(parts, ties, strict=True)]
+        return added(shares).div_(added(ties)).mul_(scale)
+    largest: Tensor = parts[0]
+    for other in parts[1:]:
         size, known = other.abs(), largest.abs()
         if tie == "positive":
             other = torch.where(size == known, torch.maximum(other, largest), other)
         wins = size > known if tie == "first" else size >= known
         largest = torch.where(wins, other, largest)
-    return largest.mul_(scale)
+    return largest * scale

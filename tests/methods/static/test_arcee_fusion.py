@@ -74,3 +74,10 @@ def test_one_model_beside_the_base() -> None:
         spec.check({}, 2)
     assert spec.needs_base
     assert spec.parameters["iqr"].fault(-1.0)
+
+
+def test_a_shift_of_a_row_in_both_changes_nothing() -> None:
+    model, base = (value.double() for value in pair(12, 20))
+    shift = torch.linspace(-3.0, 3.0, 12, dtype=torch.float64)[:, None]
+    moved = arcee_fusion((model + shift)[None], base + shift)
+    assert torch.allclose(moved, arcee_fusion(model[None], base) + shift)

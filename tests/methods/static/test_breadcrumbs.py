@@ -54,11 +54,16 @@ def test_what_density_leaves_is_the_most_that_gamma_drops() -> None:
     assert torch.equal(every, task_arithmetic(two, weight=[0.3, 0.7]))
 
 
-def test_a_small_tensor_is_not_emptied() -> None:
-    # floor(0.01 * 50) = 0 outliers: all that density says is kept; and one entry at least
+def test_small_tensors() -> None:
+    # floor(0.01 * 50) = 0 outliers: all that density says is kept
     out = breadcrumbs(normal(1, 50), density=0.9, gamma=0.01)
     assert int((out != 0).sum()) == 45
-    assert breadcrumbs(torch.tensor([[2.0]])).tolist() == [2.0]
+    # floor(0.2 * 3) = 0 of a row of a kernel, floor(0.2 * 27) = 5 less floor(0.1 * 27) of all
+    kernel = normal(1, 3, 3, 3)
+    assert not breadcrumbs(kernel, group="row").any()
+    assert int((breadcrumbs(kernel) != 0).sum()) == 5
+    assert breadcrumbs(torch.tensor([[2.0]])).tolist() == [2.0]  # a single number is not ranked
+    assert breadcrumbs(torch.tensor([2.0])).item() == 2.0
 
 
 def test_ties_are_kept_at_both_ends() -> None:

@@ -44,6 +44,12 @@ def test_limits() -> None:
     assert counts == sorted(counts, reverse=True)
     assert counts[0] == 200
     assert counts[2] > counts[3] > 0
+    counts = [int((consensus_ta(deltas, threshold=t / 5) != 0).sum()) for t in range(8)]
+    assert counts == sorted(counts, reverse=True)
+    assert counts[0] == 200 > counts[7]
+    one = torch.tensor([[3.0, 0.0, -1.0]])  # stands out against nothing, where it is not 0
+    assert consensus_ta(one, agreement=1, scale=1.0).tolist() == one[0].tolist()
+    assert not consensus_ta(one).any()
 
 
 def test_beside_ties() -> None:

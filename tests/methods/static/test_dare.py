@@ -142,3 +142,11 @@ def test_l1_is_restored() -> None:
     assert out.double().abs().sum().item() == pytest.approx(
         delta.double().abs().sum().item(), rel=1e-6
     )
+
+
+@pytest.mark.parametrize("tenths", range(1, 10))
+def test_as_many_are_dropped_as_the_share_says(tenths: int) -> None:
+    """1 - 0.9 in floating point is less than 0.1: a floor of it times ten is one too few."""
+    delta = torch.arange(1.0, 11.0)[None]
+    out = dare(delta, density=tenths / 10, mask="magnitude", rescale="none")
+    assert int((out != 0).sum()) == tenths

@@ -33,6 +33,8 @@ def test_without_steps_the_lengths_are_balanced() -> None:
     assert torch.allclose(out, 0.07 * torch.tensor([[0.6, 0.8 + 1.0]]))
     out = doge(deltas, density=1.0, steps=0, eta=1.0, weight=[1.0, 0.5])
     assert torch.allclose(out, torch.tensor([[0.6, 0.8 + 0.5]]))
+    longer = doge(deltas * torch.tensor([1.0, 9.0])[:, None, None], density=1.0, steps=0)
+    assert torch.allclose(longer, 0.07 * torch.tensor([[0.6, 0.8 + 1.0]]))
 
 
 def test_a_step_by_hand() -> None:

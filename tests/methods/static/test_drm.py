@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from zoo import Zoo
 
 from mowmerge.methods.static.drm import _trimmed, drm
 
@@ -78,5 +79,17 @@ def test_a_model_without_a_share() -> None:
 def test_what_is_no_matrix_is_elected_as_it_is() -> None:
     deltas = torch.tensor([[1.0, -2.0, 0.0], [3.0, 1.0, 0.0]])
     assert drm(deltas).tolist() == [2.0, -2.0, 0.0]
-    # even votes take the sign that most entries have: plus here
-    assert drm(torch.tensor([[1.0, 2.0], [-1.0, 2.0]])).tolist() == [1.0, 2.0]
+    # even votes count as plus
+    assert drm(torch.tensor([[1.0, -2.0], [-1.0, -2.0]])).tolist() == [1.0, -2.0]
+
+
+def test_embeddings_and_heads_are_no_matrices(zoo: Zoo) -> None:
+    models = zoo.family({"model.embed_tokens.weight": (9, 6), "a.weight": (6, 6)})
+    names = models["base"]
+    for table in (False, True):
+        found, _ = zoo.merge({"method": "drm", "parameters": {"vocabulary": table}}, f"out{table}")
+        for name, base in names.items():
+            deltas = torch.stack([models[e][name] - base for e in "abc"])
+            flat = "embed" in name and not table
+            merged = drm(deltas.flatten(1) if flat else deltas).view_as(base)
+            assert torch.allclose(found[name], base + merged, atol=1e-6), (name, table)

@@ -48,3 +48,9 @@ def test_what_is_no_matrix_has_the_mean() -> None:
     for shape in ((4,), (2, 3, 2, 2)):
         deltas = normal(3, *shape)
         assert torch.allclose(iso_c(deltas, scale=2.0), deltas.mean(0) * 2)
+
+
+def test_turned_inputs_and_outputs() -> None:
+    deltas = normal(3, 6, 9)
+    left, right = (torch.linalg.qr(normal(k, k, seed=k)).Q for k in (6, 9))
+    assert torch.allclose(iso_c(left @ deltas @ right), left @ iso_c(deltas) @ right)

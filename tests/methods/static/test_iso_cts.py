@@ -52,8 +52,11 @@ def test_zeros_and_low_rank_bring_no_arbitrary_directions() -> None:
     assert not iso_cts(torch.zeros(2, 3, 4)).any()
 
 
-def test_turned_inputs_and_outputs() -> None:
+@pytest.mark.parametrize("rank", [6, 2, 0])  # of the sum, of which three directions are shared
+def test_turned_inputs_and_outputs(rank: int) -> None:
     deltas = normal(3, 6, 9)
+    deltas[2] -= deltas.sum(0) * (rank < 6)
+    deltas[2] += (normal(6, rank, seed=3) @ normal(rank, 9, seed=4)) * (rank < 6)
     left, right = (torch.linalg.qr(normal(k, k, seed=k)).Q for k in (6, 9))
     turned = iso_cts(left @ deltas @ right, common=0.5)
     assert torch.allclose(turned, left @ iso_cts(deltas, common=0.5) @ right)

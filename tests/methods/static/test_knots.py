@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from zoo import Zoo
 
 from mowmerge.methods import ops
 from mowmerge.methods.contracts import Draws
+from mowmerge.methods.ops.spectral import left_basis
 from mowmerge.methods.static.knots import _statistics, knots
+
+home = sys.modules[_statistics.__module__]
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -92,15 +99,38 @@ def test_random_drops() -> None:
 def test_the_state_is_that_of_the_matrix() -> None:
     deltas = normal(3, 6, 9)
     p = {"weight": (1.0,) * 3, "density": (0.3,) * 3, "drop": 0.0, "direction": "horizontal",
-         "elect": "mass", "zero_sign": "majority"}  # fmt: skip
+         "trim": "global", "elect": "mass", "zero_sign": "majority"}  # fmt: skip
     state = ops.settle(_statistics, deltas, p, matrix=True)
     basis = torch.linalg.svd(torch.cat(list(deltas), 1)).U
     for x, least in zip(basis.T @ deltas, state.threshold, strict=True):
         assert int((x.abs() >= least * (1 - 1e-9)).sum()) == int(0.3 * 54) + 1
-    assert torch.allclose(knots(deltas, density=0.3, state=state), knots(deltas, density=0.315))
+    assert torch.allclose(knots(deltas, density=0.3, state=state), knots(deltas, density=0.3))
+    # one more than with a threshold for each matrix: floor(0.3 * 54) = 16, floor(0.315 * 54) = 17
+    tensor = knots(deltas, density=0.315, trim="tensor")
+    assert torch.allclose(knots(deltas, density=0.3), tensor)
+    assert not torch.allclose(knots(deltas, density=0.3, trim="tensor"), tensor)
 
 
 def test_what_is_no_matrix() -> None:
     deltas = normal(3, 4)
     assert not knots(deltas).any()
     assert torch.equal(knots(deltas, rest="mean", scale=2.0), deltas.mean(0) * 2)
+
+
+@pytest.mark.parametrize("given", [{"trim": "tensor", "density": 0.3}, {}])
+def test_a_recipe_decomposes_each_matrix_once_as_a_notebook_does(
+    zoo: Zoo, monkeypatch: pytest.MonkeyPatch, given: dict[str, Any]
+) -> None:
+    """One thresholds and one majority a matrix: nothing is asked of the matrix before."""
+    models, calls, one = zoo.family({"a.weight": (8, 6), "b.weight": (6, 9)}), [], left_basis
+
+    def counted(*args: Any) -> tuple[Tensor, Tensor]:
+        calls.append(args)
+        return one(*args)
+
+    monkeypatch.setattr(home, "left_basis", counted)
+    found, _ = zoo.merge({"method": "knots", "parameters": given}, workers=1, stats=False)
+    assert len(calls) == 2
+    for name, base in models["base"].items():
+        deltas = torch.stack([models[e][name] - base for e in "abc"])
+        assert torch.allclose(found[name], base + knots(deltas, **given), atol=1e-6)

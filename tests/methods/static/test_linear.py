@@ -8,6 +8,7 @@ import torch
 from mowmerge.methods import registry
 from mowmerge.methods.contracts import MethodError
 from mowmerge.methods.static.linear import linear
+from mowmerge.methods.static.task_arithmetic import task_arithmetic
 
 
 def test_by_hand() -> None:
@@ -58,3 +59,10 @@ def test_moves_with_the_models() -> None:
     weight = [0.2, 0.5, 0.9]
     moved = linear(models * 2.0 + 3.0, weight=weight)
     assert torch.allclose(moved, linear(models, weight=weight) * 2.0 + 3.0, atol=1e-5)
+
+
+def test_it_is_task_arithmetic_on_any_base() -> None:
+    g = torch.Generator().manual_seed(0)
+    models, base = torch.randn(3, 40, generator=g), torch.randn(40, generator=g)
+    added = base + task_arithmetic(models - base, weight=[0.2, 0.3, 0.5])
+    assert torch.allclose(linear(models, weight=[2.0, 3.0, 5.0]), added, atol=1e-6)

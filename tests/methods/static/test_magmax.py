@@ -26,6 +26,13 @@ def test_ties(tie: str, value: float) -> None:
     assert back == (value if tie == "positive" else -value)
 
 
+def test_the_mean_of_ties() -> None:
+    deltas = torch.tensor([[2.0, 3.0, 1.0], [-2.0, -3.0, 4.0], [2.0, 1.0, 0.0]])
+    out = magmax(deltas, tie="mean", scale=3.0)
+    assert out.tolist() == [2.0, 0.0, 12.0]  # 3 (2 - 2 + 2) / 3, 3 (3 - 3) / 2, 3 * 4
+    assert torch.equal(magmax(deltas.flip(0), tie="mean", scale=3.0), out)
+
+
 def test_a_fold() -> None:
     deltas = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     two = magmax(deltas[:2], scale=1.0)

@@ -98,3 +98,14 @@ def test_one_share_a_row() -> None:
 def test_one_model_has_no_angle() -> None:
     with pytest.raises(MethodError, match="at least 2"):
         registry.get("model_stock").check({}, 1)
+
+
+@pytest.mark.parametrize("degrees", [20.0, 60.0, 85.0])
+def test_the_share_is_at_least_the_cosine_and_grows_with_the_models(degrees: float) -> None:
+    """N vectors with one cosine between each two: a common part, and one part of its own each."""
+    c, shares = math.cos(math.radians(degrees)), []
+    for n in (2, 3, 5, 9):
+        common = torch.full((n, 1), math.sqrt(c))
+        shares.append(share(torch.cat([common, math.sqrt(1 - c) * torch.eye(n)], 1)))
+        assert shares[-1] == pytest.approx(n * c / (1 + (n - 1) * c), rel=1e-5)
+    assert c < shares[0] < shares[1] < shares[2] < shares[3] < 1

@@ -45,3 +45,10 @@ def test_one_model_and_no_negative_step() -> None:
         spec.check({}, 2)
     assert spec.needs_base
     assert spec.parameters["t"].fault(-1e-4)
+
+
+def test_moves_and_grows_with_the_models() -> None:
+    base, model = torch.randn(2, 500, generator=torch.Generator().manual_seed(0)).double()
+    out = nearswap(model[None], base, t=0.3)
+    assert torch.allclose(nearswap(model[None] + 5.0, base + 5.0, t=0.3), out + 5.0)
+    assert torch.allclose(nearswap(4.0 * model[None], 4.0 * base, t=1.2), 4.0 * out)
