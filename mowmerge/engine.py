@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from threading import Event, Lock
 from typing import Any, Protocol
 
+from mowmerge.checkpoint import naming
 from mowmerge.checkpoint.adapter import AdaptedReader
 from mowmerge.checkpoint.journal import Journal
 from mowmerge.checkpoint.placed import PlacedReader
@@ -248,7 +249,8 @@ class Engine:
             opened.state = self._states[job.group]
         elif job.scope in ("row", "tensor") and opened.spec.reduce and job.output.numel:
             numel, codec = job.output.numel, job.code.codec if job.code else ""
-            rounds = opened.spec.reduce([Extent(job.output.shape, job.parameters, codec)])
+            role = naming.role(job.output.name)
+            rounds = opened.spec.reduce([Extent(job.output.shape, job.parameters, codec, role)])
             opened.state = driven(rounds, lambda fold: opened.observe(fold.fresh(), 0, numel))
 
     def _group_state(self, group: int, pool: ThreadPoolExecutor, journal: Journal | None) -> Any:

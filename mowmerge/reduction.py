@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from mowmerge.checkpoint import naming
 from mowmerge.methods import registry
 from mowmerge.methods.contracts import Extent, Fold, Reduction, seen, with_seen
 from mowmerge.plan import RUN, Plan, TensorJob
@@ -75,7 +76,10 @@ def reduced(
         told = ranks.each(lambda: gathered(fold))
         return _merged(fold, (with_seen(fold, one) for each in told for one in each))
 
-    return driven(reduce([Extent(j.output.shape, j.parameters) for j in jobs]), fill)
+    extents = [
+        Extent(job.output.shape, job.parameters, role=naming.role(job.output.name)) for job in jobs
+    ]
+    return driven(reduce(extents), fill)
 
 
 def driven(rounds: Reduction, fill: Callable[[Fold], Fold]) -> Any:

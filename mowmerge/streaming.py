@@ -10,6 +10,7 @@ from threading import Event
 from typing import Any
 
 from mowmerge.blocks import block_length
+from mowmerge.checkpoint import naming
 from mowmerge.checkpoint.adapter import AdaptedReader
 from mowmerge.coding import Parts
 from mowmerge.errors import CheckpointError, ResourceError
@@ -216,6 +217,8 @@ class OpenJob:
             given["state"] = self.state
         if "rng" in spec.inputs:
             given["rng"] = self._draws(start)
+        if "role" in spec.inputs:
+            given["role"] = naming.role(job.output.name)
         if "base" in spec.inputs:
             given["base"] = base.view(shape) if base is not None else None
         if "factors" in spec.inputs:

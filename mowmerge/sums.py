@@ -129,7 +129,7 @@ def _shares(job: TensorJob) -> list[float] | None:
     if job.method is None or job.scope != "element":
         return None
     spec, n = registry.get(job.method), len(job.models)
-    if spec.inputs & {"rng", "base"}:
+    if spec.inputs & {"rng", "base", "role"}:
         return None
     draws = torch.Generator().manual_seed(0)
     probes = torch.cat([torch.eye(n), torch.randn(n, 64, generator=draws)], dim=1)

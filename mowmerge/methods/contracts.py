@@ -6,6 +6,7 @@ A method is a plain function. It asks for what it needs by reserved parameter na
     base [*S]       the base's values            state          what the method's `reduce` returned
     factors         B [m,r], A [r,k] of each delta, where all are known as such a product; else None
     rng             random draws that depend on nothing but seed, model, tensor and element
+    role            what the tensor is for: embedding, attention, mlp, norm, head, router, other
     anchor [*S]     what the static method for the rest gave, as stored (dynamic methods)
     code            how this tensor is to be coded (dynamic methods)
 
@@ -44,7 +45,9 @@ Count = Annotated[int, Range(0)]
 Positive = Annotated[int, Range(1)]
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 
-RESERVED = frozenset({"models", "base", "deltas", "state", "factors", "rng", "anchor", "code"})
+RESERVED = frozenset({
+    "models", "base", "deltas", "state", "factors", "rng", "role", "anchor", "code",
+})  # fmt: skip
 SCOPES = ("element", "row", "tensor", "model")
 
 
@@ -149,12 +152,13 @@ class Block:
 
 @dataclass(frozen=True)
 class Extent:
-    """A tensor that a reduction will run over: its shape, its parameters, and how a dynamic method
-    codes it."""
+    """A tensor that a reduction will run over: its shape, its parameters, how a dynamic method
+    codes it, and its role."""
 
     shape: tuple[int, ...]
     parameters: Mapping[str, Any]
     codec: str = ""
+    role: str = ""
 
     @property
     def numel(self) -> int:

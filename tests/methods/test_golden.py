@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from golden_cases import (
     CASES,
+    GOLDEN,
     assert_within_tolerance,
     deltas,
     expected,
@@ -18,6 +20,7 @@ from golden_cases import (
     wide,
 )
 from torch import Tensor
+from zoo import Zoo
 
 from mowmerge.methods import ops, registry
 
@@ -158,16 +161,17 @@ def test_matrix_by_matrix(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", PER_COLUMN)
-def test_widen_column_by_column(case: str) -> None:
-    """The reference transposes the token embedding."""
-    got, (base, *experts) = {}, CASES[case]["inputs"]
-    for tensor in expected(case):
-        models, start = torch.stack([wide(e, tensor) for e in experts]), wide(base, tensor)
-        if "embed_tokens" in tensor:
-            got[tensor] = method("widen")(models.mT, start.T, **PER_COLUMN[case]).T
-        else:
-            got[tensor] = method("widen")(models, start, **PER_COLUMN[case])
-    assert_within_tolerance(case, got)
+def test_widen_as_a_recipe(zoo: Zoo, case: str) -> None:
+    """By columns, and by the tokens of the embedding, which the reference transposes."""
+    base, *experts = CASES[case]["inputs"]
+    content = {
+        "base": str(GOLDEN / base),
+        "models": {Path(e).name: str(GOLDEN / e) for e in experts},
+        "method": "widen",
+        "parameters": PER_COLUMN[case],
+    }
+    found, _ = zoo.merge(content, workers=2)
+    assert_within_tolerance(case, {name: found[name] for name in expected(case)})
 
 
 @pytest.mark.parametrize("case", PER_MODEL)

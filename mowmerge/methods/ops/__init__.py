@@ -18,11 +18,12 @@ from mowmerge.methods.ops.blocks import (
     spread,
     weighted_sum,
 )
-from mowmerge.methods.ops.folds import Most, Sum, gram, inner_products, majority, settle
+from mowmerge.methods.ops.folds import Listed, Most, Sum, gram, inner_products, majority, settle
 from mowmerge.methods.ops.selection import kth_largest, trim_thresholds
 
 __all__ = [
     "Elect",
+    "Listed",
     "Most",
     "Sum",
     "added",

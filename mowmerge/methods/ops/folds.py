@@ -19,12 +19,13 @@ def settle(
     base: Tensor | None = None,
     rows: bool = False,
     matrix: bool = False,
+    role: str = "",
 ) -> Any:
     """Runs a reduction on one tensor in memory and returns its state: what the engine streams.
 
     rows: in whole rows, as for scope row. matrix: in one piece, as for a method on matrices.
     """
-    rounds = reduce([Extent(tuple(values.shape[1:]), parameters)])
+    rounds = reduce([Extent(tuple(values.shape[1:]), parameters, role=role)])
     whole_rows = rows and values.dim() > 2
     shape = values.shape[1:] if matrix or whole_rows else (1, -1) if rows else (-1,)
     whole = Block(
@@ -73,6 +74,33 @@ class Sum:
     def merge(self, other: Sum) -> None:
         """Adds another tensor's total."""
         self.total = self.total + other.total
+
+
+class Listed:
+    """fn(block) [n,rows] of all blocks side by side, in index order."""
+
+    share, exact = 1.0, True
+
+    def __init__(self, fn: Callable[[Block], Tensor]) -> None:
+        self.fn = fn
+        self.found: list[Tensor] = []
+
+    def fresh(self) -> Listed:
+        """An empty list of the same function."""
+        return Listed(self.fn)
+
+    def observe(self, block: Block) -> None:
+        """Appends a block's."""
+        self.found.append(self.fn(block).cpu())
+
+    def merge(self, other: Listed) -> None:
+        """Appends another tensor's."""
+        self.found += other.found
+
+    @property
+    def total(self) -> Tensor:
+        """All of it, [n,rows]."""
+        return torch.cat(self.found, 1)
 
 
 class Most:

@@ -10,7 +10,7 @@ from mowmerge.methods.ops import Sum, inner_products, settle, spread
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
-STRAIGHT = 1e-8  # |sin| of an angle below which the arc is a line
+STRAIGHT = 1e-6  # |sin| of an angle below which the arc is a line: rounding decides what it is
 
 
 def _moved(models: Tensor, base: Tensor | None) -> Tensor:
@@ -71,7 +71,7 @@ def nuslerp(
 
     t = weight_2 / (weight_1 + weight_2); with a, b the models (minus the base, which is added
     again) and O the angle between them: out = sin((1-t) O)/sin O * a + sin(t O)/sin O * b, and
-    (1-t) a + t b where |sin O| < 1e-8.
+    (1-t) a + t b where |sin O| < 1e-6.
 
     Shapes: models [2,*S], base [*S] -> [*S].
 
@@ -84,7 +84,8 @@ def nuslerp(
     Source: mergekit's nuslerp; Shoemake 1985.
     Differs: mergekit's nuslerp_row_wise: true interpolates the columns of the stored matrix, and
     false the rows; axis says what is meant. The angle with a zero vector is a right one, decided by
-    exact zero. Unlike slerp there is no threshold of the cosine above which the arc is a line.
+    exact zero. mergekit's line begins at |sin O| < 1e-8, finer than a cosine is known: opposite
+    vectors of other lengths blow up there. Unlike slerp nothing else makes the arc a line.
     """
     each = [float(w) for w in spread(weight, 2)]
     total = sum(each)

@@ -3,49 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from mowmerge.methods.contracts import Block, Extent, NonNegative, Reduction
-from mowmerge.methods.ops import Sum, settle
+from mowmerge.methods.ops import Listed, Sum, settle
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
 
-def _moments(block: Block) -> Tensor:
-    """Of each column |W_i|^2, <W_i, W_0>, |W_0|^2: [2n+1, columns] in fp64."""
-    assert block.base is not None
-    models, base = block.values.double(), block.base.double()
-    return torch.cat([
-        (models * models).sum(1), (models * base).sum(1), (base * base).sum(0)[None]
-    ])  # fmt: skip
+def _moments(models: Tensor, base: Tensor | None, dim: int) -> Tensor:
+    """|W_i|^2, <W_i, W_0> and |W_0|^2 along a dimension of [n,*B]: [2n+1,*], in fp64."""
+    assert base is not None
+    wide, start = models.double(), base.double()[None]
+    pairs = ((wide, wide), (wide, start), (start, start))
+    return torch.cat([(one * other).sum(dim) for one, other in pairs])
 
 
-def _shifts(moments: Tensor) -> tuple[Tensor, Tensor]:
-    """How far each model's columns moved in length, and in direction (1 - cosine)."""
+def _shifts(moments: Tensor) -> Tensor:
+    """How far each model's columns moved in length, and in direction (1 - cosine): [2,n,*]."""
     n = len(moments) // 2
-    lengths, inner, base = moments[:n].sqrt(), moments[n:-1], moments[-1].sqrt()
-    both = lengths * base
+    squares, inner, base = moments[:n], moments[n:-1], moments[-1]
+    both = (squares * base).sqrt()
     turned = (1.0 - inner / both.where(both > 0, 1.0)).where(both > 0, 1.0)
-    return (lengths - base).abs(), turned.where((lengths > 0) | (base > 0), 0.0)
+    longer = (squares.sqrt() - base.sqrt()).abs()
+    return torch.stack([longer, turned.where((squares > 0) | (base > 0), 0.0)])
 
 
-def _importance(scores: Tensor, above: float, calibration: float) -> Tensor:
-    """The softmax over the models [n,c], and `calibration` where a score beats its model's mean."""
-    beats = scores > above * scores.mean(1, keepdim=True)
-    return scores.softmax(0).where(~beats, calibration)
+def _score(ranks: Tensor, columns: int, above: float, calibration: float) -> Tensor:
+    """The softmax over the models, and `calibration` where a rank beats the mean of all, averaged
+    over length and direction: of ranks [2,n,*] a weight [n,*]."""
+    share = ranks / max(1, columns)
+    beats = share > above * (columns - 1) / (2 * max(1, columns))
+    return share.softmax(1).where(~beats, calibration).mean(0)
 
 
-def _ranks(shift: Tensor) -> Tensor:
-    """The rank of each entry of a row, from 0 up, over how many there are."""
-    order = shift.sort(dim=1, stable=True).indices
-    places = torch.arange(shift.shape[1], dtype=shift.dtype).expand_as(shift)
-    return torch.empty_like(shift).scatter_(1, order, places) / shift.shape[1]
+def _ranks(shifts: Tensor) -> Tensor:
+    """How many of a row are below each entry; of equal ones the first is."""
+    order = shifts.sort(dim=-1, stable=True).indices
+    places = torch.arange(shifts.shape[-1], dtype=shifts.dtype).expand_as(shifts)
+    return torch.empty_like(shifts).scatter_(-1, order, places)
 
 
-def _weights(extents: Sequence[Extent]) -> Reduction:
-    """The weight of each column of each task vector [n,columns]; of a vector's, the mean size."""
+def _statistics(extents: Sequence[Extent]) -> Reduction:
+    """The weight of each column of each task vector [n,columns]; of a vector's, the mean size; of
+    an embedding, all shifts of each model [2,n,tokens] in order."""
     (extent,) = extents
-    p = extent.parameters
-    if len(extent.shape) < 2:
+    p, shape = extent.parameters, extent.shape
+    if len(shape) < 2:
 
         def sizes(block: Block) -> Tensor:
             assert block.base is not None
@@ -53,19 +57,24 @@ def _weights(extents: Sequence[Extent]) -> Reduction:
 
         found = yield Sum(sizes)
         return found.total / max(1, extent.numel)
-    moments = yield Sum(_moments)
-    each = [
-        _importance(_ranks(shift.flatten(1)), p["above"], p["calibration"]).view_as(shift)
-        for shift in _shifts(moments.total)
-    ]
-    return (each[0] + each[1]) / 2
+    if _by_token(extent.role, len(shape)):
+        tokens = yield Listed(lambda b: _moments(b.values, b.base, -1))
+        return _shifts(tokens.total).sort(dim=-1).values
+    moments = yield Sum(lambda b: _moments(b.values, b.base, 1))
+    ranks = _ranks(_shifts(moments.total).flatten(2))
+    weight = _score(ranks, ranks.shape[-1], p["above"], p["calibration"])
+    return weight.view(len(weight), *shape[1:])
+
+
+def _by_token(role: str, dimensions: int) -> bool:
+    return role == "embedding" and dimensions == 2
 
 
 @merge_method(
     paper="arXiv:2408.03092",
     scope="row",
     laws=("permutation",),
-    reduce=_weights,
+    reduce=_statistics,
 )
 def widen(
     models: Tensor,
@@ -73,13 +82,15 @@ def widen(
     *,
     above: NonNegative = 1.0,
     calibration: NonNegative = 1.0,
+    role: str = "",
     state: Tensor | None = None,
 ) -> Tensor:
     """The base and the task vectors, each column weighed by the ranks of its changes.
 
     Of each column c of model i: m = | |W_i| - |W_0| |, o = 1 - cos(W_i, W_0); R^m and R^o their
     ranks in the matrix over the number of columns, from 0 up; s = softmax over the models of R, or
-    calibration where R > above * the mean of model i; out = W_0 + sum_i (s^m + s^o)/2 * D_i.
+    calibration where R > above * the mean of model i; out = W_0 + sum_i (s^m + s^o)/2 * D_i. The
+    columns of an embedding are its tokens, which it has as rows.
 
     Shapes: models [N,m,k], base [m,k] -> [m,k]; in a vector each entry's |D_i| is its R for both.
 
@@ -89,17 +100,21 @@ def widen(
 
     Source: WIDEN, arXiv:2408.03092; reference code merging_methods.py.
     Differs: a column that is zero in both has not turned, one that is zero in one only has turned
-    by 1; both give NaN there. A kernel's columns run along its first dimension. The code transposes
-    the token embedding, so that its columns are tokens; here they are its features.
+    by 1; both give NaN there. A kernel's columns run along its first dimension. Tokens that moved
+    alike have one rank, the least; there they rank in order, as columns do here too.
     """
     if state is None:
-        options = {"above": above, "calibration": calibration}
-        state = settle(_weights, models, options, base=base, rows=True)
+        options: dict[str, Any] = {"above": above, "calibration": calibration}
+        state = settle(_statistics, models, options, base=base, rows=True, role=role)
     deltas = models - base
     if models.dim() < 3:
         size = deltas.abs().view(len(deltas), -1)
         beats = size > above * state.to(size)[:, None]
         weight = size.softmax(0).where(~beats, calibration).view_as(deltas)
+    elif _by_token(role, models.dim() - 1):
+        shifts = _shifts(_moments(models, base, -1))
+        ranks = torch.searchsorted(state.to(shifts), shifts)
+        weight = _score(ranks.double(), state.shape[-1], above, calibration).to(deltas)[..., None]
     else:
         weight = state.to(deltas)[:, None]
     return base + (weight * deltas).sum(0)

@@ -84,6 +84,16 @@ def test_zero_and_opposite_vectors() -> None:
     assert torch.allclose(nuslerp(torch.stack([a, a])), a)
 
 
+@pytest.mark.parametrize("axis", ["all", "rows", "columns"])
+@pytest.mark.parametrize("by", [-3.0, -1.7, -0.4])
+def test_opposite_vectors_of_other_lengths_are_on_a_line(axis: str, by: float) -> None:
+    for seed in range(50):
+        a = pair(3, 1 + seed % 7, seed=seed)[0]
+        models = torch.stack([a, a * by])
+        out = nuslerp(models, weight=[0.75, 0.25], axis=axis)
+        assert torch.allclose(out, 0.75 * models[0] + 0.25 * models[1], atol=1e-5)
+
+
 def test_two_models_only() -> None:
     with pytest.raises(MethodError, match="exactly 2"):
         registry.get("nuslerp").check({}, 3)

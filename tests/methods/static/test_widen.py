@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from zoo import Zoo
 
 from mowmerge.methods.static.widen import widen
 
@@ -75,6 +76,40 @@ def test_columns_of_zeros() -> None:
     assert torch.isfinite(out).all()
     assert not out[:, 2].any()
     assert torch.equal(widen(base.expand(2, 4, 5).contiguous(), base), base)
+
+
+def test_an_embedding_has_a_column_for_each_token(zoo: Zoo) -> None:
+    models, base = normal(3, 20, 6), normal(20, 6, seed=1)
+    out = widen(models, base, role="embedding", above=1.2)
+    assert torch.allclose(out, widen(models.mT, base.T, above=1.2).T)
+    assert not torch.allclose(out, widen(models, base, above=1.2), atol=1e-3)
+    place = widen(models[:, :, None], base[:, None], role="embedding")  # no table: as a kernel
+    assert torch.allclose(place, widen(models[:, :, None], base[:, None]))
+    family = zoo.family("llama", 2)
+    found, _ = zoo.merge({"method": "widen"})
+    for name, turned in (("model.embed_tokens.weight", True), ("lm_head.weight", False)):
+        models = torch.stack([family[m][name] for m in "ab"])
+        base = family["base"][name]
+        want = widen(models.mT, base.T).T if turned else widen(models, base)
+        assert torch.allclose(found[name], want, atol=1e-6)
+
+
+def test_tokens_that_no_change_touched_rank_lowest() -> None:
+    base = torch.ones(4, 2)
+    models = torch.stack([base, base + torch.tensor([[0.0], [1.0], [2.0], [3.0]])])
+    # model 1 changes nothing: all its ranks are 0, as is model 2's first; it turns nothing
+    lengths = [soft(0, 0), soft(0.25, 0), 1.0, 1.0]
+    want = [k * (s + soft(0, 0)) / 2 for k, s in enumerate(lengths)]
+    moved = widen(models, base, role="embedding") - base
+    assert moved[:, 0].tolist() == pytest.approx(want)
+
+
+def test_the_middle_of_an_odd_number_of_columns_does_not_beat_the_mean() -> None:
+    for columns in (3, 7, 13, 49):  # its rank is the mean, whatever that rounds to
+        models, base = torch.arange(1.0, columns + 1)[None, None], torch.zeros(1, columns)
+        counted = widen(models, base, calibration=0.0)[0] == models[0, 0]
+        # all turned alike, and rank in order: the lower half and the middle keep their change
+        assert counted.tolist() == [k <= columns // 2 for k in range(columns)]
 
 
 def test_a_kernel_has_a_column_for_each_input_and_place() -> None:
