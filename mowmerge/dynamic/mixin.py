@@ -72,7 +72,8 @@ class MowMixin(nn.Module):
         pictures = set(manifest.gates) - {g for g, name in places if not name.startswith(seen)}
         self.mow_router = nn.ModuleDict(routers)
         self._encoder: LoadedEncoder | None = None
-        self._context = Context(manifest.gates, slots, dict(routers), frozenset(decoder), frozenset(pictures))
+        sides = frozenset(decoder), frozenset(pictures)
+        self._context = Context(manifest.gates, slots, dict(routers), *sides)
         install(self, manifest, self._context, located)
         self._tie()
         if manifest.heads and self.base_class.__name__ == manifest.head_class:

@@ -14,7 +14,9 @@ from torch import Tensor
 from mowmerge.dynamic.format import Gate, Router
 
 torch.set_num_threads(1)
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+}  # fmt: skip
 IDS = torch.tensor([0, 2, 1, 2])
 
 
