@@ -121,7 +121,7 @@ def test_sure_gates_are_one_hot(tmp_path: Path) -> None:
 
 
 def test_a_task_is_what_a_router_gives_that_chose_it(tmp_path: Path) -> None:
-    """1bit-Merging adds a share of the experts that were not chosen: so it does where one is told."""
+    """1bit-Merging adds a share of the experts that were not chosen, also where one is told."""
     dynamic, batch = _wild(_made(tmp_path, top_k=1, rest=0.3)), inputs("llama")
     with torch.no_grad():
         out = dynamic(**batch)
