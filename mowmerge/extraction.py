@@ -144,7 +144,9 @@ def _of_task(source: DynamicCheckpoint, recipe: Recipe | None, task: str) -> Wan
         raise CheckpointError(
             f"task '{task}' is held out: it has no expert", where=recipe.where("tasks", task)
         )
-    wanted = replace(_of_expert(source, expert), task=task)
+    alone = _of_expert(source, expert)
+    seen = {name: [c or manifest.rest(name) for c in row] for name, row in alone.gates.items()}
+    wanted = replace(alone, task=task, gates=seen)
     scopes = {gate.scope for gate in manifest.gates.values()}
     if "block" in scopes:
         means, count = _mean_gates(source, recipe, task)

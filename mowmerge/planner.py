@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mowmerge import __version__, algebra, memory, slicing, vocabulary
-from mowmerge.checkpoint import chat, fp8, layers, naming, source
+from mowmerge.checkpoint import chat, fp8, layers, modules, naming, source
 from mowmerge.checkpoint.placed import held_bytes
 from mowmerge.checkpoint.writer import layout, shard_of
 from mowmerge.errors import CheckpointError, Problem, RecipeError
@@ -82,9 +82,9 @@ class _Planner:
         template = chat.chosen(self.recipe.output.chat_template, sources, where)
         specs, heads = self._bodies(donor, {name: s.specs for name, s in sources.items()})
         if registry.get(self.recipe.method).dynamic:
-            named = search.encoder(Path(config_source(sources[donor]).folder))
-            found = self.options.surveyed
-            self.upcycling = Upcycling(self.recipe, specs[donor], found, named)
+            folder, found = config_source(sources[donor]).folder, self.options.surveyed
+            named, types = search.encoder(Path(folder)), modules.model_types(source.config(folder))
+            self.upcycling = Upcycling(self.recipe, specs[donor], found, named, types)
         if self.recipe.output.dtype == "fp8":
             held = config_source(sources[donor])
             self.packings = fp8.packings(specs[donor], held, source.config(held.folder))

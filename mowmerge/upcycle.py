@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mowmerge.checkpoint import naming
+from mowmerge.checkpoint import modules, naming
 from mowmerge.checkpoint.encoder import Named
 from mowmerge.checkpoint.writer import layout, shard_of
 from mowmerge.dynamic.format import HEADS, ROUTER, Code, Gate, Head, Manifest, Router
@@ -25,7 +25,7 @@ UNMIXABLE = ("relative_attention_bias", ".experts.", "logit_scale", "rotary_emb"
 
 class Upcycling:
     """The recipe's dynamic method, applied to the tensors of the donor; `encoder` is
-    what classifiers look at instead of the anchor."""
+    what classifiers look at instead of the anchor, `types` are the donor's model types."""
 
     def __init__(
         self,
@@ -33,8 +33,9 @@ class Upcycling:
         specs: Mapping[str, TensorSpec],
         found: Mapping[str, Any] | None,
         encoder: Named | None = None,
+        types: Collection[str] = (),
     ) -> None:
-        self.encoder = encoder
+        self.encoder, self._types = encoder, types
         self.recipe, self.method, self.found = recipe, registry.get(recipe.method), found
         self.sites: dict[str, Site] = {}
         self.skipped: list[str] = []
@@ -65,9 +66,11 @@ class Upcycling:
         """The tensor, and where it stands."""
         stack, layer = naming.stack(spec.name) or (None, None)
         width = self._widths.get(stack) or self._widths.get(None, 0)
+        module, _, leaf = spec.name.rpartition(".")
         return Site(
             spec.name, spec.shape, spec.dtype, naming.role(spec.name), stack, layer,
             self._layers.get(stack or "", 0), width, len(self.recipe.models),
+            leaf == "weight" and modules.is_conv1d(module, self._types),
         )  # fmt: skip
 
     def rest(self, place: Place, parameters: Mapping[str, Any]) -> Setting:

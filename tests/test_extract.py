@@ -269,7 +269,7 @@ def test_what_the_expert_lacks_does_not_come_back(tmp_path: Path) -> None:
 TASK = {"type": "text-classification", "data": {"path": "json", "data_files": {"s": "s.json"}}}
 
 
-def with_task(folder: Path, method: str) -> Path:
+def with_task(folder: Path, method: str, **more: Any) -> Path:
     """A checkpoint of BERTs whose recipe has a task with three samples, and a tokenizer."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -286,7 +286,18 @@ def with_task(folder: Path, method: str) -> Path:
     tasks = {"skies": {**TASK, "expert": "sky", "splits": {"select": "s"}}}
     tasks["skies"]["data"] = {"path": "json", "data_files": {"s": str(folder / "s.json")}}
     (folder / "s.json").write_text("\n".join(map(json.dumps, lines)))
-    return api.merge(recipe(folder, KINDS["bert"], method, tasks=tasks), folder / "out").path
+    asked = recipe(folder, KINDS["bert"], method, tasks=tasks, **more)
+    return api.merge(asked, folder / "out").path
+
+
+def test_a_task_has_the_rest_that_its_router_adds(tmp_path: Path) -> None:
+    out = with_task(tmp_path, "one_bit", parameters={"rest": 0.3})
+    task = api.extract(out, tmp_path / "task", task="skies")
+    expert = api.extract(out, tmp_path / "expert", expert="sky")
+    each = {"task": task.report["gates"]["0"], "expert": expert.report["gates"]["0"]}
+    place = each["expert"].index(1.0)
+    assert [sum(each["expert"]), each["task"][place]] == [1.0, 1.0]
+    assert {c for i, c in enumerate(each["task"]) if i != place} == {0.3}
 
 
 def test_a_task_of_a_classifier_is_its_expert(tmp_path: Path) -> None:

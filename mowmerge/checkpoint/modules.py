@@ -53,6 +53,12 @@ class Modules:
         return "conv1d" if is_conv1d(module, self.model_types) else "linear"
 
 
+def model_types(config: Mapping[str, Any]) -> set[str]:
+    """The model types that a config.json names: the model's, and the language model's in it."""
+    inner = config.get("text_config") or {}
+    return {str(c.get("model_type")) for c in (config, inner) if isinstance(c, Mapping)}
+
+
 def is_conv1d(module: str, model_types: Collection[str]) -> bool:
     """Whether a module stores its weight [in, out], as GPT-2's do."""
     return bool(set(model_types) & set(_CONV1D)) and module.rpartition(".")[2] in _CONV1D_LEAVES

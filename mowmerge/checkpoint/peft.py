@@ -137,8 +137,7 @@ class _Base:
     @property
     def kinds(self) -> set[str]:
         """The model types that config.json names."""
-        inner = self._config.get("text_config") or {}
-        return {str(c.get("model_type")) for c in (self._config, inner) if isinstance(c, dict)}
+        return modules.model_types(self._config)
 
     def align(self, names: Sequence[str]) -> None:
         """Takes in an adapter's names, so that a class prefix does not set them apart."""

@@ -72,7 +72,8 @@ class Context:
     """What a forward pass knows: each gate's coefficients, which tokens count, how many samples.
 
     active: whether weights are mixed at all; without that the anchor answers. masks: of the tokens
-    that count, [B,T]; decoder_mask: those of a decoder, for the gates in `decoder`. forced: one
+    that count, [B,T]; decoder_mask: those of a decoder, for the gates in `decoder`; those in
+    `pictures` see no texts. running: whether the base's own forward is running. forced: one
     expert's coefficients [B,S] for the gates of scope module. routers: shared with the model.
     heads: whose head answers for each sample [B], where that is known beforehand.
     """
@@ -81,7 +82,9 @@ class Context:
     slots: Mapping[str, int]
     routers: Mapping[str, RouterModule] = field(default_factory=dict)
     decoder: frozenset[str] = frozenset()
+    pictures: frozenset[str] = frozenset()
     active: bool = False
+    running: bool = False
     batch: int = 0
     masks: Sequence[Tensor] = ()
     decoder_mask: Tensor | None = None
@@ -122,7 +125,7 @@ class Context:
         """Which tokens count for a gate [B,T], None if all do."""
         inside = gate in self.decoder
         masks = [self.decoder_mask] if inside and self.decoder_mask is not None else self.masks
-        if inside and self.decoder_mask is None:
+        if gate in self.pictures or (inside and self.decoder_mask is None):
             return None
         return next((m for m in masks if m.shape == tokens.shape[:2]), None)
 
@@ -196,7 +199,7 @@ class Context:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy keeps: nothing of the last pass."""
-        blank = Context(self.gates, self.slots, self.routers, self.decoder)
+        blank = Context(self.gates, self.slots, self.routers, self.decoder, self.pictures)
         return dict(blank.__dict__)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .codecs import rows, slot
+from .codecs import lead, rows, slot
 from .context import Context
 from .format import Code
 from .mixable import Mixable
@@ -56,7 +56,10 @@ def scale_of(inner: nn.Module) -> float:
 
 
 class MixedRows(torch.autograd.Function):
-    """Rows of a mixed table, decoded again backwards; the coefficients' gradient is <g_b, D_s>."""
+    """Rows of a mixed table, decoded again backwards; the coefficients' gradient is <g_b, D_s>.
+
+    With full_abs they are (1 - sum_s c_s) A + sum_s c_s W_s: a one-hot gate gives W_s's own.
+    """
 
     @staticmethod
     def forward(
@@ -65,23 +68,30 @@ class MixedRows(torch.autograd.Function):
         """[B,S], [B,T] -> [B,T,d]."""
         ctx.save_for_backward(c, ids)
         ctx.held = anchor, code, parts
-        total = nn.functional.embedding(ids, anchor)
-        own = c.to(total)
-        for s, delta in enumerate(_deltas(ids, anchor, code, parts)):
-            total += own[:, s].view(-1, 1, 1) * delta
-        return total
+        own = c.to(torch.promote_types(anchor.dtype, torch.float32))
+        total = lead(code, own).unsqueeze(1) * nn.functional.embedding(ids, anchor)
+        for s, held in enumerate(_held(ids, anchor, code, parts)):
+            total += own[:, s].view(-1, 1, 1) * held
+        return total.to(anchor.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Of c."""
         c, ids = ctx.saved_tensors
-        each = [(grads[0] * delta).flatten(1).sum(1) for delta in _deltas(ids, *ctx.held)]
-        return torch.stack(each, 1).to(c), None, None, None, None
+        anchor, code, _ = ctx.held
+        each = [(grads[0] * held).flatten(1).sum(1) for held in _held(ids, *ctx.held)]
+        found = torch.stack(each, 1)
+        if code.codec == "full_abs":
+            own = nn.functional.embedding(ids, anchor)
+            found -= (grads[0] * own).flatten(1).sum(1, keepdim=True)
+        return found.to(c), None, None, None, None
 
 
-def _deltas(ids: Tensor, anchor: Tensor, code: Code, parts: Mapping[str, Tensor]) -> Any:
-    """Each slot's rows for these ids [B,T,d], one after another."""
+def _held(ids: Tensor, anchor: Tensor, code: Code, parts: Mapping[str, Tensor]) -> Any:
+    """Each slot's rows for these ids [B,T,d], one after another: of D_s, with full_abs of W_s."""
     index, place = torch.unique(ids, return_inverse=True)
     some, own = rows(code, parts, index)
+    base = anchor[index]
     for s in range(code.slots):
-        yield slot(some, own, s, anchor[index])[place]
+        found = own["abs"][s].to(base) if code.codec == "full_abs" else slot(some, own, s, base)
+        yield found[place]

@@ -272,6 +272,11 @@ class Manifest:
         """How many coefficients a gate has."""
         return next(code.slots for code in self.codes if code.gate == gate)
 
+    def rest(self, gate: str) -> float:
+        """The coefficient of the experts that a gate's router did not choose."""
+        router = self.routers.get(self.gates[gate].router)
+        return router.rest if router else 0.0
+
     def to_json(self) -> dict[str, Any]:
         """Plain data; what has its default is left out."""
         return {

@@ -25,6 +25,7 @@ from .loading import complain, damaged, keep_conversions, locator
 from .prefix import layer_stack, states, until
 from .remote import auto_map, bundle
 from .routers import RouterModule
+from .towers import apart, check, methods, of_pictures
 
 _PROMPT = (
     "input_ids", "attention_mask", "token_type_ids", "inputs_embeds", "pixel_values",
@@ -65,11 +66,14 @@ class MowMixin(nn.Module):
         located = locator(self)
         slots = {name: manifest.slots(name) for name in manifest.gates}
         routers = {name: RouterModule(router) for name, router in manifest.routers.items()}
-        encoder = {c.gate for c in manifest.codes if "decoder" not in located(c.name).split(".")}
+        places, seen = [(c.gate, located(c.name)) for c in manifest.codes], of_pictures(self)
+        encoder = {gate for gate, name in places if "decoder" not in name.split(".")}
         decoder = set(manifest.gates) - encoder if config.is_encoder_decoder else set[str]()
+        pictures = set(manifest.gates) - {g for g, name in places if not name.startswith(seen)}
         self.mow_router = nn.ModuleDict(routers)
         self._encoder: LoadedEncoder | None = None
-        self._context = Context(manifest.gates, slots, dict(routers), frozenset(decoder))
+        sides = frozenset(decoder), frozenset(pictures)
+        self._context = Context(manifest.gates, slots, dict(routers), *sides)
         install(self, manifest, self._context, located)
         self._tie()
         if manifest.heads and self.base_class.__name__ == manifest.head_class:
@@ -193,7 +197,11 @@ class MowMixin(nn.Module):
         super()._set_gradient_checkpointing(*args, gradient_checkpointing_func=func, **kwargs)  # type: ignore[misc]
 
     def _plain_forward(self, *args: Any, **inputs: Any) -> Any:
-        return super().forward(*args, **inputs)
+        self._context.running = True
+        try:
+            return super().forward(*args, **inputs)
+        finally:
+            self._context.running = False
 
     def _set_gates(
         self, args: Any, inputs: Mapping[str, Any], gates: Tensor | None,
@@ -201,6 +209,8 @@ class MowMixin(nn.Module):
     ) -> None:  # fmt: skip
         """Begins a pass: how many samples, which tokens count, and the gates that are known."""
         manifest, context = self._manifest, self._context
+        if apart(self.base_class):
+            check(inputs)
         batch = batch_of(args, inputs)
         mask = inputs.get("attention_mask") if routing_mask is None else routing_mask
         masks = [mask] if isinstance(mask, Tensor) and mask.dim() == 2 else []
@@ -215,8 +225,8 @@ class MowMixin(nn.Module):
             n = len(manifest.experts)
             context.forced = nn.functional.one_hot(task_ids.long(), n).float()
             for name in manifest.routed:
-                each = context.slots[name] // n
-                chosen[name] = context.forced.repeat_interleave(each, 1)
+                hot = context.forced.repeat_interleave(context.slots[name] // n, 1)
+                chosen[name] = hot + (1 - hot) * manifest.rest(name)
         elif gates is not None:
             sizes = [context.slots[name] for name in manifest.routed]
             if gates.shape != (batch, sum(sizes)):
@@ -348,7 +358,8 @@ _classes: dict[Any, Any] = {}
 def dynamic_class(base: Any) -> Any:
     """The base's class with mixing modules; one for each base."""
     if base not in _classes:
-        held = {"config_class": MowmergeConfig, "base_class": base, "forward": _forward(base)}
+        held = {"config_class": MowmergeConfig, "base_class": base, "forward": _forward(base),
+                **methods(base)}  # fmt: skip
         cls = type(f"Mowmerge{base.__name__}", (MowMixin, base), held)
         cls.__module__ = __name__
         _classes[base] = cls

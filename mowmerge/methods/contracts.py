@@ -61,7 +61,7 @@ class Site:
 
     dtype: as it will be stored. stack, layer: the stack of layers it belongs to and its number
     there, None outside; layers: how many the stack has. width: of the hidden states there. models:
-    how many there are.
+    how many there are. transposed: whether it is a weight stored [in,out] (GPT-2).
     """
 
     name: str
@@ -73,6 +73,7 @@ class Site:
     layers: int
     width: int
     models: int
+    transposed: bool = False
 
     @property
     def rank(self) -> int:

@@ -120,6 +120,17 @@ def test_sure_gates_are_one_hot(tmp_path: Path) -> None:
         assert apart(first(out), want, batch) < 2e-5
 
 
+def test_a_task_is_what_a_router_gives_that_chose_it(tmp_path: Path) -> None:
+    """1bit-Merging adds a share of the experts that were not chosen, also where one is told."""
+    dynamic, batch = _wild(_made(tmp_path, top_k=1, rest=0.3)), inputs("llama")
+    with torch.no_grad():
+        out = dynamic(**batch)
+        told = dynamic(**batch, task_ids=out.gates.argmax(1))
+    assert sorted(out.gates[0].tolist()) == pytest.approx([0.3, 0.3, 1.0])
+    assert torch.allclose(told.gates, out.gates)
+    assert apart(first(told), first(out), batch) < 1e-6
+
+
 def test_routers_see_what_routing_mask_shows(tmp_path: Path) -> None:
     dynamic, batch = _wild(_made(tmp_path)), inputs("llama")
     prompt = batch["attention_mask"].clone()

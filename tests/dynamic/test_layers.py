@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mowmerge.dynamic import codecs, linear
 from mowmerge.dynamic.context import Context
+from mowmerge.dynamic.embedding import MixedEmbedding
 from mowmerge.dynamic.format import Code, Gate, Manifest, Router
 from mowmerge.dynamic.layers import install
 from mowmerge.dynamic.routers import RouterModule
@@ -185,6 +186,23 @@ def test_table_gives_each_sample_its_own_rows(codec: str) -> None:
     context.set("g", SOFT)
     with pytest.raises(ValueError, match="2 rows for 4 samples"):
         model(ids[:2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_table_gives_the_expert_bit_for_bit_with_full_abs(dtype: torch.dtype) -> None:
+    """Near the anchor, A + (W_s - A) is not W_s."""
+    torch.manual_seed(0)
+    plain = nn.Embedding(12, D, dtype=dtype)
+    experts = (plain.weight.detach() + 0.3 * torch.randn(K, 12, D)).to(dtype)
+    code = Code("m.weight", (12, D), "full_abs", K, "g")
+    context = Context({"g": Gate("sample", "r")}, {"g": K})
+    model = MixedEmbedding(plain, {"weight": code}, context)
+    model.dyn_abs = experts
+    ids = torch.randint(0, 12, (B, 5))
+    context.begin(B)
+    context.set("g", ONE_HOT)
+    want = torch.stack([experts[k][row] for k, row in zip(ONE_HOT.argmax(1), ids, strict=True)])
+    assert torch.equal(model(ids), want)
 
 
 # --- scope module

@@ -17,7 +17,7 @@ def _code(site: Site, p: Mapping[str, Any], found: Any) -> Code | None:
         rank, gate = (min(p[word], site.rank) for word in ("rank", "gate_rank"))
         return Code(
             site.name, site.shape, "low_rank", site.models, "0", site.dtype,
-            rank=rank, gate_rank=gate,
+            rank=rank, gate_rank=gate, gate_width=site.shape[0] if site.transposed else 0,
         )  # fmt: skip
     biased = site.role in ("attention", "mlp") and site.name.endswith(".bias")
     if biased and site.layer is not None:
@@ -53,7 +53,8 @@ def smile(
     expert whose task vector it excites. Nothing is trained. Matrices and biases of attention and
     MLPs; the rest is the base's.
 
-    Shapes: deltas [N,out,in], base [out,in] -> anchor, u, v, slot, gate [N gate_rank,in].
+    Shapes: deltas [N,out,in], base [out,in] -> anchor, u, v, slot, gate [N gate_rank,in]; or all
+    [in,out], where the layer stores them so (GPT-2), with V in W = U S V^T of its transpose.
 
     Args:
         rank: singular pairs of each expert, at most the matrix's rank.
@@ -70,11 +71,12 @@ def smile(
     n, (rows, columns), most = len(deltas), code.matrix, max(code.rank, code.gate_rank)
     parts = codecs.low_rank(deltas, most)
     left, right = parts["u"].view(rows, n, most), parts["v"].view(n, most, columns)
-    length = right.norm(dim=2, keepdim=True)  # a direction that moved nothing has none
-    gate = (right / length.where(length > 0, 1.0))[:, : code.gate_rank]
+    into = left.permute(1, 2, 0) if code.gate_width else right  # a weight stored [in,out]: U
+    length = into.norm(dim=2, keepdim=True)  # a direction that moved nothing has none
+    gate = (into / length.where(length > 0, 1.0))[:, : code.gate_rank]
     return {
         "anchor": base,
-        "gate": gate.reshape(-1, columns),
+        "gate": gate.flatten(0, 1),
         "u": left[..., : code.rank].reshape(rows, -1),
         "v": right[:, : code.rank].reshape(-1, columns),
         "slot": torch.arange(n, dtype=torch.int32).repeat_interleave(code.rank),

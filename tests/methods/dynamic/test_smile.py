@@ -40,6 +40,15 @@ def test_experts_are_truncated_and_gates_are_their_right_singular_vectors(
     assert parts["slot"].tolist() == [k for k in range(3) for _ in range(rank)]
 
 
+def test_a_weight_stored_in_out_is_gated_by_its_left_singular_vectors() -> None:
+    deltas = normal(3, 6, 5)
+    across = Code("w", (5, 6), "low_rank", 3, "0", rank=2, gate_rank=2, gate_width=5)
+    parts = smile(deltas.mT, normal(5, 6), across)
+    ours = smile(deltas, normal(6, 5), code(2, 2))
+    assert parts["gate"].shape == across.parts["gate"].shape == (6, 5)
+    torch.testing.assert_close((parts["gate"] * ours["gate"]).sum(1).abs(), torch.ones(6))
+
+
 def test_an_expert_that_did_not_move_is_never_preferred() -> None:
     deltas = normal(2, 6, 5)
     deltas[0] = 0
