@@ -14,13 +14,17 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mowmerge.methods import registry
+from mowmerge.methods.ops import settle
+from mowmerge.scratch import Scratch
 
 LIMIT = 1.3
 Shape = tuple[int, int]
@@ -67,18 +71,20 @@ def task_vectors(shape: Shape, n: int, device: str) -> Tensor:
 
 
 def merged(deltas: Tensor, name: str, given: dict[str, Any]) -> None:
-    """The method on one matrix; over the model where it takes statistics: on this one alone."""
-    spec = registry.get(name)
-    if given and spec.reduce:
-        from mowmerge.methods.ops import settle
-
-        n = len(deltas)
+    """The method on one matrix; where it takes statistics over the model, on this one alone, with
+    what it keeps between the passes on the disk, as a merge has it."""
+    spec, n = registry.get(name), len(deltas)
+    if spec.scope(spec.complete(given)) == "model":
         each = {
             k: (v,) * n if spec.parameters[k].per_model else v
             for k, v in spec.complete(given).items()
         }
-        given = {**given, "state": settle(spec.reduce, deltas, each, matrix=True)}
-    spec.function(deltas, **given)
+        with TemporaryDirectory() as folder, Scratch(Path(folder) / "scratch", 0) as scratch:
+            once = scratch.once(0, name, deltas.device.type)
+            state = settle(spec.reduce, deltas, each, matrix=True, once=once)
+            spec.function(deltas, **given, state=state, once=once)
+    else:
+        spec.function(deltas, **given)
 
 
 def seconds(work: Callable[[], object], device: str) -> float:
