@@ -24,7 +24,8 @@ def algebra(jobs: Sequence[TensorJob]) -> Algebra | None:
     if not shapes:
         return None
     costs = [6 * max(s) * min(s) ** 2 + 20 * min(s) ** 3 for s in shapes]
-    return Algebra(len(each), len(shapes), sum(costs), shapes[costs.index(max(costs))])
+    largest = shapes[costs.index(max(costs))]
+    return Algebra(len(each), len(shapes), sum(costs), largest, sum(map(_kept, each)))
 
 
 def _decomposed(job: TensorJob) -> Sequence[tuple[int, int]]:
@@ -32,6 +33,15 @@ def _decomposed(job: TensorJob) -> Sequence[tuple[int, int]]:
     decompositions = registry.get(str(job.method)).decompositions
     assert decompositions is not None
     return decompositions(job.output.shape, len(job.models))
+
+
+def _kept(job: TensorJob) -> int:
+    """Bytes that a job keeps on the disk from one pass over the model to the next."""
+    keeps = registry.get(str(job.method)).keeps
+    if keeps is None or job.group is None:
+        return 0
+    wide = 8 if any(i.spec.dtype == "F64" for i in job.inputs) else 4
+    return wide * keeps(job.output.shape, len(job.models), job.parameters)
 
 
 def faults(jobs: Sequence[TensorJob], sources: Mapping[str, Source]) -> list[Problem]:

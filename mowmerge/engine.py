@@ -30,6 +30,7 @@ from mowmerge.ranks import Ranks
 from mowmerge.reduction import bunched, driven, reduced
 from mowmerge.report import TensorReport
 from mowmerge.room import fitting
+from mowmerge.scratch import FULL, Scratch
 from mowmerge.sharing import share, spread
 from mowmerge.streaming import OpenJob
 from mowmerge.tensors import TensorHandle, TensorReader, TensorSpec, torch
@@ -47,12 +48,13 @@ class Sink(Protocol):
 
 @dataclass(frozen=True)
 class Done:
-    """A report on every tensor, how many of them, and bytes, each rank wrote, and what methods say
-    of their statistics over the model."""
+    """A report on every tensor, how many of them, and bytes, each rank wrote, what methods say of
+    their statistics over the model, and what the user should know."""
 
     reports: list[TensorReport]
     ranks: list[dict[str, int]]
     statistics: list[dict[str, Any]]
+    warnings: list[str]
 
 
 class Engine:
@@ -62,9 +64,14 @@ class Engine:
     """
 
     def __init__(
-        self, plan: Plan, stopped: Event | None = None, ranks: Ranks | None = None
+        self,
+        plan: Plan,
+        stopped: Event | None = None,
+        ranks: Ranks | None = None,
+        scratch: Scratch | None = None,
     ) -> None:
         self.plan, self.stopped, self.ranks = plan, stopped or Event(), ranks or Ranks()
+        self.scratch = scratch
         self._nested: list[Engine] = []
         self._shared: dict[int, TensorReader] = {}
         self.readers: Mapping[str, TensorReader] = {
@@ -126,7 +133,8 @@ class Engine:
         for each, _ in reversed(found):  # what two ranks wrote parts of is told by the first
             reports |= {one.name: one for one in each}
         told = [reports[job.output.name] for job in self.plan.jobs]
-        return Done(told, [work for _, work in found], self._statistics())
+        full = [FULL] if self.scratch and self.scratch.full else []
+        return Done(told, [work for _, work in found], self._statistics(), full)
 
     def _statistics(self) -> list[dict[str, Any]]:
         """What methods say of their statistics over the model (`report` of the state), in order."""
@@ -174,12 +182,16 @@ class Engine:
     def open(self, job: TensorJob, plan: Plan | None = None) -> OpenJob:
         """The job with its inputs open, for one thread; a context manager. `plan`: this one with
         other blocks, or another device."""
-        return OpenJob(plan or self.plan, job, self.readers, self.stopped)
+        return OpenJob(plan or self.plan, job, self.readers, self.stopped, scratch=self.scratch)
 
     def _write(self, job: TensorJob, sink: Sink) -> TensorReport:
         """Writes a tensor where there is room to make it."""
         write = self._write_plain if job.code is None else self._write_coded
         told, used = fitting(self.plan, lambda plan: write(job, sink, plan))
+        if self.scratch:
+            for one in job.each:
+                if one.matrix and one.group is not None:
+                    self.scratch.drop(one.group, one.output.name)
         if used.device != self.plan.device:
             told.notes.append(f"too large for {self.plan.device}: made on the {used.device}")
         return told
@@ -214,13 +226,15 @@ class Engine:
             self.settle(opened)
             give = None
             if job.anchor is not None:
-                below = OpenJob(plan, job.anchor, self.readers, self.stopped, opened.block)
+                below = OpenJob(
+                    plan, job.anchor, self.readers, self.stopped, opened.block, self.scratch
+                )
                 give = self.settled(stack.enter_context(below))
             for start, stop in opened.blocks():
                 anchor = give(start, stop) if give else None
                 for name, at, data in opened.coded(start, stop, anchor):
                     sink.write(name, at, data)
-            figures = opened.stats.figures() if opened.stats else {}
+            figures = (opened.stats.figures() if opened.stats else {}) | opened.told
         return TensorReport(
             name=job.output.name,
             action="dynamic",

@@ -24,6 +24,7 @@ from mowmerge.ranks import Ranks
 from mowmerge.recipe import parse
 from mowmerge.recipe.model import Digest, Recipe
 from mowmerge.report import report, text
+from mowmerge.scratch import Scratch
 from mowmerge.sharing import Share, share
 from mowmerge.tensors import DTYPES, torch
 
@@ -83,7 +84,8 @@ def merge(
                 extra["statistics"] = done.statistics
             if again:
                 extra["replay"] = again.outcome(planned, staging.path, written)
-            content = report(planned, done.reports, time.perf_counter() - began, extra)
+            told = replace(planned, warnings=(*planned.warnings, *done.warnings))
+            content = report(told, done.reports, time.perf_counter() - began, extra)
             _write(staging.path / "report.json", text(content))
             _write(staging.path / "README.md", card(staging.path).text)
             staging.commit()
@@ -96,10 +98,12 @@ def merge(
 def _written(planned: Plan, staging: Staging, key: Mapping[str, Any], advance: Advance) -> Done:
     """Writes every weight, each rank its share of them; when it returns all of them stand."""
     ranks, journal = staging.ranks, staging.journal
-    engine = Engine(planned, ranks=ranks)
+    scratch = Scratch(staging.stage / "scratch", planned.write_bytes)
+    engine = Engine(planned, ranks=ranks, scratch=scratch)
     mine = share(planned, journal.done, ranks)
     advance(sum(entry["written_bytes"] for entry in journal.done.values()))
-    with ShardSink(staging.path, planned.files, advance, planned.packings, mine.files) as sink:
+    sink = ShardSink(staging.path, planned.files, advance, planned.packings, mine.files)
+    with sink, scratch:
         done = engine.run(sink, journal)
 
         def rest() -> None:

@@ -220,12 +220,14 @@ class Fit:
 @dataclass(frozen=True)
 class Algebra:
     """What a merge decomposes: how many matrices, in how many decompositions, at about how many
-    floating-point operations, and which shape costs most."""
+    floating-point operations, which shape costs most, and how many bytes lie on the disk beside the
+    output until the statistics over the model are known."""
 
     matrices: int
     decompositions: int
     flops: int
     largest: tuple[int, int]
+    kept: int
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from mowmerge.checkpoint.adapter import AdaptedReader
 from mowmerge.coding import Parts
 from mowmerge.errors import CheckpointError, ResourceError
 from mowmerge.methods import registry
-from mowmerge.methods.contracts import Block, Draws, Fold
+from mowmerge.methods.contracts import Block, Draws, Fold, Once, anew
 from mowmerge.plan import Adapted, Plan, TensorJob
 from mowmerge.report import DeltaStats
+from mowmerge.scratch import Scratch
 from mowmerge.tensors import DTYPES, Tensor, TensorReader, torch
 
 SAMPLE_RUN = 1024  # elements in a contiguous piece of a sample
@@ -71,8 +72,12 @@ class OpenJob:
         readers: Mapping[str, TensorReader],
         stopped: Event,
         block: int | None = None,
+        scratch: Scratch | None = None,
     ) -> None:
         self.plan, self.job, self._readers, self._stopped = plan, job, readers, stopped
+        self._once: Once = anew
+        if scratch and job.matrix and job.group is not None:
+            self._once = scratch.once(job.group, job.output.name, plan.device)
         self.spec = registry.get(job.method or "passthrough")
         self.state: Any = None
         self.block = block or block_length(plan.block, job, whole=self.spec.reduce is None)
@@ -90,6 +95,7 @@ class OpenJob:
         self.stats = DeltaStats(len(job.models)) if watched else None
         self._pools: dict[str, Tensor] = {}
         self._parts: Parts | None = None
+        self.told: dict[str, Any] = {}  # what a method says of its code
         self._buffers: dict[int, _Buffers] = {}
         self._closing = ExitStack()
 
@@ -223,6 +229,8 @@ class OpenJob:
             given["base"] = base.view(shape) if base is not None else None
         if "factors" in spec.inputs:
             given["factors"] = self.factors
+        if "once" in spec.inputs:
+            given["once"] = self._once
         found = spec.function(values.view(len(values), *shape), **given)
         result: Tensor = found[0] @ found[1] if isinstance(found, tuple) else found
         return result.reshape(-1)
@@ -232,7 +240,7 @@ class OpenJob:
         products and the method keeps it one; the matrix is not read."""
         if "factors" not in self.spec.inputs or self.factors is None:
             return None
-        given = {"state": self.state, "rng": self._draws(0)}
+        given = {"state": self.state, "rng": self._draws(0), "once": self._once}
         given = {word: value for word, value in given.items() if word in self.spec.inputs}
         shape = (len(self.job.models), *self.job.output.shape)
         nothing = torch.zeros((), dtype=self.dtype, device=self.plan.device).expand(shape)
@@ -281,6 +289,9 @@ class OpenJob:
             given["factors"] = self.factors
         taken = {k: v for k, v in given.items() if k in spec.inputs or k in spec.parameters}
         parts = spec.function(values.view(len(values), *shape), **taken)
+        if "lost" in parts:
+            self.told["lost"] = parts["lost"].tolist()
+            self.told["svd"] = "randomised" if parts["drawn"] else "exact"
         made = given["anchor"] if anchor is not None else parts.pop("anchor")
         if anchor is None:
             yield (
@@ -320,6 +331,7 @@ class OpenJob:
                     base.view(shape) if base is not None and "base" in self.spec.inputs else None,
                     self.job.matrix,
                     self.factors if "factors" in self.spec.inputs else None,
+                    self._once,
                 )
             )
         return fold

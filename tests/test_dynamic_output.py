@@ -66,6 +66,35 @@ def test_the_code_is_that_of_the_package(zoo: Zoo) -> None:
         assert (zoo.folder / "out" / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        ("smile", {"rank": 4}),
+        ("rank_one_moe", {"rank": 4}),
+        ("twin_merging", {"density": 0.02}),
+        ("mow", {"codec": "low_rank", "rank": 4, "blocks": 1}),
+        ("rmm", {"rank": 4}),
+    ],
+)
+def test_what_a_cut_to_a_rank_loses_is_in_the_report(
+    zoo: Zoo, method: str, given: dict[str, Any]
+) -> None:
+    large, small = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"
+    models = zoo.family({large: (260, 240), small: (240, 40), "model.norm.weight": (240,)}, 2)
+    _, report = zoo.merge({"method": method, "parameters": given})
+    told = {line["name"]: line for line in report["tensors"]}
+    of_anchor = method in ("twin_merging", "mow")  # what is cut is the difference from that
+    anchor = load(zoo.folder / "out") if of_anchor else models["base"]
+    for name, how in ((large, "randomised"), (small, "exact")):
+        rank = 1 if method == "twin_merging" and name == small else 4
+        assert told[name]["svd"] == how
+        for model, lost in zip("ab", told[name]["lost"], strict=True):
+            values = torch.linalg.svdvals((models[model][name] - anchor[name]).double())
+            least = float(values[rank:].norm() / values.norm())
+            assert least * 0.9999 <= lost <= least * 1.01
+    assert "lost" not in told["model.norm.weight"]
+
+
 def test_the_report(zoo: Zoo) -> None:
     zoo.family("llama", 3)
     _, report = zoo.merge(MOW)

@@ -20,6 +20,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "drm vertical": {"direction": "vertical"},
     "knots vertical": {"direction": "vertical", "trim": "tensor"},
     "knots tensor": {"trim": "tensor"},
+    "knots global": {"density": 0.3},
     "ties tensor": {"trim": "tensor", "elect": "normmass"},
 }
 QUICK = ("linear", "ties", "iso_c")

@@ -94,6 +94,8 @@ def show_plan(plan: Plan, *, as_json: bool) -> None:
         print(
             f"{done.decompositions} singular value decompositions of {done.matrices} matrices, the"
             f" largest {largest}: about {done.flops:.1e} floating-point operations"
+            + f"; up to {size(done.kept)} lie on the disk meanwhile"
+            * bool(done.kept)
         )
     if plan.fit:
         fit, drawn = plan.fit, plan.fit.steps * plan.fit.batch

@@ -35,19 +35,15 @@ def unpack(packed: Tensor, n: int) -> Tensor:
     return bits.view(*packed.shape[:-1], -1)[..., :n].bool()
 
 
-def low_rank(deltas: Tensor, rank: int) -> dict[str, Tensor]:
-    """The best rank-`rank` factors of each delta: D_s = u[:, slot == s] v[slot == s], the singular
-    values shared evenly.
+def low_rank(factors: Sequence[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Each delta as a product of two: D_s = u[:, slot == s] v[slot == s].
 
-    Shapes: deltas [S,*shape] -> u [rows, S rank], v [S rank, columns], slot [S rank].
+    Shapes: factors S times ([rows, r], [r, columns]) -> u [rows, S r], v [S r, columns], slot
+    [S r].
     """
-    flat = deltas.reshape(len(deltas), *_matrix(deltas.shape[1:]))
-    u, s, vh = torch.linalg.svd(flat, full_matrices=False)
-    root = s[:, :rank].sqrt()
-    left = (u[..., :rank] * root.unsqueeze(1)).permute(1, 0, 2).reshape(flat.shape[1], -1)
-    right = (vh[:, :rank] * root.unsqueeze(2)).reshape(-1, flat.shape[2])
-    slot = torch.arange(len(deltas), dtype=torch.int32).repeat_interleave(rank)
-    return {"u": left, "v": right, "slot": slot}
+    left, right = zip(*factors, strict=True)
+    slots = [torch.full((len(part),), s, dtype=torch.int32) for s, part in enumerate(right)]
+    return {"u": torch.cat(left, 1), "v": torch.cat(right), "slot": torch.cat(slots)}
 
 
 def one_bit(

@@ -7,12 +7,14 @@ A method is a plain function. It asks for what it needs by reserved parameter na
     factors         B [m,r], A [r,k] of each delta, where all are known as such a product; else None
     rng             random draws that depend on nothing but seed, model, tensor and element
     role            what the tensor is for: embedding, attention, mlp, norm, head, router, other
+    once            keeps what is worked out for a matrix from one pass over the model to the next
     anchor [*S]     what the static method for the rest gave, as stored (dynamic methods)
     code            how this tensor is to be coded (dynamic methods)
 
 `deltas` in means a delta out (the engine adds the base); `models` in means a weight out; `factors`
 in means a delta out that is such a product too, its B and A, where they are given. A dynamic
-method gives the parts of its code by name, and the "anchor" where it did not ask for one.
+method gives the parts of its code by name, and the "anchor" where it did not ask for one; of deltas
+that it cuts to a rank also what `ops.spectral.truncated` tells, which goes into the report.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ Positive = Annotated[int, Range(1)]
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 
 RESERVED = frozenset({
-    "models", "base", "deltas", "state", "factors", "rng", "role", "anchor", "code",
+    "models", "base", "deltas", "state", "factors", "rng", "role", "once", "anchor", "code",
 })  # fmt: skip
 SCOPES = ("element", "row", "tensor", "model")
 
@@ -83,6 +85,27 @@ class Site:
 
 
 Routing = tuple[dict[str, Gate], dict[str, Router]]
+Kept = tuple[Tensor, ...]
+Once = Callable[[Callable[[], Kept]], Kept]
+"""Of one matrix: what the function returns, or what it returned in an earlier pass. Nobody writes
+into that."""
+
+
+def anew(make: Callable[[], Kept]) -> Kept:
+    """What it returns, each time."""
+    return make()
+
+
+class Memo:
+    """Keeps it in memory."""
+
+    def __init__(self) -> None:
+        self.held: Kept | None = None
+
+    def __call__(self, make: Callable[[], Kept]) -> Kept:
+        """What the first call returned."""
+        self.held = make() if self.held is None else self.held
+        return self.held
 
 
 @dataclass(frozen=True)
@@ -121,8 +144,8 @@ class Block:
     """A piece of one tensor on its way through a fold: values [N,*B], and what goes with them.
 
     B is a run of elements; for a method of scope row it is some whole rows, [rows,*R], of which a
-    vector is one; for a method on matrices it is a whole `matrix`, with its `factors`. `base`
-    [*B] is there for a method that asks for it.
+    vector is one; for a method on matrices it is a whole `matrix`, with its `factors`, of which
+    `once` keeps what is worked out. `base` [*B] is there for a method that asks for it.
     """
 
     values: Tensor
@@ -132,6 +155,7 @@ class Block:
     base: Tensor | None = None
     matrix: bool = False
     factors: Sequence[tuple[Tensor, Tensor]] | None = None
+    once: Once = anew
 
     def runs(self) -> Iterator[Block]:
         """The block in runs of 65,536 elements, or of as many whole rows: cut at the same places

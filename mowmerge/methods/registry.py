@@ -89,6 +89,7 @@ class MethodSpec:
     validate: Callable[[Mapping[str, Any], int], None] | None = None
     workspace: Workspace | None = None
     decompositions: Decompositions | None = None
+    keeps: Workspace | None = None
     needs_factors: Callable[[Mapping[str, Any]], bool] = lambda parameters: False
     dynamic: Dynamic | None = None
     fit: str | None = None
@@ -181,6 +182,7 @@ def merge_method(
     validate: Callable[[Mapping[str, Any], int], None] | None = None,
     workspace: Workspace | None = None,
     decompositions: Decompositions | None = None,
+    keeps: Workspace | None = None,
     needs_factors: Callable[[Mapping[str, Any]], bool] = lambda parameters: False,
     dynamic: Dynamic | None = None,
     fit: str | None = None,
@@ -205,6 +207,8 @@ def merge_method(
             that it takes for a matrix of that shape and so many models. Such a method gets
             matrices whole, and elements of everything else, which is what vocabulary tables and
             heads are where its parameter `vocabulary` is false.
+        keeps: of one that asks for `once`, how many elements that keeps of a matrix until the
+            statistics over the model are known.
         needs_factors: whether, with these parameters, every model has to be an adapter of one rank
             on the base, wherever one of them is on a matrix.
         dynamic: which tensors are coded, how, and by what they are mixed; the function then gives
@@ -243,6 +247,7 @@ def merge_method(
             validate=validate,
             workspace=workspace,
             decompositions=decompositions,
+            keeps=keeps,
             needs_factors=needs_factors,
             dynamic=dynamic,
             fit=fit,

@@ -17,6 +17,7 @@ from mowmerge.dynamic import codecs, modeling
 from mowmerge.dynamic.format import Code, Gate, Head, Manifest, Router
 from mowmerge.dynamic.loading import locator
 from mowmerge.dynamic.routers import RouterModule
+from mowmerge.methods.ops.spectral import truncated
 
 K = 3
 CODECS = ("full_abs", "full", "low_rank", "sparse", "row_sparse", "mask", "one_bit", "one_bit0",
@@ -139,7 +140,7 @@ def coded(
         more["rank"] = rank = min(2, rows, columns)
         pair = torch.randn(slots, rows, rank) @ torch.randn(slots, rank, columns)
         delta = 0.03 * pair.view(delta.shape)
-        parts = codecs.low_rank(delta, rank)
+        parts = codecs.low_rank(truncated(delta.view(slots, rows, columns), rank)[0])
     elif codec == "basis":
         more["rank"], more["basis"] = rank, size = min(2, rows, columns), slots - 1
         pairs = [(0.2 * torch.randn(rows, rank), 0.2 * torch.randn(rank, columns))

@@ -17,6 +17,7 @@ from mowmerge.dynamic.context import Context
 from mowmerge.dynamic.format import Code, Gate, Manifest, Router
 from mowmerge.dynamic.layers import install
 from mowmerge.dynamic.routers import RouterModule, projections
+from mowmerge.methods.ops.spectral import truncated
 
 torch.set_num_threads(1)
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -113,7 +114,9 @@ def test_smile_is_fusion_benchs(case: str) -> None:
         own |= {"gate_rank": rank} if name == "weight" else {}
         code = Code(f"m.{name}", shape, codec, k, "g", **own)
         delta = torch.stack([held[f"expert{i}.{name}"] - held[f"base.{name}"] for i in range(k)])
-        parts = codecs.low_rank(delta, asked["k"]) if codec == "low_rank" else {"delta": delta}
+        parts = {"delta": delta}
+        if codec == "low_rank":
+            parts = codecs.low_rank(truncated(delta, asked["k"])[0])
         parts |= {"gate": gate} if name == "weight" else {}
         state |= {code.part_name(p): v for p, v in parts.items()}
         state[code.name] = held[f"base.{name}"]

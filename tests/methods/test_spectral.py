@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mowmerge.methods.ops import spectral
-from mowmerge.methods.ops.spectral import leading_svd, polar, product_svd, spectrum, svd, svds
+from mowmerge.methods.ops.spectral import (
+    leading_svd,
+    polar,
+    product_svd,
+    spectrum,
+    svd,
+    svds,
+    truncated,
+)
 
 torch.set_num_threads(1)
 SHAPES = [(5, 5), (7, 5), (5, 7), (40, 6), (6, 40), (1, 9), (9, 1)]
@@ -154,3 +162,31 @@ def test_what_is_cut_holds_no_memory_of_the_rest() -> None:
     found = svd(normal(30, 30)).cut(2)
     assert found.left.untyped_storage().nbytes() == 4 * 60
     assert found.right.untyped_storage().nbytes() == 4 * 60
+
+
+def falling(rows: int, columns: int, power: float) -> Tensor:
+    """Of singular values j^-power."""
+    least = min(rows, columns)
+    left, right = (torch.linalg.qr(normal(k, least, seed=k)).Q for k in (rows, columns))
+    return (left * torch.arange(1, least + 1).pow(-power)) @ right.T
+
+
+@pytest.mark.parametrize("shape", [(400, 320), (320, 900)])
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0, 2.0])
+def test_what_a_drawn_basis_loses_is_told_and_hardly_more_than_the_least(
+    shape: tuple[int, int], power: float
+) -> None:
+    deltas = torch.stack([falling(*shape, power), normal(*shape), torch.zeros(shape)])
+    for rank, drawn in ((12, True), (24, False)):
+        pairs, told = truncated(deltas, rank)
+        assert bool(told["drawn"]) == drawn == spectral.few(rank, shape)
+        assert [(len(b.T), len(a)) for b, a in pairs] == [(rank, rank)] * 3
+        for delta, (b, a), lost in zip(deltas[:2], pairs, told["lost"].tolist(), strict=False):
+            apart = (delta - b @ a).double().norm() / delta.double().norm()
+            assert lost == pytest.approx(float(apart), rel=1e-6)
+            values = torch.linalg.svdvals(delta.double())
+            least = float(values[rank:].norm() / values.norm())
+            assert least * (1 - 1e-5) <= lost <= least * (1.01 if drawn else 1 + 1e-5)
+            assert torch.allclose(b.norm(dim=0), a.norm(dim=1), rtol=1e-4)
+        assert told["lost"][2] == 0
+        assert not (pairs[2][0] @ pairs[2][1]).any()

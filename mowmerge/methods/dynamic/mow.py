@@ -20,6 +20,7 @@ from mowmerge.methods.contracts import (
 )
 from mowmerge.methods.gating import Classifier, Features, block_of, by_choice
 from mowmerge.methods.ops import Sum
+from mowmerge.methods.ops.spectral import truncated
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
@@ -148,7 +149,8 @@ def mow(
             dynamic: poolers, projections, an untied output matrix.
         codec: the experts' weights (a one-hot gate is bit exact), their differences from the
             anchor, or those at a rank.
-        rank: of each difference, with codec low_rank.
+        rank: of each difference, with codec low_rank; a small one of a large matrix is found in a
+            randomised basis, and report.json has what it loses.
         router: two hidden layers with batch norm, a linear probe, or the distance to each task's
             mean.
         prefix: the share of the anchor's layers after which the classifier looks; 1 is the last
@@ -169,4 +171,5 @@ def mow(
         return {"delta": deltas}
     from mowmerge.dynamic import codecs
 
-    return codecs.low_rank(deltas, code.rank)
+    pairs, told = truncated(deltas.view(-1, *code.matrix), code.rank)
+    return {**codecs.low_rank(pairs), **told}

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from mowmerge.dynamic.format import Code
 from mowmerge.methods.contracts import Count, Dynamic, Range, Routing, Seed, Site
 from mowmerge.methods.gating import block_of, by_block, in_mlp, of_sum
+from mowmerge.methods.ops.spectral import truncated
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
@@ -59,10 +60,12 @@ def rank_one_moe(
     Source: Rank-One MoE, reference code rankone_moe.py.
     Differs: the selection of the largest coefficients is exact, and soft, as the reference's, only
     in training; a task vector that is zero has zero factors where the reference stops; routers
-    are trained by distillation, as wemoe's.
+    are trained by distillation, as wemoe's; few pairs of a large matrix are found in a randomised
+    basis, and report.json has what they lose.
     """
     from mowmerge.dynamic import codecs
 
-    parts = codecs.low_rank(deltas, code.slots // len(deltas))
+    pairs, told = truncated(deltas, code.slots // len(deltas))
+    parts = codecs.low_rank(pairs)
     parts["slot"] = torch.arange(code.slots, dtype=torch.int32)
-    return {"anchor": base + scale * (parts["u"] @ parts["v"]), **parts}
+    return {"anchor": base + scale * (parts["u"] @ parts["v"]), **parts, **told}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from mowmerge.dynamic.format import Code
@@ -19,7 +19,7 @@ from mowmerge.methods.contracts import (
 )
 from mowmerge.methods.gating import Chooser, Features, by_choice, of_base
 from mowmerge.methods.ops import Sum
-from mowmerge.methods.ops.spectral import Factors, polar, product_svd, svd
+from mowmerge.methods.ops.spectral import Factors, polar, product_svd, truncated
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
@@ -60,21 +60,13 @@ def _decide(
     return {"unchanged": unchanged if len(unchanged) < len(totals) else [], "warnings": told}
 
 
-def _pairs(
-    deltas: Tensor, factors: Sequence[Factors] | None, rank: int, factor: str
-) -> Iterator[Factors]:
-    """L [m,rank] and R [rank,k] of each task vector: given, with zeros behind, or balanced."""
-    for i, delta in enumerate(deltas):
-        pair = factors[i] if factors is not None else None
-        if pair is not None and factor == "given" and len(pair[1]) <= rank:
-            left, right = pair
-        else:
-            found = (product_svd(*pair) if pair is not None else svd(delta)).cut(rank)
-            root = found.values.sqrt()
-            left, right = found.left * root, root[:, None] * found.right
-        behind = rank - len(right)
-        pad = torch.nn.functional.pad
-        yield pad(left, (0, behind)), pad(right, (0, 0, 0, behind))
+def _of_rank(pair: Factors, rank: int, factor: str) -> Factors:
+    """L [m,rank] and R [rank,k] of an adapter: its own, or balanced, with zeros behind."""
+    own = factor == "given" and len(pair[1]) <= rank
+    left, right = pair if own else product_svd(*pair).cut(rank).pair
+    behind = rank - len(right)
+    pad = torch.nn.functional.pad
+    return pad(left, (0, behind)), pad(right, (0, 0, 0, behind))
 
 
 def _aligned(pairs: Sequence[Factors]) -> list[Factors]:
@@ -138,12 +130,17 @@ def rmm(
 
     Source: Reversible Model Merging, arXiv:2510.14163; no released code. The mean and one basis a
     position are read from the numbers that the paper counts.
-    Differs: a survey finds what no expert changes, which stays static. align is an extension: what
-    a small basis keeps depends on how factors are turned, and their product does not say.
+    Differs: a survey finds what no expert changes, which stays static. A small rank of a large
+    matrix is found in a randomised basis, and report.json has what it loses. align is an extension:
+    what a small basis keeps depends on how factors are turned, and their product does not say.
     """
     if code.codec == "full":
         return {"anchor": base, "delta": deltas}
     from mowmerge.dynamic import codecs
 
-    pairs = list(_pairs(deltas, factors, code.rank, factor))
-    return {"anchor": base, **codecs.basis(_aligned(pairs) if align else pairs, code.basis)}
+    if factors is None:
+        pairs, told = truncated(deltas, code.rank)
+    else:
+        pairs, told = [_of_rank(pair, code.rank, factor) for pair in factors], {}
+    parts = codecs.basis(_aligned(pairs) if align else pairs, code.basis)
+    return {"anchor": base, **parts, **told}

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from mowmerge.dynamic.format import Code, Gate, Router
 from mowmerge.methods.contracts import Dynamic, MethodError, Range, Routing, Site
 from mowmerge.methods.gating import in_block_matrix, of_base
+from mowmerge.methods.ops.spectral import truncated
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
@@ -63,13 +64,15 @@ def smile(
 
     Source: SMILE, arXiv:2408.10174, section 3; reference code smile_moe.
     Differs: an expert that did not change a matrix has a zero gate there and is never preferred.
+    Few pairs of a large matrix are found in a randomised basis; report.json has what they lose.
     """
     if code.codec == "full":
         return {"anchor": base, "delta": deltas}
     from mowmerge.dynamic import codecs
 
     n, (rows, columns), most = len(deltas), code.matrix, max(code.rank, code.gate_rank)
-    parts = codecs.low_rank(deltas, most)
+    pairs, told = truncated(deltas.view(n, rows, columns), most)
+    parts = codecs.low_rank(pairs)
     left, right = parts["u"].view(rows, n, most), parts["v"].view(n, most, columns)
     into = left.permute(1, 2, 0) if code.gate_width else right  # a weight stored [in,out]: U
     length = into.norm(dim=2, keepdim=True)  # a direction that moved nothing has none
@@ -80,4 +83,5 @@ def smile(
         "u": left[..., : code.rank].reshape(rows, -1),
         "v": right[:, : code.rank].reshape(-1, columns),
         "slot": torch.arange(n, dtype=torch.int32).repeat_interleave(code.rank),
+        **told,
     }

@@ -8,6 +8,7 @@ from typing import Any
 from mowmerge.dynamic.format import Code
 from mowmerge.methods.contracts import Dynamic, Routing, Seed, Site, Unit
 from mowmerge.methods.gating import Classifier, Features, by_choice
+from mowmerge.methods.ops.spectral import truncated
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor
 
@@ -60,11 +61,13 @@ def twin_merging(
     Differs: heads and biases follow the router (the released evaluation gives the true task's);
     what is exclusive is truncated as a product, never factor by factor; the router looks at means
     and deviations a third of the way up, where inputs still show where they are from and a pass
-    costs a third (the paper's: prefix 1, features mean).
+    costs a third (the paper's: prefix 1, features mean). Few pairs of a large matrix are found in a
+    randomised basis; report.json has what they lose.
     """
     deltas = models - anchor
     if code.codec == "full":
         return {"delta": deltas}
     from mowmerge.dynamic import codecs
 
-    return codecs.low_rank(deltas, code.rank)
+    pairs, told = truncated(deltas.view(-1, *code.matrix), code.rank)
+    return {**codecs.low_rank(pairs), **told}

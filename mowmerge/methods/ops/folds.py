@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mowmerge.methods.contracts import Block, Draws, Extent, Reduction
+from mowmerge.methods.contracts import Block, Draws, Extent, Once, Reduction, anew
 from mowmerge.methods.ops.blocks import Elect, elect_sign
 from mowmerge.tensors import Tensor, torch
 
@@ -20,10 +20,12 @@ def settle(
     rows: bool = False,
     matrix: bool = False,
     role: str = "",
+    once: Once = anew,
 ) -> Any:
     """Runs a reduction on one tensor in memory and returns its state: what the engine streams.
 
-    rows: in whole rows, as for scope row. matrix: in one piece, as for a method on matrices.
+    rows: in whole rows, as for scope row. matrix: in one piece, as for a method on matrices;
+    `once`: of what is worked out for it.
     """
     rounds = reduce([Extent(tuple(values.shape[1:]), parameters, role=role)])
     whole_rows = rows and values.dim() > 2
@@ -35,6 +37,7 @@ def settle(
         values[0].numel(),
         None if base is None else base.reshape(shape),
         matrix,
+        once=once if matrix else anew,
     )
     try:
         fold = next(rounds)

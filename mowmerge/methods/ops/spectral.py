@@ -39,6 +39,12 @@ class Svd:
         return found
 
     @property
+    def pair(self) -> Factors:
+        """The product as two factors that share the values evenly."""
+        root = self.values.sqrt()
+        return self.left * root, root[:, None] * self.right
+
+    @property
     def rank(self) -> int:
         """How many singular values are more than the rounding of none."""
         return int((self.values > NOTHING * self.values.amax()).sum()) if len(self.values) else 0
@@ -115,6 +121,28 @@ def leading_svd(matrix: Tensor, rank: int) -> Svd:
         basis = torch.linalg.qr(matrix @ across)[0]
     found = _svd(basis.T @ matrix)
     return Svd(basis @ found.left, found.values, found.right).cut(rank)
+
+
+def truncated(deltas: Tensor, rank: int) -> tuple[list[Factors], dict[str, Tensor]]:
+    """Each of [N,m,k] as B [m,rank] A [rank,k], its leading triplets with the values shared evenly.
+
+    And what a method tells of it: `lost` [N], |D - B A| / |D|, and whether a basis was `drawn`.
+    """
+    pairs, lost = [], []
+    for delta in deltas:
+        pairs.append(leading_svd(delta, rank).pair)
+        lost.append(_lost(delta, *pairs[-1]))
+    drawn = torch.tensor(few(rank, deltas.shape[1:]))
+    return pairs, {"lost": torch.stack(lost), "drawn": drawn}
+
+
+def _lost(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """|D - B A| / |D|, measured some rows at a time; 0 of a matrix of zeros."""
+    apart = whole = matrix.new_zeros((), dtype=torch.float64)
+    for rows, part in zip(torch.split(matrix, ROWS), torch.split(left, ROWS), strict=True):
+        apart = apart + (rows - part @ right).square().sum(dtype=torch.float64)
+        whole = whole + rows.square().sum(dtype=torch.float64)
+    return (apart / whole.where(whole > 0, 1.0)).sqrt()
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,8 @@ def iso_cts(
     Differs: directions without a singular value (below 1e-6 of the largest) take no part, neither
     in P Q' nor in the mean, where the code has arbitrary ones. No more own directions than there
     are: the code's count can leave less than none to the sum. Vocabulary tables are not decomposed,
-    where the code spares text_projection.
+    where the code spares text_projection. Matrices are decomposed whole, however few own directions
+    are kept: a drawn basis has others near the cut, and all are made as strong.
     """
     n = len(deltas)
     if deltas.dim() != 3 or not deltas.numel():

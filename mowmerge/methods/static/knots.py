@@ -12,10 +12,12 @@ from mowmerge.methods.contracts import (
     Draws,
     Extent,
     MethodError,
+    Once,
     PerModel,
     Reduction,
     Seed,
     Unit,
+    anew,
 )
 from mowmerge.methods.ops import (
     Sum,
@@ -43,13 +45,13 @@ class State:
 
 
 def _coordinates(
-    deltas: Tensor, factors: Sequence[Factors] | None, direction: str
+    deltas: Tensor, factors: Sequence[Factors] | None, direction: str, once: Once
 ) -> tuple[Tensor, Tensor]:
     """A basis U [m,R] of the columns of all task vectors, and X_i = U' D_i [N,R,c]."""
     if direction == "vertical":
         deltas = deltas.mT
         factors = [(right.T, left.T) for left, right in factors] if factors else None
-    basis, values = left_basis(deltas, factors)
+    basis, values = once(lambda: left_basis(deltas, factors))
     if factors:
         parts = torch.stack([(basis.T @ left) @ right for left, right in factors])
     else:
@@ -103,7 +105,8 @@ def _statistics(extents: Sequence[Extent]) -> Reduction:
     def of(block: Block) -> Tensor:
         if not block.matrix or not block.values.numel():
             return block.values.flatten(1)[:, :0]
-        return _coordinates(block.values, block.factors, p["direction"])[1].flatten(1)
+        found = _coordinates(block.values, block.factors, p["direction"], block.once)
+        return found[1].flatten(1)
 
     count = yield Sum(lambda b: torch.tensor(of(b).shape[1], dtype=torch.float64))
     return (yield from _state(p, len(p["weight"]), int(count.total), of, 1))
@@ -126,11 +129,18 @@ def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
     return 3 * n * math.prod(shape) + rank * (4 * rows + each * n * columns) + 8 * rank**2
 
 
+def _kept_numbers(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
+    """A basis and its singular values."""
+    rows, columns = reversed(shape) if p["direction"] == "vertical" else shape
+    return (rows + 1) * min(rows, n * columns)
+
+
 @merge_method(
     paper="arXiv:2410.19735",
     scope=_scope,
     workspace=_workspace,
     decompositions=lambda shape, n: [(shape[0], n * shape[1])],
+    keeps=_kept_numbers,
     laws={"permutation": {"drop": 0.0}, "scale": {"drop": 0.0}},
     exempt={
         "seed": "nothing is drawn by default",
@@ -155,6 +165,7 @@ def knots(
     seed: Seed = 0,
     factors: Sequence[Factors] | None = None,
     rng: Draws | None = None,
+    once: Once = anew,
     state: State | None = None,
 ) -> Tensor | Factors:
     """The TIES merge of the task vectors' coordinates in a basis that they share, times scale.
@@ -170,8 +181,8 @@ def knots(
         density: share of coordinates kept, the largest by magnitude; 1 keeps all.
         drop: share of coordinates dropped at random before that, the others stretched (DARE).
         direction: task vectors side by side, with a basis of outputs, or stacked, one of inputs.
-        trim: one threshold over all matrices, for which each is decomposed anew three times, or one
-            for each matrix.
+        trim: one threshold over all matrices, until which their bases lie on the disk, or one for
+            each matrix.
         elect: the sign of the sum, or none, which keeps every coordinate.
         aggregate: weighted mean or sum of the coordinates that agree; the mean is over those that
             are not 0.
@@ -199,7 +210,7 @@ def knots(
         "weight": weight, "density": density, "drop": drop, "elect": elect, "zero_sign": zero_sign
     }  # fmt: skip
     rng = rng or Draws(seed)
-    basis, parts = _coordinates(deltas, factors, direction)
+    basis, parts = _coordinates(deltas, factors, direction, once)
     if state is None:
         flat = parts.flatten(1)
 

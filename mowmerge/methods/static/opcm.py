@@ -10,8 +10,10 @@ from typing import Any
 from mowmerge.methods.contracts import (
     Block,
     Extent,
+    Memo,
     MethodError,
     NonNegative,
+    Once,
     Positive,
     Reduction,
     Unit,
@@ -74,7 +76,7 @@ def _statistics(extents: Sequence[Extent]) -> Reduction:
 
     def squares(block: Block) -> Tensor:
         matrix = block.matrix and block.values.numel() > 0
-        total = _added(block.values, block.parameters, matrix=matrix)
+        (total,) = block.once(lambda: (_added(block.values, block.parameters, matrix=matrix),))
         return torch.stack([v.double().square().sum() for v in (*block.values, total)])
 
     found = yield Sum(squares)
@@ -92,7 +94,8 @@ def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
     paper="arXiv:2501.09522",
     scope="model",
     workspace=_workspace,
-    decompositions=lambda shape, n: [(shape[0], shape[1])] * (2 * n - 2),
+    decompositions=lambda shape, n: [(shape[0], shape[1])] * (n - 1),
+    keeps=lambda shape, n, p: math.prod(shape),
     laws=("scale",),
     exempt={"float64": "a direction that just reaches its share does in fp64 and not in fp32"},
     reduce=_statistics,
@@ -106,6 +109,7 @@ def opcm(
     stretch: NonNegative = 1.0,
     vocabulary: bool = False,
     scale: float = 1.0,
+    once: Once | None = None,
     state: State | None = None,
 ) -> Tensor:
     """The sum of what each task vector adds to those before it, at their mean norm, times scale.
@@ -131,14 +135,16 @@ def opcm(
 
     Source: OPCM, arXiv:2501.09522, algorithm 1; reference code opcm.py.
     Differs: models are taken in the recipe's order, never shuffled. The scaling after each step
-    cancels in the next, so that one at the end does; each matrix is decomposed in both passes.
-    Where no sum of singular values exceeds its share, all directions are closed, none in the code.
-    Its released form projects the block of leading directions only, and its diagonal stays
+    cancels in the next, so that one at the end does: a sum lies on the disk until the norm is
+    known. Where no sum of singular values exceeds its share, all directions are closed, none in the
+    code. Its released form projects the block of leading directions only, and its diagonal stays
     (zero_diagonal: the later one's). Output heads are linear layers there, and projected:
     vocabulary: true for them, by a rule.
     """
     matrix = deltas.dim() == 3 and deltas.numel() > 0
+    once = once or Memo()
     p = {"density": density, "zero_diagonal": zero_diagonal, "merged": merged, "stretch": stretch}
     if state is None:
-        state = settle(_statistics, deltas, p, matrix=matrix)
-    return _added(deltas, p, matrix=matrix).mul_(scale * state.factor)
+        state = settle(_statistics, deltas, p, matrix=matrix, once=once)
+    (total,) = once(lambda: (_added(deltas, p, matrix=matrix),))
+    return total * (scale * state.factor)

@@ -60,8 +60,9 @@ def star(
 
     Source: STAR, arXiv:2502.10339, section 3; reference code STAR.py.
     Differs: a task vector of zeros is one, NaN there. Adapters on the base are decomposed as the
-    products that they are, exactly, where the code draws a random basis. What is no matrix, and
-    vocabulary tables, have the mean: the code only sees matrices of adapters.
+    products that they are, exactly, where the code draws a random basis; others whole, for the rank
+    and the norm need all singular values. What is no matrix, and vocabulary tables, have the mean:
+    the code only sees matrices of adapters.
     """
     n, each = len(deltas), [float(w) for w in spread(weight, len(deltas))]
     if deltas.dim() != 3 or not deltas.numel():

@@ -59,7 +59,8 @@ def tsv_m(
     is of the rank that there is: a task vector of zeros, of low rank, or there twice does not bend
     the others' directions by arbitrary ones. More models than triplets keep one each, where the
     code keeps none. Vocabulary tables are not decomposed, where the code spares text_projection.
-    Adapters on the base are decomposed as the products that they are.
+    Adapters on the base are decomposed as the products that they are, all others whole, however few
+    triplets are kept: a drawn basis has other directions near the cut, and they are all turned.
     """
     n, each = len(deltas), [float(w) for w in spread(weight, len(deltas))]
     if deltas.dim() != 3 or not deltas.numel():

@@ -65,3 +65,9 @@ def test_turned_inputs_and_outputs(rank: int) -> None:
 def test_what_is_no_matrix_has_the_mean() -> None:
     deltas = normal(3, 4)
     assert torch.allclose(iso_cts(deltas, scale=2.0), deltas.mean(0) * 2)
+
+
+def test_few_own_directions_are_those_of_the_whole_decomposition() -> None:
+    deltas = normal(16, 320, 300).float()  # in a drawn basis: 0.3 away
+    wanted = iso_cts(deltas.double())
+    assert float((iso_cts(deltas) - wanted).norm() / wanted.norm()) < 1e-2

@@ -88,3 +88,9 @@ def test_what_is_no_matrix_has_the_mean() -> None:
         deltas = normal(3, *shape)
         out = tsv_m(deltas, weight=[1.0, 2.0, -1.0], scale=0.5)
         assert torch.allclose(out, (deltas[0] + 2 * deltas[1] - deltas[2]) / 6)
+
+
+def test_few_triplets_are_those_of_the_whole_decomposition() -> None:
+    deltas = normal(16, 320, 300).float()  # in a drawn basis: 0.8 away
+    wanted = tsv_m(deltas.double())
+    assert float((tsv_m(deltas) - wanted).norm() / wanted.norm()) < 1e-2
