@@ -38,11 +38,17 @@ def _trimmed(rows: Tensor, density: float) -> Tensor:
     return rows * (rows.abs() >= least)
 
 
-def _merged(parts: Sequence[Tensor], weight: Sequence[float], elect: bool, mean: str) -> Tensor:
+def _elected(parts: Sequence[Tensor]) -> Tensor:
+    """The sign of each sum; an even one takes the sign that most entries have."""
+    sign = elect_sign(parts, "mass", 0.0)
+    return sign.where(sign != 0, sign.sum().sign())
+
+
+def _merged(
+    parts: Sequence[Tensor], sign: Tensor | None, weight: Sequence[float], mean: str
+) -> Tensor:
     """The parts of the elected sign, times their weights: over how many they are, or over all."""
-    if elect:
-        sign = elect_sign(parts, "mass", 0.0)
-        sign = sign.where(sign != 0, sign.sum().sign())
+    if sign is not None:
         parts = [part * (part * sign > 0) for part in parts]
     total = weighted_sum(parts, weight)
     if mean == "all":
@@ -65,6 +71,7 @@ def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
     paper="arXiv:2505.23117",
     scope="tensor",
     workspace=_workspace,
+    decompositions=lambda shape, n: [(shape[0], n * shape[1])],
     laws=("permutation", "scale"),
     exempt={"float64": "entries near the trim's threshold move with the rounding of an fp32 SVD"},
 )
@@ -77,6 +84,7 @@ def drm(
     tol: Tolerance = 0.01,
     elect: bool = True,
     mean: Literal["agreeing", "all"] = "agreeing",
+    vocabulary: bool = False,
     scale: float = 1.0,
 ) -> Tensor:
     """The merge of the task vectors' coordinates in a basis that they share, times scale.
@@ -92,20 +100,24 @@ def drm(
         density: share of the normalised entries kept, of all models together; 1 keeps all.
         direction: task vectors side by side, with a basis of outputs, or stacked, one of inputs.
         tol: singular value, as a share of the largest, up to which a direction is dropped.
-        elect: leave out what disagrees with the sign of the sum; an even sum takes the sign that
-            most entries have.
+        elect: leave out what disagrees with the sign of the sum; in a matrix an even sum takes the
+            sign that most have.
         mean: over the entries that are left, or over all models.
+        vocabulary: whether embeddings and output heads are matrices too.
         scale: factor on the result.
 
     Source: Decom-Renorm-Merge, arXiv:2505.23117; reference code _decom_renorm_merge.py.
     Differs: density 1 runs every other step, where the code averages the task vectors. A model
-    without a share in a direction (below 1e-6), NaN or noise there, has a zero row.
+    without a share in a direction (below 1e-6), NaN or noise there, has a zero row. What is no
+    matrix is merged entry by entry: where its sum is even nothing is added.
     """
     each = [float(w) for w in spread(weight, len(deltas))]
     if deltas.dim() != 3 or not deltas.numel():
-        return _merged(list(deltas), each, elect, mean).mul_(scale)
+        sign = elect_sign(list(deltas), "mass", 0.0) if elect else None
+        return _merged(list(deltas), sign, each, mean).mul_(scale)
     vertical = direction == "vertical"
     basis, rows, lengths = _coordinates(deltas.mT if vertical else deltas, tol)
     parts = list(_trimmed(rows, density) * lengths)
-    merged = (basis @ _merged(parts, each, elect, mean)).mul_(scale)
+    sign = _elected(parts) if elect else None
+    merged = (basis @ _merged(parts, sign, each, mean)).mul_(scale)
     return merged.T.contiguous() if vertical else merged

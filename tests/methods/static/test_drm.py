@@ -78,5 +78,5 @@ def test_a_model_without_a_share() -> None:
 def test_what_is_no_matrix_is_elected_as_it_is() -> None:
     deltas = torch.tensor([[1.0, -2.0, 0.0], [3.0, 1.0, 0.0]])
     assert drm(deltas).tolist() == [2.0, -2.0, 0.0]
-    # even votes take the sign that most entries have: plus here
-    assert drm(torch.tensor([[1.0, 2.0], [-1.0, 2.0]])).tolist() == [1.0, 2.0]
+    # an even vote adds nothing, whatever the other entries have: a block is as good as the whole
+    assert drm(torch.tensor([[1.0, 2.0], [-1.0, 2.0]])).tolist() == [0.0, 2.0]
