@@ -8,8 +8,11 @@ from mowmerge.checkpoint import adapter
 from mowmerge.errors import Problem
 from mowmerge.methods import registry
 from mowmerge.plan import Algebra, Input, Source, TensorJob
+from mowmerge.recipe.model import Loc, Recipe
+from mowmerge.recipe.text import dotted
 
 HOURS = 10**15  # floating-point operations from which on a processor takes hours
+RANKS = ("rank", "gate_rank")  # parameters that are ranks of matrices
 
 
 def algebra(jobs: Sequence[TensorJob]) -> Algebra | None:
@@ -44,8 +47,37 @@ def _kept(job: TensorJob) -> int:
     return wide * keeps(job.output.shape, len(job.models), job.parameters)
 
 
-def faults(jobs: Sequence[TensorJob], sources: Mapping[str, Source]) -> list[Problem]:
-    """Models that are no adapters of one rank on the base, under a method for such: each once."""
+def faults(
+    recipe: Recipe, jobs: Sequence[TensorJob], sources: Mapping[str, Source]
+) -> list[Problem]:
+    """Ranks that no matrix has, and models that are no adapters of one rank on the base, under a
+    method for such: each once."""
+    return [*_too_high(recipe, jobs), *_no_factors(jobs, sources)]
+
+
+def _too_high(recipe: Recipe, jobs: Sequence[TensorJob]) -> Iterator[Problem]:
+    """Ranks above that of every matrix they are for; a default holds up to a matrix's own."""
+    most: dict[tuple[Loc, int], int] = {}
+    for job in jobs:
+        shape = job.output.shape[-2:]
+        if len(shape) < 2 or job.method is None:
+            continue
+        known = registry.get(job.method).parameters
+        asked: dict[Loc, int | None] = {("output", "rank"): recipe.output.rank}
+        for word in (word for word in RANKS if word in known):
+            given = job.parameters[word]
+            asked["parameters", word] = given if given != known[word].default else None
+        for loc, rank in asked.items():
+            if rank is not None:
+                most[loc, rank] = max(most.get((loc, rank), 0), min(shape))
+    for (loc, rank), least in most.items():
+        if rank > least:
+            told = f"{dotted(loc)} is {rank}, and no matrix has a rank above {least}"
+            yield Problem(told, recipe.where(*loc), f"at most {least}, which leaves nothing out")
+
+
+def _no_factors(jobs: Sequence[TensorJob], sources: Mapping[str, Source]) -> list[Problem]:
+    """Models that a method for adapters cannot take."""
     found: dict[str, Problem] = {}
     for job in jobs:
         if not job.matrix or not registry.get(str(job.method)).needs_factors(job.parameters):

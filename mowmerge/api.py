@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from mowmerge.training.settings import Options as Training
 
 __all__ = [
-    "check", "compare", "demo", "evaluate", "extract", "inspect", "load", "merge", "outline",
-    "plan", "plan_push", "plan_training", "push", "report_folder", "report_on",
+    "check", "compare", "demo", "evaluate", "extract", "inspect", "load", "looked", "merge",
+    "outline", "plan", "plan_push", "plan_training", "push", "report_folder", "report_on",
     "soup", "survey", "tasks_of", "tell_card", "train_router", "verify",
 ]  # fmt: skip
 Advance = Callable[[int], None]
@@ -84,6 +84,14 @@ def plan(
     """What a merge would do, from headers alone. Loads no torch."""
     parsed = recipe if isinstance(recipe, Recipe) else check(recipe, overrides)
     return build(parsed, options)
+
+
+def looked(recipe: Recipe, options: Options | None = None) -> Plan | None:
+    """The same where all models are paths on this machine; None where one is not, and the network
+    would be asked for it."""
+    from mowmerge.sources import here
+
+    return build(recipe, options) if here(recipe) else None
 
 
 def outline(recipe: Recipe, options: Options | None = None) -> AdapterMerge:

@@ -93,7 +93,7 @@ class _Planner:
         jobs = self._jobs(base, cut.pieces)
         told, permuted = vocabulary.compared(self.recipe, sources, donor, jobs)
         self.warnings, self.problems = [*self.warnings, *told], [*self.problems, *permuted]
-        self.problems += algebra.faults(jobs, sources)
+        self.problems += algebra.faults(self.recipe, jobs, sources)
         self._raise_problems()
         config, told = layers.following(donor, cut.stacks, sources)
         self.warnings += told

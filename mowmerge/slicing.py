@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from itertools import takewhile
 
 from mowmerge.checkpoint import layers, naming
 from mowmerge.errors import Problem
@@ -77,6 +79,17 @@ def _by_layer(held: Mapping[str, TensorSpec]) -> Layers:
     return found
 
 
+def _named(stack: str, asked: Sequence[str]) -> bool:
+    """Whether a pattern fits the name of a stack, with its last dot or without."""
+    return any(fnmatchcase(name, glob) for glob in asked for name in (stack, stack.rstrip(".")))
+
+
+def _shared(name: str, stack: str) -> int:
+    """How many parts a name and a stack's begin with alike."""
+    pairs = zip(name.split("."), stack.split("."), strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+
 class _Cutter:
     def __init__(self, recipe: Recipe, donor: str, specs: Specs) -> None:
         self.recipe, self.donor, self.specs = recipe, donor, specs
@@ -91,29 +104,29 @@ class _Cutter:
             if stack and self._deep_enough(i, stack):
                 by_stack.setdefault(stack, []).append(i)
         if not self.found.problems:
-            self._outside(places)
+            self._outside(places, by_stack)
             self._others(places, by_stack)
             for stack, numbers in by_stack.items():
                 self._slices(stack, numbers)
         return self.found
 
     def _stack(self, i: int) -> str | None:
-        """The stack that a slice is of: the one it names, or the only one with attention in it."""
+        """The stack that a slice is of: the one it names; of several, and where it names none, the
+        only one with attention in it."""
         layers, asked = self.layers[self.donor], self.recipe.slices[i].stack
         every = list(dict.fromkeys(stack for stack, _ in layers))
-        if asked is not None:
-            named = [stack for stack in every if stack.rstrip(".") == asked.rstrip(".")]
-            told = f"slices.{i}: there is no stack of layers '{asked}'"
-        else:
-            attend = {
-                stack
-                for (stack, _), held in layers.items()
-                if any(naming.role(spec.name) == "attention" for spec in held.values())
-            }
-            named = [stack for stack in every if stack in attend or not attend]
-            told = f"slices.{i}: which stack of layers it is of is not clear"
-        if len(named) == 1:
-            return named[0]
+        named = [stack for stack in every if asked is None or _named(stack, asked)]
+        attend = {
+            stack
+            for (stack, _), held in layers.items()
+            if any(naming.role(spec.name) == "attention" for spec in held.values())
+        }
+        found = [stack for stack in named if stack in attend] or named
+        if len(found) == 1:
+            return found[0]
+        told = f"slices.{i}: which stack of layers it is of is not clear"
+        if asked is not None and not named:
+            told = f"slices.{i}: there is no stack of layers '{', '.join(asked)}'"
         names = ", ".join(stack.rstrip(".") for stack in every) or "none"
         where = self.recipe.where("slices", i)
         self.found.problems.append(Problem(told, where, f"stack: one of {names}"))
@@ -146,20 +159,30 @@ class _Cutter:
         models = self.recipe.slices[i].models(self.recipe.models)
         return ["base", *models] if self.recipe.base is not None else list(models)
 
-    def _outside(self, places: Mapping[str, Place]) -> None:
-        """What the donor has before the layers, by the first slice's models; after them, the
-        last's. A rule may take it of any model."""
-        last = len(self.recipe.slices) - 1
-        found = {
-            name: replace(place, slice=last if place.depth else 0, within=place.depth)
-            for name, place in places.items()
-            if naming.stack(name) is None
-        }
+    def _outside(self, places: Mapping[str, Place], sliced: Mapping[str, Sequence[int]]) -> None:
+        """What the donor has outside the layers, by the slices of the stack that is nearest: before
+        the layers by the first of them, after them by the last. Beside a stack that is not sliced
+        it is no slice's. A rule may take it of any model."""
+        every = dict.fromkeys([*sliced, *(stack for stack, _ in self.layers[self.donor])])
+        found = {}
+        for name, place in places.items():
+            if naming.stack(name) is not None:
+                continue
+            near = {stack: _shared(name, stack) for stack in every}
+            beside = [
+                i for s, n in near.items() if n == max(near.values()) for i in sliced.get(s, ())
+            ]
+            i = (max(beside) if place.depth else min(beside)) if beside else None
+            found[name] = replace(place, slice=i, within=place.depth)
         views = {
             model: {n: s for n, s in held.items() if naming.stack(n) is None}
             for model, held in self.specs.items()
         }
-        taking = dict.fromkeys([*self._taking(0), *self._taking(last)])
+        taking = dict.fromkeys(
+            model
+            for i in dict.fromkeys(place.slice for place in found.values())
+            for model in (views if i is None else self._taking(i))
+        )
         self.found.pieces.append(Piece(found, views, self.donor, taking))
 
     def _others(self, places: Mapping[str, Place], sliced: Mapping[str, object]) -> None:

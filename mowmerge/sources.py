@@ -9,7 +9,7 @@ from pathlib import Path
 from mowmerge.checkpoint import encoder, peft, source
 from mowmerge.errors import CheckpointError, Problem, SourceError
 from mowmerge.plan import Adapted, Plan, Source, Stored
-from mowmerge.recipe.model import AdapterRef, ModelRef, Recipe
+from mowmerge.recipe.model import AdapterRef, ModelRef, Recipe, existing
 
 
 @dataclass
@@ -86,6 +86,18 @@ class Search:
             raise type(error)(_placed(at, error.problems)) from error
         self.warnings += [f"{name}: {line}" for line in told]
         return found
+
+
+def here(recipe: Recipe) -> bool:
+    """Whether every model that a recipe names is a path on this machine."""
+    refs = recipe.models.values()
+    named = [recipe.base, recipe.encoder]
+    named += [ref.source for ref in refs if not (ref.adapter and ref.source == "base")]
+    named += [each.source for ref in refs for each in ref.adapter]
+    return all(
+        here(each) if isinstance(each, Recipe) else each is None or existing(each, recipe.folder)
+        for each in named
+    )
 
 
 def adapted(recipe: Recipe, name: str) -> Adapted:

@@ -56,7 +56,7 @@ def _slice(recipe: Recipe, piece: Slice) -> dict[str, Any]:
     own = piece.method not in (None, recipe.method)
     return {
         "layers": taken.get("", taken),
-        **({"stack": piece.stack} if piece.stack else {}),
+        **({"stack": list(piece.stack)} if piece.stack else {}),
         **({"method": piece.method} if own else {}),
         "parameters": get(str(piece.method)).complete(piece.parameters) if own else dict(
             piece.parameters),

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator
 
-from mowmerge.recipe.fields import Strict, listed, one_or_more
+from mowmerge.recipe.fields import Globs, Strict, listed, one_or_more
 
 SPAN = r"[0-9]+\.\.[0-9]*"
 CLOSED = r"[0-9]+\.\.[0-9]+"
@@ -84,9 +84,10 @@ class Slice(Strict):
         description="The layers of each model, both ends included: {a: 0..11, b: 4..15}; one range"
         " is that of every model. `base` says which are the base's, if not the first model's."
     )
-    stack: str | None = Field(
+    stack: Globs | None = Field(
         default=None,
-        description="Of models with several stacks of layers: which, such as model.layers.",
+        description="Of models with several stacks of layers: which, such as model.layers; a"
+        " pattern for its name, or a list.",
     )
     method: str | None = Field(
         default=None, description="Another method; it starts from its own defaults."

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pytest
 import torch
 from hypothesis import given, settings
@@ -104,6 +103,19 @@ WEIGHTED = "merge_method: linear\nmodels:\n  - {model: a, parameters: {weight: %
 def test_settings(tmp_path: Path, given: str, ours: Any) -> None:
     found = native(WEIGHTED % given + "parameters: {weight: 9}", tmp_path)
     assert found["parameters"]["weight"] == ours
+
+
+@pytest.mark.parametrize(("given", "ours"), [
+    ("yes", True), ("'off'", False), ("'False'", False), ("1", True), ("0.0", False),
+])  # fmt: skip
+def test_words_for_true_and_false(tmp_path: Path, given: str, ours: bool) -> None:
+    text = TIES.replace("normalize: false", f"rescale: {given}")
+    assert native(text, tmp_path)["parameters"]["rescale"] is ours
+
+
+def test_a_share_of_more_than_all_is_all(tmp_path: Path) -> None:
+    found = native(TIES.replace("density: 0.6", "density: 1.5"), tmp_path)
+    assert found["models"]["math"]["density"] == 1
 
 
 def test_levels_from_the_source_to_the_top(tmp_path: Path) -> None:
@@ -226,6 +238,118 @@ modules:
     assert text["parameters"] == {"weight": {"x": 1, "y": 3}}
     assert "*language_model.*" in text["match"]["tensors"]
     assert rest == {"match": {}, "drop": True}
+
+
+def two_stacks(zoo: Zoo) -> dict[str, dict[str, torch.Tensor]]:
+    """Two models of an encoder and a decoder with three layers each, saved as a and b."""
+    names = [
+        f"{side}.block.{i}.{part}.weight"
+        for side in ("encoder", "decoder")
+        for i in range(3)
+        for part in ("self_attention.q", "mlp.up_proj")
+    ]
+    names += ["shared.weight", "encoder.final_layer_norm.weight",
+              "decoder.final_layer_norm.weight", "lm_head.weight"]  # fmt: skip
+    config = {"model_type": "t5", "num_layers": 3, "num_decoder_layers": 3}
+    draws = torch.Generator().manual_seed(0)
+    made = {model: {n: torch.randn(4, 4, generator=draws) for n in names} for model in "ab"}
+    for model, tensors in made.items():
+        zoo.save(model, tensors, config=config)
+    return made
+
+
+def test_several_modules_with_slices(zoo: Zoo) -> None:
+    """What is outside a module's layers is by the module's first and last slice."""
+    made = two_stacks(zoo)
+    a, b = made["a"], made["b"]
+    text = """
+merge_method: passthrough
+base_model: a
+modules:
+  decoder:
+    parameters: {scale: 3}
+    slices:
+      - sources: [{model: b, layer_range: [1, 3]}]
+  encoder:
+    slices:
+      - sources: [{model: a, layer_range: [0, 1]}]
+      - sources: [{model: b, layer_range: [0, 3], parameters: {scale: [1, 2]}}]
+  shared: {models: [{model: a}]}
+"""
+    found, _ = zoo.merge(text)
+    layers = {"encoder": [("a", 0, 1.0), ("b", 0, 1.0), ("b", 1, 1.5), ("b", 2, 2.0)],
+              "decoder": [("b", 1, 3.0), ("b", 2, 3.0)]}  # fmt: skip
+    wanted = {
+        "shared.weight": a["shared.weight"], "lm_head.weight": 3 * b["lm_head.weight"],
+        "encoder.final_layer_norm.weight": b["encoder.final_layer_norm.weight"],
+        "decoder.final_layer_norm.weight": 3 * b["decoder.final_layer_norm.weight"],
+    }  # fmt: skip
+    for side, taken in layers.items():
+        for i, (model, was, scale) in enumerate(taken):
+            for part in ("self_attention.q", "mlp.up_proj"):
+                name = f"{side}.block.{was}.{part}.weight"
+                wanted[f"{side}.block.{i}.{part}.weight"] = scale * made[model][name]
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor)
+    config = json.loads((zoo.folder / "out/config.json").read_text())
+    assert (config["num_layers"], config["num_decoder_layers"]) == (4, 2)
+
+
+def test_a_module_without_slices_beside_one_that_has_some(zoo: Zoo) -> None:
+    made = two_stacks(zoo)
+    text = """
+merge_method: passthrough
+base_model: b
+modules:
+  encoder: {slices: [{sources: [{model: a, layer_range: [1, 2], parameters: {scale: 5}}]}]}
+  decoder: {models: [{model: b}]}
+"""
+    found, _ = zoo.merge(text)
+    assert len(found) == 2 + 1 + 6 + 2  # what is in no module is left out
+    for name in ("decoder.final_layer_norm.weight", "decoder.block.2.mlp.up_proj.weight",
+                 "lm_head.weight"):  # fmt: skip
+        assert torch.equal(found[name], made["b"][name])
+    up = "encoder.block.{}.mlp.up_proj.weight"
+    assert torch.equal(found[up.format(0)], 5 * made["a"][up.format(1)])
+
+
+def test_slices_with_different_bases_are_nested_recipes(zoo: Zoo) -> None:
+    made = zoo.family(llama(4), 3)
+    for name, tensors in made.items():
+        zoo.save(name, tensors, config={"model_type": "llama", "num_hidden_layers": 4})
+    text = """
+merge_method: task_arithmetic
+base_model: base
+parameters: {lambda: 0.5}
+slices:
+  - sources:
+      - {model: base, layer_range: [0, 2]}
+      - {model: a, layer_range: [0, 2], parameters: {weight: 0.5}}
+  - base_model: b
+    sources:
+      - {model: b, layer_range: [1, 3]}
+      - {model: c, layer_range: [1, 3], parameters: {weight: [1, 0.5]}}
+  - sources:
+      - {model: base, layer_range: [3, 4]}
+      - {model: a, layer_range: [3, 4], parameters: {weight: 2}}
+dtype: float32
+"""
+    found, _ = zoo.merge(text)
+    base, a, b, c = (made[name] for name in ("base", "a", "b", "c"))
+    name = "model.layers.{}.mlp.up_proj.weight"
+    for out, was, low, high, weight in (
+        (1, 1, base, a, 0.25), (2, 1, b, c, 0.5), (3, 2, b, c, 0.25), (4, 3, base, a, 1.0),
+    ):  # fmt: skip
+        old = name.format(was)
+        wanted = low[old] + weight * (high[old] - low[old])
+        torch.testing.assert_close(found[name.format(out)], wanted)
+    head = "lm_head.weight"
+    torch.testing.assert_close(found[head], a[head])
+    assert json.loads((zoo.folder / "out/config.json").read_text())["num_hidden_layers"] == 5
+    (zoo.folder / "k.yml").write_text(text.replace("{model: c, layer", "{modl: c, layer"))
+    with pytest.raises(RecipeError, match=r"k.yml:12: 'slices.0.sources.1.model' is missing"):
+        parse.load(zoo.folder / "k.yml")
 
 
 def test_documents_are_nested_recipes(zoo: Zoo) -> None:
@@ -379,7 +503,7 @@ def test_a_native_recipe_converts_to_itself(zoo: Zoo) -> None:
     ("merge_method: passthrough\nbase_model: b\nmodels: [{model: a}]\n", "takes exactly 1 model"),
     ("merge_method: ties\nparameters: {weight: 1}\nmodels: [{model: a}]\n", "needs a base"),
     ("merge_method: ties\nbase_model: b\nparameters: {weight: 1}\n"
-     "slices: [{sources: [{model: a, layer_range: [0, 2]}]}]\n", "needs the same base"),
+     "slices: [{sources: [{model: a, layer_range: [0, 2]}]}]\n", "not among the sources of the"),
     ("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\ntokenizer: union\n",
      "tokenizer must be a mapping"),
 ])  # fmt: skip
@@ -390,8 +514,8 @@ def test_what_is_wrong_is_said_with_its_line(text: str, says: str) -> None:
 
 
 def test_faults_of_the_recipe_have_the_file_s_lines() -> None:
-    (told,) = faults(TIES.replace("density: 0.6", "density: 1.6"))
-    assert told == "k.yml:4: models.math.density must be 0..1, not 1.6"
+    (told,) = faults(TIES.replace("density: 0.6", "density: -0.6"))
+    assert told == "k.yml:4: models.math.density must be 0..1, not -0.6"
 
 
 def test_a_slice_past_the_depth_has_the_file_s_line(zoo: Zoo) -> None:
@@ -419,12 +543,49 @@ def test_chat_templates(tmp_path: Path) -> None:
     for asked in ("auto", "'{% for m in messages %}{{ m }}{% endfor %}'"):
         found = native(f"{TIES}chat_template: {asked}\n", tmp_path)
         assert found["output"]["chat_template"] == asked.strip("'")
-    found = native(f"{TIES}chat_template: chatml\n", tmp_path)["output"]["chat_template"]
-    told = [{"role": "user", "content": "hi"}]
-    text = jinja2.Template(found).render(messages=told, add_generation_prompt=True)
-    assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    assert "'llama3' is not built in" in faults(f"{TIES}chat_template: llama3\n")[0]
     assert "there is no model 'ato'" in faults(f"{TIES}chat_template: ato\n")[0]
+
+
+TURNS = [("system", "Be kind."), ("user", "hi"), ("assistant", " hello "), ("user", "bye")]
+
+
+@pytest.mark.parametrize(("name", "turns", "text"), [
+    ("chatml", 4,
+     "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n"
+     "<|im_start|>assistant\n hello <|im_end|>\n<|im_start|>user\nbye<|im_end|>\n"
+     "<|im_start|>assistant\n"),
+    ("llama3", 4,
+     "<s><|start_header_id|>system<|end_header_id|>\n\nBe kind.<|eot_id|>"
+     "<|start_header_id|>user<|end_header_id|>\n\nhi<|eot_id|>"
+     "<|start_header_id|>assistant<|end_header_id|>\n\nhello<|eot_id|>"
+     "<|start_header_id|>user<|end_header_id|>\n\nbye<|eot_id|>"
+     "<|start_header_id|>assistant<|end_header_id|>\n\n"),
+    ("mistral", 4, "<s>[INST] Be kind.\n\nhi [/INST] hello</s>[INST] bye [/INST]"),
+    ("mistral", 3, "<s>[INST] hi [/INST] hello</s>[INST] bye [/INST]"),
+    ("exaone", 4,
+     "[|system|]Be kind.[|endofturn|]\n[|user|]hi\n[|assistant|] hello [|endofturn|]\n"
+     "[|user|]bye\n[|assistant|]"),
+    ("exaone", 1, "[|system|][|endofturn|]\n[|user|]bye\n[|assistant|]"),
+    ("alpaca", 4,
+     "<s>Be kind.\n\n### Instruction:\nhi\n\n### Response:\nhello</s>\n\n"
+     "### Instruction:\nbye\n\n### Response:\n"),
+    ("alpaca", 1,
+     "<s>Below is an instruction that describes a task. Write a response that appropriately"
+     " completes the request.\n\n### Instruction:\nbye\n\n### Response:\n"),
+])  # fmt: skip
+def test_templates_that_have_a_name(tmp_path: Path, name: str, turns: int, text: str) -> None:
+    import tokenizers
+    import transformers as hf
+
+    found = native(f"{TIES}chat_template: {name}\n", tmp_path)["output"]["chat_template"]
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "</s>": 1})),
+        bos_token="<s>", eos_token="</s>",
+    )  # fmt: skip
+    tokenizer.chat_template = found
+    told = [{"role": role, "content": content} for role, content in TURNS[-turns:]]
+    shown = tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=True)
+    assert shown == text
 
 
 DOC = (Path(__file__).parents[2] / "docs" / "from-mergekit.md").read_text("utf-8")

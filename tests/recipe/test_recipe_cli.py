@@ -43,7 +43,7 @@ def test_check_shows_every_default(recipe: str, capsys: pytest.CaptureFixture[st
     check(recipe)
     head, _, listing = capsys.readouterr().out.partition("\n")
     data = read(listing, "x").data
-    assert head == f"{recipe}: ok"
+    assert head == f"{recipe}: ok, by itself: its models are not all on this machine"
     assert data["rules"] == RULES
     assert data["models"]["b"] == {"source": "org/c", "weight": 0.5}
     assert data["base"]["parameters"] == {"weight": 1.0, "normalize": True}
@@ -54,7 +54,8 @@ def test_check_as_json_is_the_same(recipe: str, capsys: pytest.CaptureFixture[st
     check(recipe)
     data = read(capsys.readouterr().out.partition("\n")[2], "x").data
     check(recipe, json_=True)
-    assert json.loads(capsys.readouterr().out) == {"file": recipe, "ok": True, "recipe": data}
+    told = {"file": recipe, "ok": True, "headers": False, "recipe": data}
+    assert json.loads(capsys.readouterr().out) == told
 
 
 def test_check_takes_overrides(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mowmerge.errors import Problem, RecipeError
+from mowmerge.recipe.mergekit import rebasing
 from mowmerge.recipe.mergekit.converting import Converter
 from mowmerge.recipe.mergekit.reading import Reader
 from mowmerge.recipe.text import Document
@@ -45,6 +46,8 @@ def converted(documents: Sequence[Document]) -> tuple[Document, list[Problem]]:
                 f"this is a file of {kind}, which is not merged here", where=_at(document),
                 hint=REFUSED[kind],
             )  # fmt: skip
+    names = [str(document.data.get("name")) for document in documents]
+    documents = [each for document in documents for each in rebasing.split(document, names)]
     named = _named(documents)
     final = _final(documents, named)
     made: dict[str, Document] = {}

@@ -7,13 +7,8 @@ from typing import Any
 
 from mowmerge.recipe.mergekit.presets import DTYPES
 from mowmerge.recipe.mergekit.reading import Reader, Reference, as_map
+from mowmerge.recipe.mergekit.templates import TEMPLATES
 from mowmerge.recipe.model import Loc
-
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-ELSEWHERE = ("alpaca", "exaone", "llama3", "mistral")  # templates that are not written here
 
 Names = Mapping[tuple[Reference, int], str]
 Found = dict[str, tuple[Any, Loc]]  # what a key of the recipe holds, and where it comes from
@@ -38,12 +33,8 @@ def _output(reader: Reader) -> Found:
             continue
         output["dtype"], at = dtype, (key,)
     template = given.get("chat_template")
-    if template in ELSEWHERE:
-        hint = "write `chat_template:` as the Jinja text, or auto for that of most models"
-        reader.fault(("chat_template",), f"the template '{template}' is not built in here", hint)
-    elif template:
-        output["chat_template"] = CHATML if template == "chatml" else template
-        at = ("chat_template",)
+    if template:
+        output["chat_template"], at = TEMPLATES.get(str(template), template), ("chat_template",)
     return {"output": (output, at)} if output else {}
 
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mowmerge.errors import Problem
+from mowmerge.methods.registry import get
 from mowmerge.recipe.layers import written
 from mowmerge.recipe.mergekit import beside
 from mowmerge.recipe.mergekit.presets import MODULES, Preset, Word
-from mowmerge.recipe.mergekit.reading import MODULE, Reader, Reference, Slice, Source, as_map
+from mowmerge.recipe.mergekit.reading import Reader, Reference, Slice, Source
 from mowmerge.recipe.mergekit.values import Range, Unsaid, value
 from mowmerge.recipe.model import Loc
 from mowmerge.recipe.text import Document
@@ -39,45 +40,61 @@ class Converter:
         if preset and body:
             self._put(("method",), preset.method, ("merge_method",))
             base = reader.reference(("base_model",), given.get("base_model"))
-            if body == "modules" and len(as_map(given["modules"])) > 1:
-                self._modules(preset, base, as_map(given["modules"]))
-            else:
-                slices = list(reader.slices(*reader.body(), base))
-                if slices and not reader.problems:
-                    self._merge(preset, base, slices)
+            parts = reader.parts(base)
+            if any(parts.values()) and not reader.problems:
+                self._merge(preset, base, parts)
         for key, (told, origin) in beside.found(reader, self.names).items():
             self._put((key,), told, origin)
         found = Document(reader.document.file, self.data, self.lines)
         found.problems = [*reader.document.problems, *reader.problems]
         return found
 
-    def _merge(self, preset: Preset, base: Reference | None, slices: Sequence[Slice]) -> None:
-        """Models, base, parameters and slices of the recipe."""
-        bases = {piece.base for piece in slices}
-        if preset.apart:
-            listed = [any(s.reference == p.base for s in p.sources) for p in slices]
-            if len(bases) > 1 or (bases != {None} and not all(listed)):
-                hint = "name one base_model, and list it among the sources of every slice"
-                self.reader.fault(slices[0].loc, "every slice needs the same base here", hint)
-                return
-            (base,) = bases
-            if base:
-                self._put(("base",), self._base(base), ("base_model",))
-            for piece in slices:
-                for source in piece.sources:
-                    if source.reference == base:
-                        self.reader.unread(source.loc, source.parameters, ())
-        self._name(preset, base, slices)
+    def _merge(
+        self, preset: Preset, base: Reference | None, parts: Mapping[str, Sequence[Slice]]
+    ) -> None:
+        """Models, base, parameters and slices of the recipe; of several modules a rule for each,
+        and what is in none is dropped, as mergekit does not write it."""
+        slices = [piece for part in parts.values() for piece in part]
+        if preset.apart and not self._apart(slices):
+            return
+        self._name(preset, slices[0].base if preset.apart else base, slices)
         if preset.defaults:
             self._put(("parameters",), preset.defaults, ("parameters",))
         for piece in slices:
             self.reader.check_words(preset, piece)
-        if slices[0].length is None:
+        if "" in parts and slices[0].length is None:
             self._whole(preset, slices[0])
             return
-        self._put(("slices",), [], slices[0].loc[:-1])
-        for i, piece in enumerate(slices):
-            self._slice(preset, piece, i)
+        if any(piece.length for piece in slices):
+            self._put(("slices",), [], slices[0].loc[:-1])
+        rules: list[Any] = []
+        for name in (n for n in ("", *MODULES) if n in parts):
+            for piece in parts[name]:
+                if piece.length:
+                    self._slice(preset, piece, name)
+            if name:
+                self.lines["rules", len(rules)] = self.reader.line(("modules", name))
+                rules.append(self._rule(preset, name, parts[name][0]))
+        if rules:
+            self.data["rules"] = [*rules, {"match": {}, "drop": True}]
+
+    def _apart(self, slices: Sequence[Slice]) -> bool:
+        """Puts the base that all slices have; false, with a fault, where that is not one."""
+        fault, bases = self.reader.fault, {piece.base for piece in slices}
+        for piece in slices:
+            if piece.base and all(source.reference != piece.base for source in piece.sources):
+                hint = "mergekit needs it there, with the layers that are taken of it"
+                fault(piece.loc, "the base_model is not among the sources of the slice", hint)
+        if len(bases) > 1:
+            fault(slices[0].loc, "the base_model has to be one for all modules")
+        (base, *_) = bases
+        if base:
+            self._put(("base",), self._base(base), ("base_model",))
+        for piece in slices:
+            for source in piece.sources:
+                if source.reference == base:
+                    self.reader.unread(source.loc, source.parameters, ())
+        return not self.reader.problems
 
     def _base(self, base: Reference) -> Any:
         """The base as a recipe has it; with a LoRA on it, it is one of its own."""
@@ -148,15 +165,17 @@ class Converter:
         if preset.base == "first":
             self.data["models"] = {s.name: self.data["models"][s.name] for s in sources}
 
-    def _slice(self, preset: Preset, piece: Slice, i: int) -> None:
+    def _slice(self, preset: Preset, piece: Slice, module: str) -> None:
         """One slice, with every parameter in it: gradients run over it."""
-        taken = {}
+        taken, i = {}, len(self.data["slices"])
         for source in self._ordered(preset, piece):
             taken[source.name] = self._span(source)
         for source in piece.sources:
             if source not in self._ordered(preset, piece):
                 taken["base"] = self._span(source)
         made: dict[str, Any] = {"layers": taken}
+        if module:
+            made["stack"] = list(MODULES[module])
         parameters = self._parameters(preset, piece)
         if parameters:
             made["parameters"] = parameters
@@ -236,39 +255,18 @@ class Converter:
             )
         return found
 
-    def _modules(self, preset: Preset, base: Reference | None, modules: Mapping[str, Any]) -> None:
-        """Several modules, each with its models: a rule for each, and what is in none is dropped,
-        as mergekit does not write it."""
-        found: dict[str, Slice] = {}
-        top = as_map(self.reader.document.data.get("parameters"))
-        for name, module in modules.items():
-            loc: Loc = ("modules", name)
-            self.reader.known(loc, module, MODULE)
-            levels = [as_map(as_map(module).get("parameters")), top]
-            slices = list(self.reader.slices(loc, as_map(module), levels, base))
-            if name not in MODULES or len(slices) != 1 or slices[0].length is not None:
-                told = "of several modules only those with `models` can be converted"
-                self.reader.fault(loc, told, "write a recipe with `slices:` and `stack:`")
-                return
-            found[name] = slices[0]
-        if self.reader.problems:
-            return
-        if preset.apart and base:
-            self._put(("base",), self._base(base), ("base_model",))
-        self._name(preset, base, list(found.values()))
-        if preset.defaults:
-            self._put(("parameters",), preset.defaults, ("parameters",))
-        rules: list[Any] = []
-        for name in (n for n in MODULES if n in found):
-            self.reader.check_words(preset, found[name])
-            rule = {
-                "match": {"tensors": list(MODULES[name])},
-                "models": [source.name for source in self._ordered(preset, found[name])],
-                "parameters": self._parameters(preset, found[name]),
-            }
-            self.lines["rules", len(rules)] = self.reader.line(("modules", name))
-            rules.append({key: given for key, given in rule.items() if given})
-        self.data["rules"] = [*rules, {"match": {}, "drop": True}]
+    def _rule(self, preset: Preset, name: str, piece: Slice) -> dict[str, Any]:
+        """The rule that keeps a module's tensors: merged whole, or as its slices say."""
+        match = {"tensors": list(MODULES[name])}
+        if piece.length:
+            return {"match": match}
+        sliced = [key for each in self.data.get("slices", ()) for key in each.get("parameters", {})]
+        ours = {key: spec.default for key, spec in get(preset.method).parameters.items()}
+        ours |= preset.defaults  # said, since beside a slice's layers its values would hold
+        parameters = {key: ours[key] for key in sliced} | self._parameters(preset, piece)
+        models = [source.name for source in self._ordered(preset, piece)]
+        rule = {"match": match, "models": models, "parameters": parameters}
+        return {key: given for key, given in rule.items() if given}
 
     def _put(self, loc: Loc, found: Any, origin: Loc) -> None:
         """Puts a value into the recipe, and remembers the line that it comes from."""

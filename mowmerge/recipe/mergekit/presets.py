@@ -21,13 +21,15 @@ OURS = {  # words of its grammar, and what they are called here
 @dataclass(frozen=True)
 class Word:
     """One of its parameters: what it is called here, whether each model has its own, whether a
-    recipe has to give it, its default, and for true and false our words for them."""
+    recipe has to give it, its default, for true and false our words for them, and the value that a
+    greater one means."""
 
     ours: str
     each: bool = False
     required: bool = False
     default: Any = None
     flag: tuple[Any, Any] | None = None
+    most: float | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def _task_vectors(
         "weight": WEIGHT,
         "lambda": Word("scale", default=1.0),
         "normalize": Word("aggregate", default=AGGREGATE[normalize], flag=AGGREGATE),
-        "density": Word("density", each=True, default=1.0),
+        "density": Word("density", each=True, default=1.0, most=1.0),
         **({"rescale": rescale} if rescale else {}),
         **(more or {}),
     }
@@ -138,7 +140,7 @@ PRESETS: Mapping[str, Preset] = {
         "della", normalize=False, rescale=_RESTORE, fixed={"elect": "none"}, more=_EPSILON
     ),
     "sce": Preset(
-        "sce", {"select_topk": Word("density", default=1.0)}, "required", {"floor": 1e-6},
+        "sce", {"select_topk": Word("density", default=1.0, most=1.0)}, "required", {"floor": 1e-6},
         idle=("int8_mask",),
     ),
     "model_stock": Preset(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mowmerge.errors import Problem, did_you_mean
-from mowmerge.recipe.mergekit.presets import PRESETS, Preset
+from mowmerge.recipe.mergekit.presets import MODULES, PRESETS, Preset
 from mowmerge.recipe.model import Loc
 from mowmerge.recipe.text import Document, dotted
 
@@ -104,15 +104,25 @@ class Reader:
         self.fault((), f"mergekit takes one of models, slices and modules, and this {told}")
         return ""
 
-    def body(self) -> tuple[Loc, Mapping[str, Any], list[Mapping[str, Any]]]:
-        """Where models or slices stand, and the parameters at every level above them."""
+    def parts(self, base: Reference | None) -> dict[str, list[Slice]]:
+        """The slices of each module where there are several; without a name those of all."""
         given = self.document.data
-        top = as_map(given.get("parameters"))
-        if not given.get("modules"):
-            return (), given, [top]
-        ((name, module),) = as_map(given["modules"]).items()
-        self.known(("modules", name), module, MODULE)
-        return ("modules", name), as_map(module), [as_map(as_map(module).get("parameters")), top]
+        top, modules = as_map(given.get("parameters")), as_map(given.get("modules"))
+        if not modules:
+            return {"": list(self.slices((), given, [top], base))}
+        found = {}
+        for name, module in modules.items():
+            loc: Loc = ("modules", name)
+            self.known(loc, module, MODULE)
+            if len(modules) > 1 and name not in MODULES:
+                told = f"which tensors are of the module '{name}' is not known here"
+                self.fault(loc, told, f"one of {', '.join(MODULES)}; or write a recipe with rules")
+            if bool(as_map(module).get("models")) == bool(as_map(module).get("slices")):
+                self.fault(loc, f"{dotted(loc)} takes one of models and slices")
+            levels = [as_map(as_map(module).get("parameters")), top]
+            slices = list(self.slices(loc, as_map(module), levels, base))
+            found[name if len(modules) > 1 else ""] = slices
+        return found
 
     def slices(
         self, loc: Loc, body: Mapping[str, Any], levels: list[Mapping[str, Any]],

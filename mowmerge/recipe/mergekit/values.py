@@ -15,6 +15,10 @@ from typing import Any
 from mowmerge.recipe.mergekit.presets import Word
 
 _NUMBERED = re.compile(r"(.*(?:^|\.)(?:layers?|h|blocks?)\.)(\d+)(|\..*)")
+_SAID = {  # words that are read as true and false there
+    **dict.fromkeys(("true", "yes", "on", "t", "y", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "f", "n", "0"), False),
+}
 Item = tuple[dict[str, Any], Any]  # a match, and the value where it holds
 
 
@@ -63,7 +67,7 @@ def _items(setting: Any, word: Word, at: Range) -> Iterator[Item]:
     """What one level says: filtered values, of which the first that matches holds."""
     conditions = [setting] if isinstance(setting, Mapping) else setting
     if not isinstance(conditions, list):
-        yield {}, plain(setting, word)
+        yield from _graded(setting, word, at, {})
     elif conditions and all(isinstance(each, Mapping) for each in conditions):
         for each in conditions:
             if "value" not in each:
@@ -81,7 +85,8 @@ def _items(setting: Any, word: Word, at: Range) -> Iterator[Item]:
 def _graded(setting: Any, word: Word, at: Range, match: Mapping[str, Any]) -> Iterator[Item]:
     """One value, or a gradient over the layers and its first value outside them."""
     if not isinstance(setting, list):
-        yield {**match}, plain(setting, word)
+        found = plain(setting, word)
+        yield {**match}, found if word.most is None else min(found, word.most)
         return
     values = [plain(each, word) for each in setting]
     if not values:
@@ -97,6 +102,7 @@ def _graded(setting: Any, word: Word, at: Range, match: Mapping[str, Any]) -> It
 def plain(setting: Any, word: Word) -> Any:
     """One number or word of ours for one of theirs."""
     if word.flag is not None:
+        setting = _SAID.get(setting.lower(), setting) if isinstance(setting, str) else setting
         if not isinstance(setting, bool | int | float):
             raise Unsaid(f"must be true or false, not {setting!r}")
         return word.flag[bool(setting)]

@@ -1,0 +1,84 @@
+"""A document whose slices have different bases: one document for each base, and one that stacks
+the layers that they give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mowmerge.recipe.mergekit.presets import PRESETS
+from mowmerge.recipe.mergekit.reading import Reader, Reference, as_list, as_map
+from mowmerge.recipe.model import Loc
+from mowmerge.recipe.text import Document
+
+LEVELS = ("merge_method", "parameters")  # what each of the documents takes along
+
+
+def split(document: Document, taken: Sequence[str]) -> list[Document]:
+    """The documents in place of one, or itself where one base is enough; `taken` are names of
+    others."""
+    data = as_map(document.data)
+    preset = PRESETS.get(str(data.get("merge_method")))
+    pieces = as_list(data.get("slices"))
+    if preset is None or not preset.apart or not all(isinstance(each, Mapping) for each in pieces):
+        return [document]
+    bases = [Reader(document).reference((), _based(data, piece)) for piece in pieces]
+    lengths = [_length(piece) for piece in pieces]
+    if len({*bases}) < 2 or None in lengths:
+        return [document]
+    groups: dict[Reference | None, list[int]] = {}
+    for i, base in enumerate(bases):
+        groups.setdefault(base, []).append(i)
+    names: dict[Reference | None, str] = {}
+    for base in groups:
+        name = f"on-{base.name if base else 'none'}"
+        others = {*taken, *names.values()}
+        free = (f"{name}-{n}" for n in range(2, len(others) + 3))
+        names[base] = name if name not in others else next(n for n in free if n not in others)
+    found = [_one(document, names[base], numbers) for base, numbers in groups.items()]
+    return [*found, _stacked(document, bases, names, lengths)]
+
+
+def _based(data: Mapping[str, Any], piece: Mapping[str, Any]) -> Any:
+    return piece.get("base_model") or data.get("base_model")
+
+
+def _length(piece: Mapping[str, Any]) -> int | None:
+    """How many layers a slice gives; None where it does not say so."""
+    sources = as_list(piece.get("sources"))
+    given = as_map(sources[0]).get("layer_range") if sources else None
+    if isinstance(given, list) and len(given) == 2 and all(type(n) is int for n in given):
+        return max(0, given[1] - given[0]) or None
+    return None
+
+
+def _one(document: Document, name: str, numbers: Sequence[int]) -> Document:
+    """The slices of one base, in the dtype of the result."""
+    data, lines = document.data, document.lines
+    pieces = [data["slices"][i] for i in numbers]
+    based = _based(data, pieces[0])
+    dtype = data.get("out_dtype") or data.get("dtype")
+    made = {"name": name, **{key: data[key] for key in LEVELS if key in data}}
+    made |= ({"base_model": based} if based else {}) | ({"dtype": dtype} if dtype else {})
+    made["slices"] = [{k: v for k, v in piece.items() if k != "base_model"} for piece in pieces]
+    kept = {loc: line for loc, line in lines.items() if loc[:1] != ("slices",)}
+    kept[("base_model",)] = lines.get(("slices", numbers[0], "base_model"), lines.get((), 1))
+    for j, i in enumerate(numbers):
+        kept |= {("slices", j, *loc[2:]): n for loc, n in lines.items() if loc[:2] == ("slices", i)}
+    return Document(document.file, made, kept)
+
+
+def _stacked(
+    document: Document, bases: Sequence[Reference | None], names: Mapping[Reference | None, str],
+    lengths: Sequence[int | None],
+) -> Document:  # fmt: skip
+    """The layers of all of them in their order, and all else that the document says."""
+    ends = dict.fromkeys(names, 0)
+    slices = []
+    for base, length in zip(bases, lengths, strict=True):
+        start, ends[base] = ends[base], ends[base] + (length or 0)
+        slices.append({"sources": [{"model": names[base], "layer_range": [start, ends[base]]}]})
+    rest = {key: value for key, value in document.data.items() if key not in LEVELS}
+    made = {**rest, "merge_method": "passthrough", "slices": slices}
+    lines: dict[Loc, int | str] = {**document.lines}
+    return Document(document.file, made, lines, document.problems)
