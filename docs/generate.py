@@ -135,9 +135,8 @@ def _option(name: str, info: Any, default: Any) -> str:
     given = [info.default, *(info.param_decls or ())]  # the first flag stands as the default
     flags = [d for d in given if isinstance(d, str) and d.startswith("-")]
     shown = shown or ", ".join(flags) or "--" + name.replace("_", "-")
-    if default is True and not flags:
-        shown += f", --no-{name}"
-    value = "" if default in (None, False, True, inspect.Parameter.empty) else str(default).lower()
+    value = "" if default in (None, False, True) else str(default).lower()
+    value = "required" if default is inspect.Parameter.empty else value
     return f"| `{shown}` | {value} | {info.help} |"
 
 

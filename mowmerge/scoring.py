@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mowmerge.errors import SourceError
 from mowmerge.recipe import parse, tasks_file
 from mowmerge.recipe.model import Recipe
 
@@ -106,9 +107,16 @@ def results(folder: Path) -> Results | None:
 
 
 def tasks_of(folder: str | Path, recipe: str | Path | Recipe | None) -> Recipe:
-    """The recipe that names the tasks: the folder's own, another, or a file of tasks alone."""
+    """The recipe that names the tasks: the folder's own, another, or a file of tasks alone.
+
+    Raises:
+        RecipeError: it cannot be read, or the folder has none and no other is named.
+        SourceError: there is no such folder.
+    """
     if isinstance(recipe, Recipe):
         return recipe
+    if not Path(folder).is_dir():
+        raise SourceError(f"there is no folder '{folder}'", hint="name a merged folder")
     if recipe is None:
         return parse.load(parse.kept(Path(folder)))
     return tasks_file.load(recipe, Path(folder))

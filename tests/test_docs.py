@@ -6,8 +6,11 @@ import importlib.util
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+
+from mowmerge.recipe import parse
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,6 +43,23 @@ def test_links_in_pages_lead_somewhere() -> None:
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def _recipes() -> list[Any]:
+    """Every YAML block of a page that is a recipe as it stands."""
+    found = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        blocks = re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+        for i, text in enumerate(blocks):
+            keys = set(re.findall(r"^(\w+):", text, re.M))
+            if "models" in keys and keys & {"method", "merge_method"} and ", ...}" not in text:
+                found.append(pytest.param(text, id=f"{page.stem}-{i}"))
+    return found
+
+
+@pytest.mark.parametrize("text", _recipes())
+def test_a_recipe_in_a_page_is_one(text: str) -> None:
+    assert parse.loads(text).models
 
 
 def test_files_are_short() -> None:

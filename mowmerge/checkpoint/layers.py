@@ -52,9 +52,10 @@ def following(
     donor: str, stacks: Mapping[str, Made], sources: Mapping[str, Source]
 ) -> tuple[dict[str, Any], list[str]]:
     """What changes in the donor's config where stacks of layers are made anew; and what cannot be
-    said there."""
+    said there, or anywhere for want of a config."""
     found: dict[str, Any] = {}
-    warnings = []
+    lacks = f"{donor} has no config.json, so there will be none: put one there before it is loaded"
+    warnings = [] if settings(sources[donor]) else [lacks]
     for stack, made in stacks.items():
         models = dict.fromkeys([donor, *(model for model, _ in made)])
         configs = {model: settings(sources[model]) for model in models}

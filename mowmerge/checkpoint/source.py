@@ -242,13 +242,24 @@ def _advice(path: Path) -> str:
 
 
 def _index(file: Path) -> dict[str, str]:
+    """The shard of each tensor, by its name in the index's own folder."""
+    again = "download it again"
     try:
         weight_map = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-        return {str(k): str(v) for k, v in weight_map.items()}
+        found = {str(k): str(v) for k, v in weight_map.items()}
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(
-            f"the index cannot be read: {error!r}", where=str(file), hint="download it again"
+            f"the index cannot be read: {error!r}", where=str(file), hint=again
         ) from error
+    if not found:
+        raise CheckpointError("the index names no tensors", where=str(file), hint=again)
+    for shard in set(found.values()):
+        if not shard.endswith(".safetensors") or Path(shard).name != shard:
+            raise CheckpointError(
+                f"the index names '{shard}', which is no safetensors file beside it",
+                where=str(file), hint="shards lie in the index's own folder",
+            )  # fmt: skip
+    return found
 
 
 def _check_index(origin: str, folder: Path, tensors: dict[str, Location]) -> None:

@@ -129,7 +129,8 @@ def _whole(folder: Path) -> list[Problem]:
     if _is_adapter(folder):
         return []
     if not settings:
-        return [Problem("there is no config.json, or an empty one", str(folder), "merge again")]
+        hint = f"merge with a base that has one, or put one there and its line into {SUMS}"
+        return [Problem("there is no config.json, or an empty one", str(folder), hint)]
     named = settings.get("auto_map") or {}
     modules = {str(place).partition(".")[0] for place in named.values() if "--" not in str(place)}
     if settings.get("model_type") == "mowmerge" and not modules:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from typing import Annotated
 
@@ -51,9 +52,18 @@ def _version(
         print(__version__)
 
 
+def _stand_in() -> None:
+    """Puts the null device where a standard stream is closed, before another file gets its number:
+    what a library writes to stderr would end up in that file."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+
+
 def main() -> None:
     """Runs the command line; a user's mistake is a message and an exit code, not a traceback."""
     gc.set_threshold(SEARCH)
+    _stand_in()
     try:
         app()
     except MowmergeError as error:

@@ -41,7 +41,9 @@ def eval(
     cache: Annotated[
         Path | None, typer.Option(help=f"Keeps what is scored; {CACHE} beside OUT if absent.")
     ] = None,
-    no_cache: Annotated[bool, typer.Option(help="Keep nothing, and score all anew.")] = False,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Keep nothing, and score all anew.")
+    ] = False,
     report: Annotated[
         Path | None, typer.Option(help="Where the report goes; OUT-eval if absent.")
     ] = None,

@@ -26,7 +26,7 @@ def extract(
     recipe: Annotated[
         Path | None, typer.Option(help="The recipe that names the task; OUT's own if absent.")
     ] = None,
-    force: Annotated[bool, typer.Option(help="Replace the folder.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder.")] = False,
     hash_: Annotated[bool, typer.Option("--hash/--no-hash", help="Write SHA256SUMS.")] = True,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,

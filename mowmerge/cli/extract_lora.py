@@ -19,12 +19,12 @@ def extract_lora(
         float | None,
         typer.Option(min=0.0, max=1.0, help="Or keep this share of each update's squared norm."),
     ] = None,
-    force: Annotated[bool, typer.Option(help="Replace the folder.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the folder.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Tensors worked on at once.")] = None,
     max_memory: Annotated[str | None, typer.Option(help="Peak memory, such as 2GB.")] = None,
     hash_: Annotated[bool, typer.Option("--hash/--no-hash", help="Write SHA256SUMS.")] = True,
     allow_pickle: Annotated[
-        bool, typer.Option(help="Also read .bin and .pt files (weights_only).")
+        bool, typer.Option("--allow-pickle", help="Also read .bin and .pt files (weights_only).")
     ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,

@@ -18,7 +18,7 @@ def inspect(
         list[str] | None, typer.Option("--set", help="Override a value: parameters.blocks=3.")
     ] = None,
     allow_pickle: Annotated[
-        bool, typer.Option(help="Also read .bin and .pt files (weights_only).")
+        bool, typer.Option("--allow-pickle", help="Also read .bin and .pt files (weights_only).")
     ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -26,16 +26,23 @@ def merge(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override a value: parameters.density=0.3.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option(help="Show the plan and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     survey: Annotated[
-        bool, typer.Option(help="With --dry-run: measure what a dynamic layout depends on.")
+        bool,
+        typer.Option("--survey", help="With --dry-run: measure what a dynamic layout depends on."),
     ] = False,
-    force: Annotated[bool, typer.Option(help="Replace the output folder.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output folder.")] = False,
     resume: Annotated[
-        bool, typer.Option(help="Take up a merge that was cut off; leave the work if this one is.")
+        bool,
+        typer.Option(
+            "--resume", help="Take up a merge that was cut off; leave the work if this one is."
+        ),
     ] = False,
     locked: Annotated[
-        bool, typer.Option(help="Of a recipe.lock.yaml: fail if an input or the result differs.")
+        bool,
+        typer.Option(
+            "--locked", help="Of a recipe.lock.yaml: fail if an input or the result differs."
+        ),
     ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Tensors worked on at once.")] = None,
     timeout: Annotated[
@@ -43,10 +50,12 @@ def merge(
     ] = 60.0,
     max_memory: Annotated[str | None, typer.Option(help="Peak memory, such as 2GB.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")] = "cpu",
-    stats: Annotated[bool, typer.Option(help="Measure task vectors for report.json.")] = True,
+    stats: Annotated[
+        bool, typer.Option("--stats/--no-stats", help="Measure task vectors for report.json.")
+    ] = True,
     hash_: Annotated[bool, typer.Option("--hash/--no-hash", help="Write SHA256SUMS.")] = True,
     allow_pickle: Annotated[
-        bool, typer.Option(help="Also read .bin and .pt files (weights_only).")
+        bool, typer.Option("--allow-pickle", help="Also read .bin and .pt files (weights_only).")
     ] = False,
     strict: Annotated[
         bool, typer.Option("--strict", help="Keys that mergekit ignores are errors.")

@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 def push(
     out: Annotated[Path, typer.Argument(help="The merged folder.")],
     repo: Annotated[str, typer.Argument(help="The repository on the Hub: org/name.")],
-    private: Annotated[bool, typer.Option(help="If it has to be made, make it private.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="If it has to be made, make it private.")
+    ] = False,
     revision: Annotated[str | None, typer.Option(help="The branch; made if absent.")] = None,
     pr: Annotated[bool, typer.Option("--pr", help="Open a pull request.")] = False,
-    force: Annotated[bool, typer.Option(help="Replace what else is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace what else is there.")] = False,
     dry_run: Annotated[
-        bool, typer.Option(help="Show card and files and stop; no network.")
+        bool, typer.Option("--dry-run", help="Show card and files and stop; no network.")
     ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,

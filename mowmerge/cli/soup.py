@@ -19,7 +19,7 @@ def soup(
         typer.Option(help='What is known: {"scores": {"a": 0.8, "b": 0.7, "a+b": 0.81}}.'),
     ] = None,
     equal: Annotated[
-        bool, typer.Option(help="A model also joins where the score stays the same.")
+        bool, typer.Option("--equal", help="A model also joins where the score stays the same.")
     ] = False,
     most: Annotated[int | None, typer.Option(min=1, help="Ingredients at most.")] = None,
     set_: Annotated[
@@ -31,7 +31,7 @@ def soup(
         Path | None, typer.Option(help="Keeps what is scored, so that a second run goes on.")
     ] = None,
     hash_: Annotated[bool, typer.Option("--hash/--no-hash", help="Write SHA256SUMS.")] = True,
-    force: Annotated[bool, typer.Option(help="Replace the output folder.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output folder.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:

@@ -24,12 +24,16 @@ def train_router(
     batch: Annotated[int | None, typer.Option(min=1, help="Samples a task and step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate of Adam.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of first weights and order of samples.")] = 0,
-    bf16: Annotated[bool, typer.Option(help="Weights as stored, bf16 autocast.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Weights as stored, bf16 autocast.")] = False,
     accumulate: Annotated[
         int, typer.Option(min=1, help="Parts in which a batch goes through the model.")
     ] = 1,
-    resume: Annotated[bool, typer.Option(help="Go on with an interrupted training.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Show what would train and stop.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted training.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would train and stop.")
+    ] = False,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1; a GPU where there is one if absent.")
     ] = None,

@@ -182,6 +182,8 @@ def read(file: Path) -> Report:
             f"no report can be read: {error.strerror}", where=str(file),
             hint="`mowmerge eval OUT --report DIR` writes one",
         ) from error  # fmt: skip
+    except UnicodeDecodeError as error:
+        raise SourceError("this is no evaluation report: not text", where=str(file)) from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"

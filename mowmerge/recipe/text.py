@@ -178,6 +178,8 @@ def _key(node: yaml.Node, document: Document) -> str:
 
 def _scalar(node: yaml.ScalarNode, document: Document) -> Any:
     text, kind = node.value, node.tag.removeprefix(TAG)
+    if "\0" in text:
+        return _fault(node, document, "a text holds a NUL character, which no name or path may")
     try:
         return CONVERT[kind](text)
     except KeyError:
