@@ -170,8 +170,8 @@ def knots(
         density: share of coordinates kept, the largest by magnitude; 1 keeps all.
         drop: share of coordinates dropped at random before that, the others stretched (DARE).
         direction: task vectors side by side, with a basis of outputs, or stacked, one of inputs.
-        trim: one threshold over all matrices, for which each is decomposed anew three times, or one
-            for each matrix.
+        trim: one threshold over all matrices, for which each is decomposed anew up to four times,
+            or one for each matrix.
         elect: the sign of the sum, or none, which keeps every coordinate.
         aggregate: weighted mean or sum of the coordinates that agree; the mean is over those that
             are not 0.
