@@ -276,11 +276,12 @@ class Draws:
 
         mask = torch.empty_like(probability, device="cpu")
         for i, chance in enumerate(probability.cpu()):
-            limits = np.rint(np.ldexp(chance.double().numpy().ravel(), 32)).astype(np.uint64)
+            shares = np.ldexp(chance.numpy().ravel(), 16)
+            limits = shares.astype(np.uint32)
             words = self._words(i, self.start, limits.size)
-            kept = words < limits >> 16
-            for at in np.flatnonzero(words == limits >> 16):
-                kept[at] = self._rest(i, at) < limits[at] % 2**16
+            kept = words < limits
+            for at in np.flatnonzero(words == limits):
+                kept[at] = self._rest(i, at) < round((shares[at] - limits[at]) * 2**16)
             mask[i] = torch.from_numpy(kept).view(chance.shape)
         return mask.to(probability.device)
 

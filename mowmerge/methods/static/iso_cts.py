@@ -7,9 +7,11 @@ from typing import Any
 
 from mowmerge.methods.contracts import Unit
 from mowmerge.methods.ops import added, weighted_sum
-from mowmerge.methods.ops.spectral import NOTHING, polar, svd
+from mowmerge.methods.ops.spectral import NOTHING, Svd, polar, svd
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
+
+ROUNDING = 1e-5  # share of a task vector beside shared directions that is the rounding of none
 
 
 def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
@@ -26,6 +28,12 @@ def _ranks(rank: int, n: int, common: float) -> tuple[int, int]:
     """How many directions are shared, and how many each model's own: c + n s = rank."""
     own = min(round((rank - int(rank * common)) / n), rank // n)
     return rank - n * own, own
+
+
+def _leading(matrix: Tensor, rank: int, least: float) -> Svd:
+    """The leading triplets, as many as that and none up to the least."""
+    found = svd(matrix)
+    return found.cut(min(rank, int((found.values > least).sum())))
 
 
 @merge_method(
@@ -54,23 +62,25 @@ def iso_cts(
         scale: factor on the result, the paper's alpha, which is tuned there.
 
     Source: Iso-CTS, arXiv:2502.04959, algorithm 2; reference code iso.py.
-    Differs: directions without a singular value (below 1e-6 of the largest) take no part, neither
-    in P Q' nor in the mean, where the code has arbitrary ones. No more own directions than there
-    are: the code's count can leave less than none to the sum. Vocabulary tables are not decomposed,
-    where the code spares text_projection. Matrices are decomposed whole, however few own directions
-    are kept: a drawn basis has others near the cut, and all are made as strong.
+    Differs: directions without a singular value (below 1e-6 of the largest, own ones below 1e-5 of
+    the task vector) take no part, neither in P Q' nor in the mean, where the code has arbitrary
+    ones. No more own directions than there are: the code's count can leave less than none to the
+    sum. Vocabulary tables are not decomposed, where the code spares text_projection. Matrices are
+    decomposed whole, however few own directions are kept: a drawn basis has others near the cut,
+    and all are made as strong.
     """
     n = len(deltas)
     if deltas.dim() != 3 or not deltas.numel():
         return weighted_sum(deltas, [scale / n] * n)
     shared, own = _ranks(min(deltas.shape[1:]), n, common)
-    parts = [svd(added(list(deltas))).cut(shared)]
+    sizes = [float(delta.norm()) for delta in deltas]
+    parts = [_leading(added(list(deltas)), shared, NOTHING * max(sizes))]
     if own:
-        least = NOTHING * float(torch.stack([delta.norm() for delta in deltas]).amax())
-        basis = parts[0].left[:, parts[0].values > least]  # not what task vectors cancel to
-        parts += [svd(delta - basis @ (basis.T @ delta)).cut(own) for delta in deltas]
+        basis = parts[0].left
+        beside = (delta - basis @ (basis.T @ delta) for delta in deltas)
+        parts += [_leading(d, own, ROUNDING * size) for d, size in zip(beside, sizes, strict=True)]
     values = torch.cat([part.values for part in parts])
-    used = values > NOTHING * values.amax()
+    used = values > NOTHING * values.amax() if len(values) else values > 0
     if not used.any():
         return torch.zeros_like(deltas[0])
     left = polar(torch.cat([part.left for part in parts], 1)[:, used])[0]

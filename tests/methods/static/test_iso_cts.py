@@ -52,6 +52,17 @@ def test_zeros_and_low_rank_bring_no_arbitrary_directions() -> None:
     assert not iso_cts(torch.zeros(2, 3, 4)).any()
 
 
+@pytest.mark.parametrize("longer", [1.0, 30.0])
+def test_the_rounding_of_a_projection_is_no_direction(longer: float) -> None:
+    """In fp32 a task vector within the shared directions leaves 1e-6 of itself beside them."""
+    for seed in range(4):
+        thin = (normal(2, 200, 10, seed=seed) @ normal(2, 10, 120, seed=seed + 10)).float()
+        thin[1] *= longer
+        values = torch.linalg.svdvals(iso_cts(thin, common=0.8).double())
+        assert int((values > 1e-4 * values[0]).sum()) == 20
+        assert torch.allclose(values[:20], values[:1].expand(20), rtol=1e-4)
+
+
 @pytest.mark.parametrize("rank", [6, 2, 0])  # of the sum, of which three directions are shared
 def test_turned_inputs_and_outputs(rank: int) -> None:
     deltas = normal(3, 6, 9)
