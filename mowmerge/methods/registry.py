@@ -87,6 +87,7 @@ class MethodSpec:
     scopes: Scope = "element"
     reduce: Callable[[Sequence[Extent]], Reduction] | None = None
     validate: Callable[[Mapping[str, Any], int], None] | None = None
+    caution: Callable[[Mapping[str, Any], int], str] | None = None
     workspace: Workspace | None = None
     decompositions: Decompositions | None = None
     needs_factors: Callable[[Mapping[str, Any]], bool] = lambda parameters: False
@@ -179,6 +180,7 @@ def merge_method(
     exempt: Mapping[str, str] | None = None,
     reduce: Callable[[Sequence[Extent]], Reduction] | None = None,
     validate: Callable[[Mapping[str, Any], int], None] | None = None,
+    caution: Callable[[Mapping[str, Any], int], str] | None = None,
     workspace: Workspace | None = None,
     decompositions: Decompositions | None = None,
     needs_factors: Callable[[Mapping[str, Any]], bool] = lambda parameters: False,
@@ -198,6 +200,8 @@ def merge_method(
         reduce: for methods with a statistic over a tensor or the model: a generator function over
             the extents that yields folds and returns `state`; run for every scope but element.
         validate: raises MethodError where parameters contradict each other.
+        caution: what is allowed and rarely meant, of parameters and the number of models, as a
+            sentence for the user; empty where there is nothing to say.
         workspace: of a method that works on whole tensors, how many elements it holds beside the
             inputs, its result among them, from the tensor's shape, the number of models and the
             parameters.
@@ -241,6 +245,7 @@ def merge_method(
             scopes=scope,
             reduce=reduce,
             validate=validate,
+            caution=caution,
             workspace=workspace,
             decompositions=decompositions,
             needs_factors=needs_factors,
