@@ -31,7 +31,7 @@ def _decomposed(job: TensorJob) -> Sequence[tuple[int, int]]:
     """The shapes of the decompositions that a job's method takes."""
     decompositions = registry.get(str(job.method)).decompositions
     assert decompositions is not None
-    return decompositions(job.output.shape, len(job.models))
+    return decompositions(job.output.shape, len(job.models), job.parameters)
 
 
 def faults(jobs: Sequence[TensorJob], sources: Mapping[str, Source]) -> list[Problem]:

@@ -29,7 +29,7 @@ FITTING = ("granularity", "steps", "rate", "batch", "balance", "seed")
 F = TypeVar("F", bound=Callable[..., Any])
 Scope = str | Callable[[Mapping[str, Any]], str]
 Workspace = Callable[[tuple[int, ...], int, Mapping[str, Any]], int]
-Decompositions = Callable[[tuple[int, ...], int], Sequence[tuple[int, int]]]
+Decompositions = Callable[[tuple[int, ...], int, Mapping[str, Any]], Sequence[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -206,9 +206,9 @@ def merge_method(
             inputs, its result among them, from the tensor's shape, the number of models and the
             parameters.
         decompositions: of a method on matrices, the shapes of the singular value decompositions
-            that it takes for a matrix of that shape and so many models. Such a method gets
-            matrices whole, and elements of everything else, which is what vocabulary tables and
-            heads are where its parameter `vocabulary` is false.
+            that it takes for a matrix of that shape, so many models and its parameters. Such a
+            method gets matrices whole, and elements of everything else, which is what vocabulary
+            tables and heads are where its parameter `vocabulary` is false.
         needs_factors: whether, with these parameters, every model has to be an adapter of one rank
             on the base, wherever one of them is on a matrix.
         dynamic: which tensors are coded, how, and by what they are mixed; the function then gives

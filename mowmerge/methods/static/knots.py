@@ -127,7 +127,7 @@ def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
     paper="arXiv:2410.19735",
     scope=_scope,
     workspace=_workspace,
-    decompositions=lambda shape, n: [(shape[0], n * shape[1])],
+    decompositions=lambda shape, n, p: [(shape[0], n * shape[1])],
     laws={"permutation": {"drop": 0.0}, "scale": {"drop": 0.0}},
     exempt={
         "seed": "nothing is drawn by default",
