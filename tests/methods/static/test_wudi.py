@@ -113,3 +113,13 @@ def test_leading_triplets_by_autograd() -> None:
     (slope,) = torch.autograd.grad(loss, merged)
     step = wudi(deltas, interference="leading", steps=1, rate=0.5) - merged.detach()
     assert torch.allclose(step, -0.5 * slope / (slope.abs() + 1e-8))
+
+
+def test_the_minimum_turns_with_inputs_and_outputs() -> None:
+    deltas = normal(3, 6, 9)
+    left, right = (torch.linalg.qr(normal(k, k, seed=k)).Q for k in (6, 9))
+    for interference in ("full", "leading"):
+        given = {"solver": "closed", "interference": interference}
+        assert torch.allclose(
+            wudi(left @ deltas @ right, **given), left @ wudi(deltas, **given) @ right
+        )
