@@ -36,9 +36,10 @@ def _normal_equations(deltas: Tensor, interference: str) -> tuple[Tensor, Tensor
     """A = sum_i G_i, B = sum_i E_i G_i, with G_i = R_i' R_i / |D_i|^2: gradient 2(TA - B)."""
     left, right = deltas.new_zeros(deltas.shape[2], deltas.shape[2]), torch.zeros_like(deltas[0])
     for delta, (wanted, rows) in zip(deltas, _terms(deltas, interference), strict=True):
-        energy = delta.double().square().sum()
-        if energy > 0:
-            product = (rows.T @ rows).div_(energy)
+        norm = math.sqrt(delta.double().square().sum())
+        if norm > 0:
+            unit = rows / norm
+            product = unit.T @ unit
             left += product
             right += wanted @ product
     return left, right
