@@ -35,7 +35,7 @@ def _decomposed(job: TensorJob) -> Sequence[tuple[int, int]]:
     """The shapes of the decompositions that a job's method takes."""
     decompositions = registry.get(str(job.method)).decompositions
     assert decompositions is not None
-    return decompositions(job.output.shape, len(job.models))
+    return decompositions(job.output.shape, len(job.models), job.parameters)
 
 
 def _kept(job: TensorJob) -> int:
@@ -117,13 +117,9 @@ def cautions(jobs: Sequence[TensorJob], found: Algebra | None) -> Iterator[str]:
             f" {found.flops:.0e} floating-point operations: hours on a processor; --device cuda is"
             " for that"
         )
+    told: dict[str, str] = {}  # of each method once
     for job in jobs:
-        if job.method == "task_arithmetic":
-            p = job.parameters
-            total = p["scale"] * sum(p["weight"])
-            if len(job.models) > 1 and total > 1 and not p["normalize"]:
-                yield (
-                    f"task_arithmetic adds up {total:g} task vectors (scale times the weights);"
-                    " above 1 results often break: the paper tunes scale between 0 and 1"
-                )
-                return
+        caution = registry.get(job.method).caution if job.method else None
+        if caution and (text := caution(job.parameters, len(job.models))):
+            told.setdefault(str(job.method), text)
+    yield from told.values()

@@ -81,7 +81,13 @@ def test_the_plan_says_what_is_decomposed(zoo: Zoo, monkeypatch: pytest.MonkeyPa
     assert "14 singular value decompositions of 14 matrices, the largest 16x32" in shown.out
     told = json.loads(zoo.here("merge", "recipe.yaml", "--dry-run", "--json").out)["algebra"]
     assert told["flops"] == 2 * costs
-    assert planned(zoo, method="ties").algebra is None
+    assert planned(zoo, method="ties").algebra is planned(zoo, method="wudi").algebra is None
+    second = planned(zoo, method="wudi", parameters={"interference": "leading"}).algebra
+    assert second is not None and second.decompositions == 14 * 4
+    kept = planned(zoo, method="tsv_m", parameters={"density": 0.25}).algebra
+    assert kept is not None and sorted(kept.largest) == [16, 32]
+    even = planned(zoo, method="tsv_m").algebra  # a half of each beside each other, not a quarter
+    assert even is not None and even.flops > kept.flops
     monkeypatch.setattr(algebra, "HOURS", 10)
     assert "hours on a processor" in planned(zoo, method="iso_c").warnings[-1]
 

@@ -17,6 +17,8 @@ GIVEN: dict[str, dict[str, Any]] = {
     "wudi": {"steps": 2},  # as much memory at once as with all
     "doge": {"steps": 2},
     "wudi closed": {"solver": "closed"},
+    "wudi leading": {"solver": "closed", "interference": "leading"},
+    "wudi leading adam": {"steps": 2, "interference": "leading"},
     "drm vertical": {"direction": "vertical"},
     "knots vertical": {"direction": "vertical", "trim": "tensor"},
     "knots tensor": {"trim": "tensor"},

@@ -29,7 +29,7 @@ FITTING = ("granularity", "steps", "rate", "batch", "balance", "seed")
 F = TypeVar("F", bound=Callable[..., Any])
 Scope = str | Callable[[Mapping[str, Any]], str]
 Workspace = Callable[[tuple[int, ...], int, Mapping[str, Any]], int]
-Decompositions = Callable[[tuple[int, ...], int], Sequence[tuple[int, int]]]
+Decompositions = Callable[[tuple[int, ...], int, Mapping[str, Any]], Sequence[tuple[int, int]]]
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ class MethodSpec:
     scopes: Scope = "element"
     reduce: Callable[[Sequence[Extent]], Reduction] | None = None
     validate: Callable[[Mapping[str, Any], int], None] | None = None
+    caution: Callable[[Mapping[str, Any], int], str] | None = None
     workspace: Workspace | None = None
     decompositions: Decompositions | None = None
     keeps: Workspace | None = None
@@ -180,6 +181,7 @@ def merge_method(
     exempt: Mapping[str, str] | None = None,
     reduce: Callable[[Sequence[Extent]], Reduction] | None = None,
     validate: Callable[[Mapping[str, Any], int], None] | None = None,
+    caution: Callable[[Mapping[str, Any], int], str] | None = None,
     workspace: Workspace | None = None,
     decompositions: Decompositions | None = None,
     keeps: Workspace | None = None,
@@ -200,13 +202,15 @@ def merge_method(
         reduce: for methods with a statistic over a tensor or the model: a generator function over
             the extents that yields folds and returns `state`; run for every scope but element.
         validate: raises MethodError where parameters contradict each other.
+        caution: what is allowed and rarely meant, of parameters and the number of models, as a
+            sentence for the user; empty where there is nothing to say.
         workspace: of a method that works on whole tensors, how many elements it holds beside the
             inputs, its result among them, from the tensor's shape, the number of models and the
             parameters.
         decompositions: of a method on matrices, the shapes of the singular value decompositions
-            that it takes for a matrix of that shape and so many models. Such a method gets
-            matrices whole, and elements of everything else, which is what vocabulary tables and
-            heads are where its parameter `vocabulary` is false.
+            that it takes for a matrix of that shape, so many models and its parameters. Such a
+            method gets matrices whole, and elements of everything else, which is what vocabulary
+            tables and heads are where its parameter `vocabulary` is false.
         keeps: of one that asks for `once`, how many elements that keeps of a matrix until the
             statistics over the model are known.
         needs_factors: whether, with these parameters, every model has to be an adapter of one rank
@@ -245,6 +249,7 @@ def merge_method(
             scopes=scope,
             reduce=reduce,
             validate=validate,
+            caution=caution,
             workspace=workspace,
             decompositions=decompositions,
             keeps=keeps,

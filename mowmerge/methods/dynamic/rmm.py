@@ -83,7 +83,7 @@ def _aligned(pairs: Sequence[Factors]) -> list[Factors]:
     paper="arXiv:2510.14163",
     scope="tensor",
     at_least=2,
-    decompositions=lambda shape, n: [(shape[0], shape[1])] * n,
+    decompositions=lambda shape, n, p: [(shape[0], shape[1])] * n,
     dynamic=Dynamic(
         _code, _routing, of_base, Survey(lambda site: Sum(_squares, exact=False), _decide)
     ),

@@ -84,7 +84,7 @@ def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
     return max(decomposed, (2 * n + 3) * whole, 10 * whole) + 8 * least**2
 
 
-def _decompositions(shape: tuple[int, ...], n: int) -> list[tuple[int, int]]:
+def _decompositions(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> list[tuple[int, int]]:
     leading = max(1, n * (min(shape) // n))
     return [(shape[0], shape[1])] * n + [(shape[0], leading)]
 

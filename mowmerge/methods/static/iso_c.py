@@ -20,7 +20,7 @@ def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
     paper="arXiv:2502.04959",
     scope="tensor",
     workspace=_workspace,
-    decompositions=lambda shape, n: [(shape[0], shape[1])],
+    decompositions=lambda shape, n, p: [(shape[0], shape[1])],
     laws=("permutation", "scale"),
 )
 def iso_c(deltas: Tensor, *, vocabulary: bool = False, scale: float = 1.0) -> Tensor:

@@ -19,7 +19,7 @@ def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
     return 2 * shape[0] * shape[1] + 3 * sum(shape) * min(shape) + 16 * min(shape) ** 2
 
 
-def _decompositions(shape: tuple[int, ...], n: int) -> list[tuple[int, int]]:
+def _decompositions(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> list[tuple[int, int]]:
     rows, columns = shape
     return [(rows, columns)] * (n + 1) + [(rows, min(shape)), (min(shape), columns)]
 

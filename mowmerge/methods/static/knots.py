@@ -139,7 +139,7 @@ def _kept_numbers(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
     paper="arXiv:2410.19735",
     scope=_scope,
     workspace=_workspace,
-    decompositions=lambda shape, n: [(shape[0], n * shape[1])],
+    decompositions=lambda shape, n, p: [(shape[0], n * shape[1])],
     keeps=_kept_numbers,
     laws={"permutation": {"drop": 0.0}, "scale": {"drop": 0.0}},
     exempt={

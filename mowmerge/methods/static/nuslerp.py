@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from mowmerge.methods.contracts import Block, Extent, PerModel, Reduction
 from mowmerge.methods.ops import Sum, inner_products, settle, spread
@@ -52,12 +52,19 @@ def _coefficients(products: Tensor, t: float) -> tuple[Tensor, Tensor]:
     return first, ((t * angle).sin() / under).where(arc, t)
 
 
+def _caution(p: Mapping[str, Any], n: int) -> str:
+    first, second = p["weight"]
+    outside = first * second < 0 and abs(first + second) >= 1e-6
+    return "nuslerp extrapolates: the weights have opposite signs" if outside else ""
+
+
 @merge_method(
     paper="mergekit, nuslerp",
     scope=lambda p: "tensor" if p["axis"] == "all" else "row",
     models=2,
     laws=("idempotent", "permutation", "scale"),
     reduce=_statistics,
+    caution=_caution,
 )
 def nuslerp(
     models: Tensor,

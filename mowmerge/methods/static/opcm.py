@@ -94,7 +94,7 @@ def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
     paper="arXiv:2501.09522",
     scope="model",
     workspace=_workspace,
-    decompositions=lambda shape, n: [(shape[0], shape[1])] * (n - 1),
+    decompositions=lambda shape, n, p: [(shape[0], shape[1])] * (n - 1),
     keeps=lambda shape, n, p: math.prod(shape),
     laws=("scale",),
     exempt={"float64": "a direction that just reaches its share does in fp64 and not in fp32"},

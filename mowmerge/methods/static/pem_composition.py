@@ -15,7 +15,7 @@ from mowmerge.tensors import Tensor, torch
 @merge_method(
     paper="arXiv:2306.14870",
     scope="tensor",
-    decompositions=lambda shape, n: [],
+    decompositions=lambda shape, n, p: [],
     needs_factors=lambda p: p["space"] == "factor",
     laws=("permutation", "scale", "propagates"),
 )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mowmerge.methods.contracts import Block, Extent, NonNegative, Reduction, Unit
 from mowmerge.methods.ops import Sum, agree, elect_sign, kth_largest, settle, weighted_sum
@@ -53,6 +53,12 @@ def _statistics(extents: Sequence[Extent]) -> Reduction:
     return State(threshold, coefficient.tolist())
 
 
+def _caution(p: Mapping[str, Any], n: int) -> str:
+    if n > 1 or p["density"] == 1 or p["mode"] != "paper":
+        return ""
+    return "sce selects nothing of a single model below density 1: the result is the base"
+
+
 @merge_method(
     paper="arXiv:2408.07990",
     scope="tensor",
@@ -62,6 +68,7 @@ def _statistics(extents: Sequence[Extent]) -> Reduction:
         "scale": {"floor": 0.0},
     },
     reduce=_statistics,
+    caution=_caution,
 )
 def sce(
     deltas: Tensor,

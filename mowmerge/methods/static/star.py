@@ -31,7 +31,7 @@ def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
     paper="arXiv:2502.10339",
     scope="tensor",
     workspace=_workspace,
-    decompositions=lambda shape, n: [(shape[0], shape[1])] * n,
+    decompositions=lambda shape, n, p: [(shape[0], shape[1])] * n,
     laws=("permutation",),
     exempt={"float64": "a rank that just reaches its share does in fp64 and not in fp32"},
 )

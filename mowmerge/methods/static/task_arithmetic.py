@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from mowmerge.methods.contracts import Extent, MethodError, PerModel, Reduction
 from mowmerge.methods.ops import Sum, settle, spread, weighted_sum
@@ -24,6 +24,16 @@ def _energies(extents: Sequence[Extent]) -> Reduction:
     return (squares.total / total.where(total > 0, 1.0)).tolist()
 
 
+def _caution(p: Mapping[str, Any], n: int) -> str:
+    total = p["scale"] * sum(p["weight"])
+    if n == 1 or total <= 1 or p["normalize"] or p["coefficients"] == "metagpt":
+        return ""
+    return (
+        f"task_arithmetic adds up {total:g} task vectors (scale times the weights); above 1 results"
+        " often break: the paper tunes scale between 0 and 1"
+    )
+
+
 @merge_method(
     paper="arXiv:2212.04089",
     scope=lambda p: "model" if p["coefficients"] == "metagpt" else "element",
@@ -34,6 +44,7 @@ def _energies(extents: Sequence[Extent]) -> Reduction:
         "propagates": {"coefficients": "given"},
     },
     reduce=_energies,
+    caution=_caution,
 )
 def task_arithmetic(
     deltas: Tensor,

@@ -12,14 +12,19 @@ from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
 
+def _rank(most: int, n: int, density: float) -> int:
+    """How many of a matrix's triplets are kept of each task vector."""
+    return max(1, int(most * density) if density else most // n)
+
+
 def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
     """One decomposition, all kept triplets, the result, the Gram matrices of both sides in fp64."""
     return shape[0] * shape[1] + 3 * sum(shape) * min(shape) + 16 * min(shape) ** 2
 
 
-def _decompositions(shape: tuple[int, ...], n: int) -> list[tuple[int, int]]:
+def _decompositions(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> list[tuple[int, int]]:
     rows, columns = shape
-    kept = n * max(1, min(shape) // n)
+    kept = n * _rank(min(shape), n, p["density"])
     return [(rows, columns)] * n + [(rows, kept), (kept, columns)]
 
 
@@ -65,8 +70,7 @@ def tsv_m(
     n, each = len(deltas), [float(w) for w in spread(weight, len(deltas))]
     if deltas.dim() != 3 or not deltas.numel():
         return weighted_sum(deltas, [scale * w / n for w in each])
-    least = min(deltas.shape[1:])
-    rank = max(1, int(least * density) if density else least // n)
+    rank = _rank(min(deltas.shape[1:]), n, density)
     parts = [found.cut(rank) for found in svds(deltas, factors)]
     values = torch.cat([part.values * w for part, w in zip(parts, each, strict=True)])
     used = values.abs() > NOTHING * values.abs().amax() if len(values) else values > 0

@@ -159,3 +159,15 @@ def test_the_model_runs_as_its_experts(zoo: Zoo, tmp_path: Path) -> None:
         for k, name in enumerate("ab"):
             alone = held(tmp_path / f"dense-{name}").eval()(input_ids=ids[k : k + 1]).logits
             assert torch.allclose(mixed[k : k + 1], alone, atol=1e-4)
+
+
+def test_one_turn_of_all_factors_changes_nothing_and_sizes_scale() -> None:
+    factors, turn = pairs(4), torch.linalg.qr(normal(4, 4, seed=3)).Q
+    turned = [(left @ turn, turn.T @ right) for left, right in factors]
+    larger = [(3 * left, 2 * right) for left, right in factors]
+    for size in range(4):
+        found = reversed_(factors, size)
+        assert all(map(torch.allclose, reversed_(turned, size), found))
+        assert all(
+            torch.allclose(a, 6 * b) for a, b in zip(reversed_(larger, size), found, strict=True)
+        )

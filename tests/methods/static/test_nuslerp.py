@@ -97,3 +97,11 @@ def test_opposite_vectors_of_other_lengths_are_on_a_line(axis: str, by: float) -
 def test_two_models_only() -> None:
     with pytest.raises(MethodError, match="exactly 2"):
         registry.get("nuslerp").check({}, 3)
+
+
+def test_extrapolation_is_told() -> None:
+    caution = registry.get("nuslerp").caution
+    assert caution is not None
+    assert "extrapolates" in caution({"weight": (1.5, -0.5)}, 2)
+    for weight in ((1.0, 3.0), (0.0, 1.0), (-1.0, -2.0), (1.0, -1.0)):  # the last is the middle
+        assert caution({"weight": weight}, 2) == ""

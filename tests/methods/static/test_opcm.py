@@ -115,3 +115,10 @@ def test_what_was_merged_before_is_one_for_all_tensors(zoo: Zoo) -> None:
     ran = zoo.here("merge", zoo.recipe({"method": "opcm", "rules": rules}), "--dry-run")
     assert ran.rc != 0
     assert "merged must be the same for all tensors" in ran.err
+
+
+def test_with_nothing_closed_it_is_the_sum_at_the_mean_norm() -> None:
+    deltas = normal(3, 6, 4)
+    out, total = opcm(deltas, density=0.0), deltas.sum(0)
+    mean = float(deltas.flatten(1).norm(dim=1).mean())
+    assert torch.allclose(out, total / total.norm() * mean)

@@ -123,3 +123,21 @@ def test_outliers_compete_as_what_they_are_clamped_to() -> None:
     ]
     out = pcb_merging(torch.tensor([one, two]), density=0.6, clamp=0.2)
     assert out.tolist() == pytest.approx(want, rel=1e-5)
+
+
+def test_every_entry_lies_between_the_clamped_task_vectors_and_few_are_left() -> None:
+    deltas = normal(3, 2000)
+    for competition in ("sum", "pairs"):
+        out = pcb_merging(deltas, density=0.05, clamp=0.0, competition=competition)
+        assert 0 < int((out != 0).sum()) <= 3 * 100
+        kept = out != 0
+        assert (out <= deltas.amax(0) * (1 + 1e-5) + 1e-7)[kept].all()
+        assert (out >= deltas.amin(0) * (1 + 1e-5) - 1e-7)[kept].all()
+
+
+def test_pairs_do_not_depend_on_the_size_and_the_sum_does() -> None:
+    deltas = normal(3, 500).double() * 100
+    for competition, same in (("pairs", True), ("sum", False)):
+        one = pcb_merging(deltas, density=0.3, competition=competition)
+        large = pcb_merging(deltas * 7, density=0.3, competition=competition)
+        assert torch.allclose(large, one * 7) == same

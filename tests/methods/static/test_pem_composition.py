@@ -128,3 +128,13 @@ def test_what_is_no_adapter_of_one_rank_is_refused(zoo: Zoo, tmp_path: Path) -> 
     assert "3 in 'a', 0 in 'c'" in ran.err
     ran = zoo.here("merge", zoo.recipe({**content, "models": {"d": "./delta"}}), "--dry-run")
     assert ran.err.count("model 'd': 'pem_composition' works on the factors of") == 1
+
+
+def test_signs_of_both_factors_count_in_the_factors_alone() -> None:
+    (b1, a1), (b2, a2) = adapters(3, 3)
+    plain, turned = [(b1, a1), (b2, a2)], [(b1, a1), (-b2, -a2)]
+    assert torch.allclose(composed(plain, space="delta"), composed(turned, space="delta"))
+    assert not torch.allclose(composed(plain), composed(turned), atol=0.1)
+    assert torch.allclose(composed(plain, weight=[1.0, 0.0]), b1 @ a1)
+    undone = [(composed([(b1, a1)], weight=-1.0), torch.eye(5, dtype=torch.float64))]
+    assert torch.allclose(composed(undone, weight=-1.0), b1 @ a1)

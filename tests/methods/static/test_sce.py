@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from zoo import Zoo
 
 from mowmerge.methods.static.sce import sce
 
@@ -79,3 +80,12 @@ def test_variances_equal_to_the_last_selected_are_selected() -> None:
     deltas = torch.tensor([[1.0, 1.0, 1.0, 5.0], [3.0, 3.0, 3.0, 5.0]])
     # three vary, all alike: floor(0.5 * 3) = 1 selects the three
     assert sce(deltas, density=0.5).tolist() == pytest.approx([2.8, 2.8, 2.8, 0.0])
+
+
+def test_a_single_model_of_which_nothing_is_selected_is_told(zoo: Zoo) -> None:
+    family = zoo.family("llama", 1)
+    found, report = zoo.merge({"method": "sce", "parameters": {"density": 0.5}})
+    assert all(torch.equal(found[name], value) for name, value in family["base"].items())
+    assert any("selects nothing of a single model" in line for line in report["warnings"])
+    _, report = zoo.merge({"method": "sce"}, "all")
+    assert not report["warnings"]

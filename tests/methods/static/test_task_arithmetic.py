@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from zoo import Zoo
 
 from mowmerge.methods import registry
 from mowmerge.methods.contracts import Extent, MethodError
@@ -71,3 +74,19 @@ def test_metagpt_coefficients_are_shares_of_the_squared_norms() -> None:
     extents = [Extent((2,), {"coefficients": how}) for how in ("given", "metagpt")]
     with pytest.raises(MethodError, match="coefficients must be the same"):
         next(reduce(extents))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, "adds up 2 task vectors"),
+        ({"scale": 0.5}, ""),
+        ({"normalize": True}, ""),
+        ({"coefficients": "metagpt"}, ""),  # they sum to one
+    ],
+)
+def test_a_sum_above_one_is_told(zoo: Zoo, given: dict[str, Any], told: str) -> None:
+    zoo.family("llama", 2)
+    _, report = zoo.merge({"method": "task_arithmetic", "parameters": given})
+    assert len(report["warnings"]) == bool(told)
+    assert told in "".join(report["warnings"])

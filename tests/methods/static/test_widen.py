@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from zoo import Zoo
 
+from mowmerge import planner
 from mowmerge.methods.static.widen import widen
+from mowmerge.plan import RUN
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -116,3 +118,22 @@ def test_a_kernel_has_a_column_for_each_input_and_place() -> None:
     models, base = normal(2, 4, 3, 2, 2), normal(4, 3, 2, 2, seed=1)
     flat = widen(models.flatten(2), base.flatten(1))
     assert torch.allclose(widen(models, base).flatten(1), flat)
+
+
+def test_tokens_rank_over_the_whole_table_however_it_is_cut(
+    zoo: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zoo.family({"model.embed_tokens.weight": (3000, 70)}, 3)
+    whole, _ = zoo.merge({"method": "widen"}, "whole", workers=1)
+    monkeypatch.setattr(planner, "BLOCK", RUN)
+    cut, _ = zoo.merge({"method": "widen"}, "cut", workers=2)
+    assert torch.equal(*(found["model.embed_tokens.weight"] for found in (whole, cut)))
+
+
+def test_columns_and_tokens_in_another_order() -> None:
+    models, base = normal(3, 7, 9), normal(7, 9, seed=1)
+    columns, tokens = torch.randperm(9), torch.randperm(7)
+    moved = widen(models[:, :, columns], base[:, columns])
+    assert torch.allclose(moved, widen(models, base)[:, columns])
+    moved = widen(models[:, tokens], base[tokens], role="embedding")
+    assert torch.allclose(moved, widen(models, base, role="embedding")[tokens])
