@@ -21,7 +21,7 @@ from .format import HEADS, ROUTER
 from .heads import Heads, made, width
 from .layers import install
 from .linear import MixedLinear
-from .loading import complain, damaged, keep_conversions, locator
+from .loading import check_routers, complain, damaged, keep_conversions, locator
 from .prefix import layer_stack, states, until
 from .remote import auto_map, bundle
 from .routers import RouterModule
@@ -312,6 +312,7 @@ class MowMixin(nn.Module):
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(damaged(folder) or f"{folder} does not load: {error}") from error
         complain(folder, cls.__name__, info)
+        check_routers(folder, config.manifest)
         if config.manifest.encoder:
             model._encoder = LoadedEncoder.load(folder, config.manifest.encoder, kwargs)
         if Path(folder).is_dir() and not (Path(folder) / "generation_config.json").exists():
