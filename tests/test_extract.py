@@ -433,6 +433,11 @@ def test_a_damaged_checkpoint(berts: Path) -> None:
     shard.write_bytes(content[:-7])
     fails(berts, 4, shard.name, "the file is truncated", args=sky)
     shard.write_bytes(content)
+    router = out / "router.safetensors"
+    content = router.read_bytes()
+    save_file(load_file(router), router, {"experts": '["x", "y"]'})
+    fails(berts, 4, "the router file is from other experts: x, y, and this", args=sky)
+    router.write_bytes(content)
     change(out, lambda m: m["tensors"][0].update(shape=[17]))
     fails(berts, 4, "is [16], and config.json says [17]", args=sky)
     change(out, lambda m: m["tensors"][0].update(shape=[16], name="encoder.lost"))

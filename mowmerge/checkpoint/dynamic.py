@@ -85,7 +85,12 @@ def held(folder: Path) -> DynamicCheckpoint:
                 hint="config and weights belong to different checkpoints: merge again",
             )
     file = folder / ROUTER_FILE
-    trained = metadata(file).get("trained") == "true" if file.exists() else None
+    told = metadata(file) if file.exists() else {}
+    if why := manifest.foreign(told):
+        raise CheckpointError(
+            why, where=str(file), hint="put back the router file of this checkpoint, or merge again"
+        )
+    trained = told.get("trained") == "true" if file.exists() else None
     encoder = find(str(folder / "encoder")) if manifest.encoder else None
     return DynamicCheckpoint(folder, settings, manifest, stored, specs, trained, encoder)
 

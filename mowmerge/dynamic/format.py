@@ -7,6 +7,7 @@ o constant offsets. Loads no torch.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from math import prod
@@ -276,6 +277,16 @@ class Manifest:
         """The coefficient of the experts that a gate's router did not choose."""
         router = self.routers.get(self.gates[gate].router)
         return router.rest if router else 0.0
+
+    def foreign(self, metadata: Mapping[str, str]) -> str:
+        """Why a router file with this metadata is not this checkpoint's; empty if it may be."""
+        theirs = json.loads(metadata.get("experts", "[]"))
+        if not theirs or theirs == list(self.experts):
+            return ""
+        return (
+            f"the router file is from other experts: {', '.join(theirs)}, and this checkpoint has"
+            f" {', '.join(self.experts)}"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; what has its default is left out."""

@@ -16,6 +16,7 @@ from transformers.conversion_mapping import (
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from .configuration import MowmergeConfig
+from .format import Manifest
 
 
 def renamer(model: Any) -> Callable[[str], str]:
@@ -55,6 +56,16 @@ def keep_conversions(made: Any, base: Any, config: MowmergeConfig) -> None:
     found = extract_weight_conversions_for_model(native)
     if found:
         register_checkpoint_conversion_mapping(made.__name__, found, overwrite=True)
+
+
+def check_routers(folder: Any, manifest: Manifest) -> None:
+    """Raises ValueError where a local folder's router file was trained for other experts."""
+    file = Path(folder) / "router.safetensors"
+    if file.is_file():
+        with safe_open(file, "pt") as held:
+            why = manifest.foreign(held.metadata() or {})
+        if why:
+            raise ValueError(f"{file}: {why}")
 
 
 def complain(folder: Any, name: str, info: dict[str, Any]) -> None:

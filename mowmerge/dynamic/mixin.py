@@ -21,11 +21,11 @@ from .format import HEADS, ROUTER
 from .heads import Heads, made, width
 from .layers import install
 from .linear import MixedLinear
-from .loading import complain, damaged, keep_conversions, locator
+from .loading import check_routers, complain, damaged, keep_conversions, locator
 from .prefix import layer_stack, states, until
 from .remote import auto_map, bundle
 from .routers import RouterModule
-from .towers import apart, check, methods, of_pictures
+from .towers import check, methods, of_pictures
 
 _PROMPT = (
     "input_ids", "attention_mask", "token_type_ids", "inputs_embeds", "pixel_values",
@@ -73,6 +73,8 @@ class MowMixin(nn.Module):
         self.mow_router = nn.ModuleDict(routers)
         self._encoder: LoadedEncoder | None = None
         sides = frozenset(decoder), frozenset(pictures)
+        mixed = any(n.startswith(seen) and manifest.gates[g].scope != "module" for g, n in places)
+        self._picture = getattr(config, "image_token_id", None) if mixed else None
         self._context = Context(manifest.gates, slots, dict(routers), *sides)
         install(self, manifest, self._context, located)
         self._tie()
@@ -209,8 +211,7 @@ class MowMixin(nn.Module):
     ) -> None:  # fmt: skip
         """Begins a pass: how many samples, which tokens count, and the gates that are known."""
         manifest, context = self._manifest, self._context
-        if apart(self.base_class):
-            check(inputs)
+        check(self.base_class, inputs, self._picture)
         batch = batch_of(args, inputs)
         mask = inputs.get("attention_mask") if routing_mask is None else routing_mask
         masks = [mask] if isinstance(mask, Tensor) and mask.dim() == 2 else []
@@ -312,6 +313,7 @@ class MowMixin(nn.Module):
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(damaged(folder) or f"{folder} does not load: {error}") from error
         complain(folder, cls.__name__, info)
+        check_routers(folder, config.manifest)
         if config.manifest.encoder:
             model._encoder = LoadedEncoder.load(folder, config.manifest.encoder, kwargs)
         if Path(folder).is_dir() and not (Path(folder) / "generation_config.json").exists():

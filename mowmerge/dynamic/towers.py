@@ -24,13 +24,22 @@ def of_pictures(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def check(inputs: Mapping[str, Any]) -> None:
-    """Raises ValueError where texts and pictures are no pairs: a sample is one of each."""
+def check(base: Any, inputs: Mapping[str, Any], picture: int | None) -> None:
+    """Raises ValueError where it is not told which pictures are a sample's; `picture` is the token
+    that stands for a part of one in a model that reads them among the words of a text."""
     texts, pictures = inputs.get("input_ids"), inputs.get("pixel_values")
-    if texts is not None and pictures is not None and len(texts) != len(pictures):
+    if texts is None or pictures is None:
+        return
+    if apart(base) and len(texts) != len(pictures):
         raise ValueError(
             f"{len(texts)} texts and {len(pictures)} pictures: a sample of a dynamic model is one"
             f" of each; {' and '.join(ALONE)} take any number"
+        )
+    counts = (texts == picture).sum(1).tolist() if picture is not None else []
+    if len(set(counts)) > 1:
+        raise ValueError(
+            "the samples of a batch have pictures of different numbers or sizes, of whose weights"
+            " each sample has its own: give them one by one"
         )
 
 

@@ -15,7 +15,7 @@ from mowmerge.evals.job import Job, Place, Tools
 from mowmerge.evals.places import found_at, where_of
 from mowmerge.evals.towers import towers
 from mowmerge.plan import Adapted, config_source
-from mowmerge.recipe.model import Recipe
+from mowmerge.recipe.model import Match, Recipe
 from mowmerge.tasks import heads, inputs
 from mowmerge.tasks.adapters import Where, home
 from mowmerge.tensors import Tensor, torch
@@ -33,7 +33,8 @@ class Entry:
 
     experts: of each task the expert, where it has one. keeping: of a task where its head is, if
     not in the checkpoint: a folder with heads/, or an expert. expert: its name, if it is one.
-    crossed: whether the tasks are those of others; `match` are then the names of heads' tensors.
+    crossed: whether the tasks are those of others. match: the names of heads' tensors, where the
+    checkpoint has a head of its own, which is not the tasks'.
     adapted: the checkpoint in `folder` with adapters on it, where it is one.
     """
 
@@ -138,7 +139,10 @@ def entries(
         if recipe.base is None:
             raise RecipeError("--against base, and the recipe names no base", where=recipe.file)
         stored = config_source(found_at(recipe, None, ""))
+        match = recipe.heads.match if recipe.heads else ()
+        headed = bool(match) and any(map(Match(tensors=match).names, stored.specs))
         kept = next((e.folder for e in found if not e.dynamic and e.head("")), None)
+        kept = None if headed else kept
         keeping = {
             job.name: kept or where_of(found_at(recipe, job.asked.expert, job.name))
             for job in jobs
@@ -146,7 +150,7 @@ def entries(
         }
         base = Entry(
             "base", str(recipe.base), Path(stored.folder), stored.revision or "", tasks, experts,
-            keeping,
+            keeping, match=match if headed else (),
         )  # fmt: skip
         found.append(base)
     if "experts" in against:
@@ -344,7 +348,7 @@ def _headed(
     """Models with the heads of these tasks; None where the checkpoint has its own in it."""
     if entry.dynamic or not any(entry.head(job.name) for job in jobs):
         return None
-    trunk = heads.load(entry.where, None, **more) if entry.crossed else None
+    trunk = heads.load(entry.where, None, **more) if entry.crossed or entry.match else None
 
     def one(job: Job) -> Any:
         keeping = entry.keeping.get(job.name)

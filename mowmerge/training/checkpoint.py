@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,7 +54,6 @@ def _check(file: Path, held: Manifest) -> None:
         for key, value in module(held, name, meta=True).state_dict().items()
     } | {code.part_name("factor"): [code.slots] for code in held.codes if code.fitted}
     shapes = {name: list(spec.shape) for name, spec in stored.specs.items()}
-    theirs = _experts(file)
     wrong = next((n for n in {**expected, **shapes} if expected.get(n) != shapes.get(n)), None)
     hint = "put back the router file of this checkpoint, or merge again"
     if wrong is not None:
@@ -64,20 +62,8 @@ def _check(file: Path, held: Manifest) -> None:
             f" it and {expected.get(wrong, 'unknown')} in config.json",
             where=str(file), hint=hint,
         )  # fmt: skip
-    if theirs and theirs != list(held.experts):
-        raise CheckpointError(
-            f"the router file is from other experts: {', '.join(theirs)}, and this checkpoint has"
-            f" {', '.join(held.experts)}",
-            where=str(file), hint=hint,
-        )  # fmt: skip
-
-
-def _experts(file: Path) -> list[str]:
-    """The experts that a router file says it was trained for."""
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    found: list[str] = json.loads(header.get("__metadata__", {}).get("experts", "[]"))
-    return found
+    if why := held.foreign(metadata(file)):
+        raise CheckpointError(why, where=str(file), hint=hint)
 
 
 def module(held: Manifest, name: str, seed: int = 0, *, meta: bool = False) -> RouterModule:

@@ -203,6 +203,16 @@ def test_another_shape_is_an_error(copied: Path) -> None:
         hf.AutoModelForCausalLM.from_pretrained(copied)
 
 
+def test_router_file_of_other_experts_is_an_error(copied: Path) -> None:
+    file = copied / "router.safetensors"
+    for experts in ("xyz", "bac"):  # of others, and of these in another order
+        save_file(load_file(file), file, {"experts": json.dumps(list(experts))})
+        with pytest.raises(ValueError, match=f"other experts: {', '.join(experts)}, and this"):
+            hf.AutoModelForCausalLM.from_pretrained(copied)
+    save_file(load_file(file), file, {"experts": '["a", "b", "c"]'})
+    hf.AutoModelForCausalLM.from_pretrained(copied)
+
+
 @pytest.mark.parametrize("file", [SHARD, "model-00001-of-00001.safetensors", "router.safetensors"])
 def test_truncated_shard_is_named(copied: Path, file: str) -> None:
     held = (copied / file).read_bytes()

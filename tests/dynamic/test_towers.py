@@ -41,24 +41,25 @@ def given(tokens: int = 7) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "pixel_values": pictures}
 
 
-def blocks(folder: Path) -> Made:
+def blocks(folder: Path, plain: Any) -> Made:
     """Each MLP mixed by a router on what enters it."""
     names = [f"{tower}{i}" for tower in ("t", "v") for i in range(2)]
     gates = {name: Gate("block", "r", 0.3) for name in names}
     router = Router("mlp", 32, K, activation="none", init=0.3)
 
     def block(name: str) -> str:
-        return name[0] + next(part for part in name.split(".") if part.isdigit())
+        tower = "v" if "vision" in name else "t"
+        return tower + next(part for part in name.split(".") if part.isdigit())
 
     return write(
-        folder, clip(), codec="full", gates=gates, routers={"r": router}, gate_of=block,
+        folder, plain, codec="full", gates=gates, routers={"r": router}, gate_of=block,
         pick=lambda name: ".mlp." in name,
     )  # fmt: skip
 
 
 @pytest.fixture
 def routed(tmp_path: Path) -> Any:
-    dynamic = blocks(tmp_path).load()
+    dynamic = blocks(tmp_path, clip()).load()
     with torch.no_grad():
         for value in dynamic.mow_router.parameters():
             value.normal_(0, 0.5)
@@ -114,3 +115,29 @@ def test_a_tower_alone_is_told_its_experts_or_says_so(
         assert torch.allclose(found, whole.image_embeds, atol=1e-6)
         with pytest.raises(ValueError, match=says):
             dynamic.get_image_features(pixel_values=batch["pixel_values"])
+
+
+def llava() -> Any:
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    vision = hf.CLIPVisionConfig(**SIZES, image_size=16, patch_size=8)  # four patches
+    text = hf.LlamaConfig(**SIZES, **ends, num_key_value_heads=2, vocab_size=50)
+    config = hf.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=49, vision_feature_layer=-1
+    )
+    return seeded(hf.LlavaForConditionalGeneration, config)
+
+
+def test_pictures_among_words_belong_to_their_sample(tmp_path: Path) -> None:
+    dynamic = blocks(tmp_path, llava()).load()
+    pictures = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    ids = torch.tensor([[3, *[49] * 8, 5, 6], [4, *[49] * 8, 7, 8]])  # two each
+    with torch.no_grad():
+        for value in dynamic.mow_router.parameters():
+            value.normal_(0, 0.3)
+        whole = dynamic(input_ids=ids, pixel_values=pictures).logits
+        for b in range(2):
+            own = {"input_ids": ids[b : b + 1], "pixel_values": pictures[2 * b : 2 * b + 2]}
+            assert torch.allclose(dynamic(**own).logits[0], whole[b], atol=1e-5)
+        uneven = torch.tensor([[*[0] * 8, *[49] * 4, 5], [*[49] * 12, 5]])
+        with pytest.raises(ValueError, match="pictures of different numbers or sizes"):
+            dynamic(input_ids=uneven, attention_mask=(uneven != 0).long(), pixel_values=pictures)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from transformers import ViTForImageClassification, ViTImageProcessorPil
+from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil, ViTModel
 
 from mowmerge import api
 from mowmerge.evals import markdown, page
@@ -17,7 +17,7 @@ from mowmerge.evals.score import Evaluation
 from mowmerge.evals.settings import Options
 from tests.evals.making import lms, rows
 from tests.evals.making import recipe as written
-from tests.evals.test_evaluator import LABELS
+from tests.evals.test_evaluator import LABELS, SIZES
 from tests.evals.test_evaluator import recipe as recipe
 from tests.zoo import Zoo
 
@@ -59,6 +59,20 @@ def test_an_expert_on_anothers_task_has_that_tasks_head(tmp_path: Path, recipe: 
         assert sorted(score.nll) == pytest.approx(losses, abs=1e-6)
         own = next(s for s in found.scores if (s.row, s.task) == ("expert", task))
         assert max(abs(a - b) for a, b in zip(sorted(own.nll), losses, strict=True)) > 1e-3
+
+
+@pytest.mark.parametrize("labels", [3, 5])  # as many as pets have, and as nobody has
+def test_a_base_with_a_head_of_its_own_answers_by_those_of_the_experts(
+    tmp_path: Path, recipe: Path, labels: int
+) -> None:
+    base = ViTForImageClassification(ViTConfig(**SIZES, num_labels=labels))
+    base.vit.load_state_dict(ViTModel.from_pretrained(tmp_path / "base").state_dict(), strict=False)
+    base.save_pretrained(tmp_path / "base")
+    found = api.evaluate(tmp_path / "out", recipe)
+    for task in LABELS:
+        losses = by_hand(tmp_path, task, transplanted(tmp_path, "base", task))
+        score = next(s for s in found.scores if (s.row, s.task) == ("base", task))
+        assert sorted(score.nll) == pytest.approx(losses, abs=1e-6)
 
 
 def test_the_report_says_what_each_forgot(tmp_path: Path, recipe: Path) -> None:
