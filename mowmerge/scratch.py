@@ -6,10 +6,10 @@ A cache and no more: what is not there, or not whole, is worked out anew, to the
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from mowmerge.methods.contracts import Kept, Once
 from mowmerge.tensors import torch
@@ -60,7 +60,7 @@ class Scratch:
     def _write(self, file: Path, parts: Kept) -> None:
         import numpy as np
 
-        staged = file.with_suffix(f".{os.getpid()}")  # of this rank
+        staged: Path | None = None
         try:
             self.folder.mkdir(exist_ok=True)
             needed = sum(part.nbytes for part in parts)
@@ -68,13 +68,15 @@ class Scratch:
                 self.full = True
                 return
             arrays = [np.array(len(parts)), *(part.cpu().numpy() for part in parts)]
-            with staged.open("wb") as stream:
+            with NamedTemporaryFile(dir=self.folder, delete=False) as stream:  # this rank's alone
+                staged = Path(stream.name)
                 for array in arrays:
-                    np.save(stream, array, allow_pickle=False)
+                    np.save(stream.file, array, allow_pickle=False)
             staged.replace(file)
         except OSError:
             self.full = True
-            staged.unlink(missing_ok=True)
+            if staged:
+                staged.unlink(missing_ok=True)
 
 
 def _read(file: Path, device: str) -> Kept | None:

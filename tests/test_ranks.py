@@ -36,6 +36,8 @@ WAYS: Mapping[str, Mapping[str, Any]] = {
     "ties": {"method": "ties", **SMALL},
     "ties, sums of floats": {"method": "ties", "parameters": {"rescale": True}, **SMALL},
     "pcb_merging": {"method": "pcb_merging", **SMALL},
+    "knots": {"method": "knots", "parameters": {"density": 0.4}, **SMALL},
+    "opcm": {"method": "opcm", **SMALL},
     "nested": {"method": "linear", "models": {"n": {"source": INNER}, "c": "./c"}, **SMALL},
     "mow": {"method": "mow", **SMALL},
     "emr": {"method": "emr", **SMALL},

@@ -27,6 +27,8 @@ WAYS = {
     "ties": TIES,
     "dare": {"method": "dare", "parameters": {"density": 0.5}, "output": {"dtype": "bfloat16"}},
     "nested": NESTED,
+    "knots": {"method": "knots", "parameters": {"density": 0.4}},
+    "opcm": {"method": "opcm"},
     "mow": {"method": "mow"},
     "emr": {"method": "emr"},
     "heads": {"method": "linear", "heads": {"match": "lm_head*"}},
