@@ -83,7 +83,8 @@ class Patch:
 class Adapted:
     """A model with adapters on it, which are applied as it is read; its names are the model's.
 
-    Tensors that only an adapter has are `added`; `wide` gives what is adapted in fp32 at least.
+    Tensors that only an adapter has are `added`, and so are those with a row for each token of its
+    own vocabulary; `wide` gives what is adapted in fp32 at least.
     """
 
     model: Stored | Plan
@@ -96,9 +97,15 @@ class Adapted:
     def specs(self) -> Mapping[str, TensorSpec]:
         """The model's tensors, then those that only an adapter has."""
         held = {**self.model.specs, **self.added}
-        narrow = {n: held[n] for n in self.patches if n in self.model.specs} if self.wide else {}
+        changed = self.patches.keys() & self.model.specs.keys() - self.added.keys()
+        narrow = {n: held[n] for n in self.patches if n in changed} if self.wide else {}
         wider = {n: replace(s, dtype="F32") for n, s in narrow.items() if s.dtype != "F64"}
         return {**held, **wider}
+
+    @property
+    def resized(self) -> list[str]:
+        """The tensors that the model has too, with a row for each token of its vocabulary."""
+        return [name for name in self.added if name in self.model.specs]
 
     @property
     def fingerprint(self) -> str:

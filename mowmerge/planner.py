@@ -85,11 +85,11 @@ class _Planner:
             folder, found = config_source(sources[donor]).folder, self.options.surveyed
             named, types = search.encoder(Path(folder)), modules.model_types(source.config(folder))
             self.upcycling = Upcycling(self.recipe, specs[donor], found, named, types)
-        if self.recipe.output.dtype == "fp8":
-            held = config_source(sources[donor])
-            self.packings = fp8.packings(specs[donor], held, source.config(held.folder))
         cut = slicing.cut(self.recipe, donor, specs)
         self.problems += cut.problems
+        if self.recipe.output.dtype == "fp8":
+            held = config_source(sources[donor])
+            self.packings = fp8.packings(cut.specs, held, source.config(held.folder))
         jobs = self._jobs(base, cut.pieces)
         told, permuted = vocabulary.compared(self.recipe, sources, donor, jobs)
         self.warnings, self.problems = [*self.warnings, *told], [*self.problems, *permuted]

@@ -44,6 +44,13 @@ class Cut:
     stacks: dict[str, layers.Made] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Every tensor of the output, as it is stored where it is taken from."""
+        return {
+            name: piece.specs[piece.like][name] for piece in self.pieces for name in piece.places
+        }
+
 
 def cut(recipe: Recipe, donor: str, specs: Specs) -> Cut:
     """The pieces of a recipe's output: one, or with slices what is outside the layers, each slice,

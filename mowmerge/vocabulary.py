@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from mowmerge.checkpoint import naming, special, tokenizers, union
 from mowmerge.checkpoint.source import config
 from mowmerge.checkpoint.tokenizers import Tokenizer
-from mowmerge.checkpoint.tokens import Holder, after, axis, height, of
+from mowmerge.checkpoint.tokens import Holder, after, axis, height, home, of
 from mowmerge.checkpoint.union import Addition
 from mowmerge.errors import CheckpointError, Problem, did_you_mean
 from mowmerge.placement import NONE, Placed, Rows, Share, Vocabulary
-from mowmerge.plan import Source, TensorJob, config_source
+from mowmerge.plan import Adapted, Source, TensorJob, config_source
 from mowmerge.recipe.model import Recipe
 from mowmerge.recipe.vocabulary import Row
 from mowmerge.rows import Lines, counted
@@ -35,21 +35,21 @@ def holders(recipe: Recipe, sources: Mapping[str, Source], donor: str) -> dict[s
     names, seen = sources[donor].specs, dict[bytes, Tokenizer]()
     for model, source in sources.items():
         assert not isinstance(source, Placed)
-        nested, folder = of(source), Path(config_source(source).folder)
-        settings = config(folder)
-        text = nested.files.get(tokenizers.FILE) if nested else None
-        home = Path(nested.folder) if nested else folder
+        nested, folder = of(source), home(source)
+        settings = config(Path(config_source(source).folder))
+        inside = nested is not None and Path(nested.folder) == folder
+        text = nested.files.get(tokenizers.FILE) if nested and inside else None
         where = recipe.where(*(("base",) if model == "base" else ("models", model)))
         try:
-            held = text.encode() if text else tokenizers.content(home)
-            tokenizer = seen.get(held) or tokenizers.understood(home, held)
+            held = text.encode() if text else tokenizers.content(folder)
+            tokenizer = seen.get(held) or tokenizers.understood(folder, held)
         except CheckpointError as error:
             problems += [Problem(p.message, f"{where}: {p.where}", p.hint) for p in error.problems]
             continue
         seen[held] = tokenizer  # once, in however many folders it lies
         specs = source.specs if model == donor else naming.aligned(source.specs, names)
         settings = nested.changed(settings) if nested else settings
-        found[model] = Holder(model, source, home, tokenizer, len(held), specs, settings)
+        found[model] = Holder(model, source, folder, tokenizer, len(held), specs, settings)
         if not found[model].rows:
             hint = "leave `vocabulary` out where models read no text"
             problems.append(Problem(f"model '{model}' has no embedding of tokens", where, hint))
@@ -82,17 +82,20 @@ def compared(
     asked, warnings, problems = recipe.vocabulary, [], []
     written = sources[donor if asked is None or asked.source == "union" else asked.source]
     for model, source in sources.items():
-        home, folder = (Path(config_source(each).folder) for each in (written, source))
-        same = tokenizers.alike(home / tokenizers.FILE, folder / tokenizers.FILE)
+        if asked is None and model == donor and isinstance(source, Adapted) and source.resized:
+            problems.append(_resized(recipe, model, source))
+            continue
+        here, folder = home(written), home(source)
+        same = tokenizers.alike(here / tokenizers.FILE, folder / tokenizers.FILE)
         if asked is not None or (same and of(written) is None and of(source) is None):
-            told = [*tokenizers.retold(home, folder)]
+            told = [*tokenizers.retold(here, folder)]
         else:
             ours, theirs = _ids(written), _ids(source)
             crossed = _crossed(ours, theirs, model, jobs)
             if crossed:
                 problems.append(_permuted(recipe, model, crossed))
                 continue
-            told = [*tokenizers.differences(home, folder, ours, theirs)]
+            told = [*tokenizers.differences(here, folder, ours, theirs)]
         if told:
             text = "; ".join(told)
             warnings.append(f"'{model}' will read texts otherwise than it learned: {text}")
@@ -101,10 +104,10 @@ def compared(
 
 def _ids(source: Source) -> Mapping[str, int]:
     """The id of each token of a model, empty where there is no tokenizer.json to understand."""
-    nested = of(source)
-    if nested and tokenizers.FILE in nested.files:
-        return tokenizers.read(Path(nested.folder), nested.files[tokenizers.FILE]).ids
-    return tokenizers.known(Path(nested.folder if nested else config_source(source).folder))
+    nested, folder = of(source), home(source)
+    if nested and tokenizers.FILE in nested.files and Path(nested.folder) == folder:
+        return tokenizers.read(folder, nested.files[tokenizers.FILE]).ids
+    return tokenizers.known(folder)
 
 
 def _crossed(
@@ -128,6 +131,16 @@ def _permuted(recipe: Recipe, model: str, crossed: Sequence[tuple[str, int, int]
         f"the token {token!r} has id {here} in the tokenizer that is written and {there} in that of"
         f" '{model}'{more}: rows of different tokens would be merged",
         recipe.where(*(("base",) if model == "base" else ("models", model))),
+        "place the rows by token, `vocabulary: {source: union}` (or base, or a model's name)",
+    )
+
+
+def _resized(recipe: Recipe, model: str, source: Adapted) -> Problem:
+    name = source.resized[0]
+    has, had = (each.specs[name].shape[0] for each in (source, source.model))
+    return Problem(
+        f"its adapter has {has} rows of '{name}', and what it is on {had}",
+        recipe.where("models", model, "adapter"),
         "place the rows by token, `vocabulary: {source: union}` (or base, or a model's name)",
     )
 
@@ -302,7 +315,7 @@ class Placing:
         """The output's vocabulary; `sources` comes first."""
         lender, donor = self.lender, self.models[self.donor]
         nested = of(lender.source)
-        held = nested.files if nested else None
+        held = nested.files if nested and Path(nested.folder) == lender.folder else None
         files = union.files(lender.folder, lender.tokenizer, self.tokenizer, held)
         changes = special.resized(donor.settings, donor.rows, self.rows)
         if lender is not donor:

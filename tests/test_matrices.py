@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +55,19 @@ def test_every_method_on_matrices_says_which_and_at_what_cost(zoo: Zoo) -> None:
         assert {job.scope for job in jobs if not job.matrix} in ({"element"}, {"model"})
         jobs = planned(zoo, method=name, parameters={"vocabulary": True}).jobs
         assert {job.output.name for job in jobs if job.matrix} == square
+
+
+def test_what_decomposes_says_so_and_spares_the_vocabulary() -> None:
+    """A static method that takes singular vectors declares it, and leaves tables out by default."""
+    for name in registry.names():
+        spec = registry.get(name)
+        if spec.family != "static" or spec.origin != "mowmerge":
+            continue
+        source = inspect.getsource(sys.modules[spec.function.__module__])
+        if re.search(r"svd|linalg\.(?:eigh|qr)|ops\.spectral", source):
+            assert spec.decompositions is not None, name
+            spared = not spec.parameters["vocabulary"].default
+            assert spared or spec.needs_factors(spec.complete({})), name
 
 
 def test_vocabulary_tables_have_the_mean_and_matrices_the_method(zoo: Zoo) -> None:

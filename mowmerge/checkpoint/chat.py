@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from mowmerge.checkpoint.tokenizers import template
+from mowmerge.checkpoint.tokens import home
 from mowmerge.errors import CheckpointError
-from mowmerge.plan import Source, config_source
+from mowmerge.plan import Source
 
 
 def chosen(asked: str | None, sources: Mapping[str, Source], where: str) -> str | None:
@@ -23,7 +24,7 @@ def chosen(asked: str | None, sources: Mapping[str, Source], where: str) -> str 
     if asked is None or "{" in asked:
         return asked
     names = [asked] if asked != "auto" else list(sources)
-    held = [template(Path(config_source(sources[name]).folder)) for name in names]
+    held = [template(home(sources[name])) for name in names]
     texts = [text.strip() for text in held if isinstance(text, str) and text.strip()]
     if not texts:
         told = f"model '{asked}' has no chat template" if asked != "auto" else (

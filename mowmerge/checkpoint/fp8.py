@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 from mowmerge.checkpoint import naming
@@ -133,8 +134,9 @@ class _ScaledHandle:
 def packings(
     specs: Mapping[str, TensorSpec], donor: Stored, config: Mapping[str, Any]
 ) -> dict[str, Packing]:
-    """How each tensor that goes to fp8 is stored: as the donor has it where that is in fp8, else
-    the matrices of attention and mlp in e4m3 with scales for blocks of 128 by 128.
+    """How each tensor that goes to fp8 is stored: as the donor has it where that is in fp8, or its
+    like in another layer where layers are stacked beyond the donor's; else the matrices of
+    attention and mlp in e4m3 with scales for blocks of 128 by 128.
 
     Raises:
         CheckpointError: the donor's activations have fixed scales, measured on it alone.
@@ -146,10 +148,12 @@ def packings(
                 "its activations have fixed scales, which do not hold for a merge",
                 where=donor.origin, hint="write bfloat16, and calibrate the result",
             )  # fmt: skip
+        likes = {naming.kind(name): name for name in donor.scales}
+        told = {n: n if n in donor.tensors else likes.get(naming.kind(n), "") for n in specs}
         return {
-            name: Packing(donor.tensors[name].spec, scale.location.spec, scale.block)
-            for name, scale in donor.scales.items()
-            if name in specs
+            name: _like(name, donor, like)
+            for name, like in told.items()
+            if like in donor.scales and donor.tensors[like].spec.shape == specs[name].shape
         }
     found = {}
     for name, spec in specs.items():
@@ -160,6 +164,13 @@ def packings(
                              TensorSpec(f"{name}_scale_inv", "F32", grid))  # fmt: skip
             found[name] = Packing(weight, scale, BLOCK)
     return found
+
+
+def _like(name: str, donor: Stored, like: str) -> Packing:
+    """A tensor stored as the donor stores one that may have another number."""
+    scale = donor.scales[like]
+    numbers = replace(scale.location.spec, name=name + scale.location.spec.name[len(like) :])
+    return Packing(replace(donor.tensors[like].spec, name=name), numbers, scale.block)
 
 
 def quantization_config(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any] | None:

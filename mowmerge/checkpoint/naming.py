@@ -57,7 +57,12 @@ _TIES = (  # a head or copy that may be absent because it is tied, and the embed
 
 def role(name: str) -> str:
     """embedding | attention | mlp | norm | head | router | other, from the name alone."""
-    return _role(_NUMBER.sub(".0", name))
+    return _role(kind(name))
+
+
+def kind(name: str) -> str:
+    """The name that all tensors share which differ in the numbers of layers and experts alone."""
+    return _NUMBER.sub(".0", name)
 
 
 @lru_cache

@@ -27,6 +27,7 @@ _LORA = re.compile(
     r"^(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector(?:\.weight)?)$"
 )
+_COPY = re.compile(r"^(?P<module>.+)\.(?:modules_to_save|original_module)\.(?P<parameter>\w+)$")
 _PART = {"lora_A.weight": "a", "lora_embedding_A": "a", "lora_B.weight": "b",
          "lora_embedding_B": "b"}  # fmt: skip
 _FOREIGN = re.compile(r"(?:^|[._])(?:lora|hada|lokr|vera|ia3|oft|boft|hra|adalora|shira|randlora"
@@ -184,6 +185,9 @@ class _Fit:
     def _sort(self, key: str) -> None:
         """Puts one tensor of the file where it belongs: a module's update, or a value."""
         name = key.removeprefix(PREFIX)
+        copy = _COPY.match(key)
+        if copy and f"{copy['module']}.{copy['parameter']}" in self._specs:
+            return  # peft saves a resized embedding three times
         found = _LORA.match(name)
         if found:
             module, part = found["module"], _PART.get(found["part"], "m")
@@ -211,7 +215,9 @@ class _Fit:
                     f"'{name}' is only in the adapter {self.origin}, and is added to its model"
                 )
             elif ours.shape != spec.shape:
-                raise self._misfit(name, spec.shape, ours)
+                if not self._resized(key, spec, ours):
+                    raise self._misfit(name, spec.shape, ours)
+                self._base.added[ours.name] = TensorSpec(ours.name, spec.dtype, spec.shape)
             weight = 1.0 if ".base_layer." in key and name.endswith("weight") else (
                 self._adapter.weight)  # fmt: skip
             patch = Patch(self._number, {"value": key}, weight=weight)
@@ -323,6 +329,11 @@ class _Fit:
                 "config and weights belong to different adapters: download both again",
             )
         return float(alpha) / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+
+    def _resized(self, key: str, spec: TensorSpec, ours: TensorSpec) -> bool:
+        """Whether it is the model's embedding or head with another number of tokens, and whole."""
+        whole = self._adapter.weight == 1 and ".base_layer." not in key
+        return whole and naming.by_token(ours.name) and ours.shape[1:] == spec.shape[1:]
 
     def _saved(self, name: str) -> bool:
         """Whether modules_to_save names the module that the tensor is in."""

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mowmerge.checkpoint import naming, special
-from mowmerge.checkpoint.tokenizers import Tokenizer
+from mowmerge.checkpoint.tokenizers import FILE, Tokenizer
 from mowmerge.placement import Placed, Vocabulary
-from mowmerge.plan import Adapted, Plan, Source, Stored
+from mowmerge.plan import Adapted, Plan, Source, Stored, config_source
 from mowmerge.tensors import TensorSpec
 
 
@@ -20,6 +20,17 @@ def of(source: Source) -> Vocabulary | None:
     if isinstance(source, Plan):
         return source.vocabulary
     return of(source.model) if isinstance(source, Adapted | Placed) else None
+
+
+def home(source: Source) -> Path:
+    """The folder whose tokenizer a model reads texts with: its last adapter's that has one, that
+    of a nested recipe's vocabulary, its checkpoint's."""
+    if isinstance(source, Placed):
+        return home(source.model)
+    adapters = [Path(a.folder) for a in source.adapters] if isinstance(source, Adapted) else []
+    own = [folder for folder in adapters if (folder / FILE).is_file()]
+    nested = of(source)
+    return own[-1] if own else Path(nested.folder if nested else config_source(source).folder)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,10 @@ from mowmerge.recipe.task import Asking, Splits, Task
 from mowmerge.recipe.task_types import TYPES
 from mowmerge.recipe.text import dotted
 
+NESTED = (
+    "slice base and models before: each a nested recipe, {source: {models: ..., method:"
+    " passthrough, slices: ...}}"
+)
 WANTED = {
     "string_type": "text",
     "int_type": "a whole number",
@@ -178,10 +182,9 @@ def _slices(data: Mapping[str, Any]) -> Iterator[Fault]:
             yield from unknown_model(name, ("slices", i, "layers", name), known)
     if not pieces:
         return
-    for key, value in as_map(data.get("output")).items():
-        if (key, value) in (("dtype", "fp8"), ("format", "adapter")):
-            message = f"output.{key}: {value} does not go with slices"
-            yield Fault(("output", key), message, "merge them into a checkpoint first")
+    if as_map(data.get("output")).get("format") == "adapter":
+        message = "slices are other layers than the base's, and an adapter is a difference from it"
+        yield Fault(("output", "format"), message, NESTED)
     used: dict[Loc, Any] = {("method",): data.get("method")}
     for section in ("slices", "rules"):
         for i, part in enumerate(map(as_map, as_list(data.get(section)))):
@@ -189,9 +192,9 @@ def _slices(data: Mapping[str, Any]) -> Iterator[Fault]:
     for loc, method in used.items():
         spec = registry.get(method) if method in registry.names() else None
         if spec and (spec.dynamic or spec.fit):
-            what = "dynamic" if spec.dynamic else "fitted"
-            message = f"'{method}' is {what}, and does not go with slices"
-            yield Fault(loc, message, "merge the slices first")
+            what = "codes models" if spec.dynamic else "is fitted on models"
+            message = f"'{method}' {what} as they are, and slices stack layers anew"
+            yield Fault(loc, message, NESTED)
 
 
 def _vocabulary(data: Mapping[str, Any]) -> Iterator[Fault]:

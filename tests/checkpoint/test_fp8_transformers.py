@@ -85,6 +85,35 @@ def test_transformers_takes_apart_what_was_written_as_this_tool_does(zoo: Zoo, k
     assert not torch.equal(got, exact)
 
 
+def test_layers_stacked_beyond_the_donor_s_are_in_fp8_too(zoo: Zoo) -> None:
+    """Of a model in fp8, by slices and by a nested recipe of them, as transformers reads it."""
+    torch.manual_seed(0)
+    out = written(zoo, llama())
+    slices = {"models": {"m": f"./{out.name}"}, "method": "passthrough",
+              "slices": [{"layers": "0..1"}, {"layers": 1}, {"layers": "0..1"}]}  # fmt: skip
+    zoo.merge({**slices, "output": {"dtype": "fp8"}}, "deep")
+    nested = {"models": {"m": {"source": slices}}, "method": "passthrough"}
+    zoo.merge({**nested, "output": {"dtype": "fp8"}}, "nested")
+    zoo.merge(slices, "wide")
+    deep, again = (
+        load_file(zoo.folder / name / "model.safetensors") for name in ("deep", "nested")
+    )
+    assert deep.keys() == again.keys()
+    for i in range(5):
+        name = f"model.layers.{i}.mlp.up_proj.weight"
+        assert deep[name].dtype == torch.float8_e4m3fn
+        assert torch.equal(deep[name].view(torch.uint8), again[name].view(torch.uint8))
+        assert f"{name}_scale_inv" in deep
+    kind = type(llama())
+    with torch.inference_mode():
+        theirs, info = kind.from_pretrained(zoo.folder / "deep", output_loading_info=True)
+        assert not any(info.values()), info
+        wide = kind.from_pretrained(zoo.folder / "wide")
+        tokens = torch.arange(24)[None]
+        got, want = (m.eval()(tokens).logits.float() for m in (theirs, wide))
+    assert float((got - want).norm() / want.norm()) < 1e-2
+
+
 @pytest.mark.parametrize(
     "sizes", [{}, {"hidden_size": 192, "intermediate_size": 320}], ids=["whole", "cut"]
 )

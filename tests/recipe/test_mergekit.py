@@ -208,6 +208,14 @@ def test_a_model_twice_in_a_slice_has_two_names(tmp_path: Path) -> None:
     assert found["slices"][0]["layers"] == {"x": 0, "x-2": 3}
 
 
+def test_ranges_are_read_as_numbers(tmp_path: Path) -> None:
+    found = native(
+        "merge_method: passthrough\nslices: [{sources: [{model: o/x, layer_range: ['0', 2.0]}]}]",
+        tmp_path,
+    )
+    assert found["slices"][0]["layers"] == {"x": "0..1"}
+
+
 def test_models_as_mappings(tmp_path: Path) -> None:
     text = """
 merge_method: linear
@@ -504,6 +512,10 @@ def test_a_native_recipe_converts_to_itself(zoo: Zoo) -> None:
     ("merge_method: ties\nparameters: {weight: 1}\nmodels: [{model: a}]\n", "needs a base"),
     ("merge_method: ties\nbase_model: b\nparameters: {weight: 1}\n"
      "slices: [{sources: [{model: a, layer_range: [0, 2]}]}]\n", "not among the sources of the"),
+    ("merge_method: karcher\nmodels: [{model: o/a}]\ntokenizer_source: o/z\n",
+     "'o/z' is none of the models that are merged\n  -> its tokens are read of a model that"),
+    ("merge_method: ties\nbase_model: b\nparameters: {weight: 1}\nmodels: [{model: b}]\n",
+     "nothing but the base is merged here"),
     ("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\ntokenizer: union\n",
      "tokenizer must be a mapping"),
 ])  # fmt: skip

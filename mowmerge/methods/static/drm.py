@@ -63,7 +63,7 @@ def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
     paper="arXiv:2505.23117",
     scope="tensor",
     workspace=_workspace,
-    decompositions=lambda shape, n: [(shape[0], n * shape[1])],
+    decompositions=lambda shape, n, p: [(shape[0], n * shape[1])],
     laws=("permutation", "scale"),
     exempt={"float64": "entries near the trim's threshold move with the rounding of an fp32 SVD"},
 )

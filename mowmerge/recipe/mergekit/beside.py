@@ -79,9 +79,12 @@ def _named(reader: Reader, names: Names, loc: Loc, given: Any) -> str:
         return "base"
     if (reference, 0) in names:
         return names[reference, 0]
-    if reference != reader.reference(loc, reader.document.data.get("base_model")):
-        reader.fault(loc, f"'{reference.model}' is none of the models that are merged")
-    return "base"
+    if reference == reader.reference(loc, reader.document.data.get("base_model")):
+        return "base"
+    known = dict.fromkeys(each.model for each, _ in names)
+    hint = f"its tokens are read of a model that is merged: {', '.join(known)}"
+    reader.fault(loc, f"'{reference.model}' is none of the models that are merged", hint)
+    return next(iter(names.values()), "base")
 
 
 def _token(reader: Reader, names: Names, loc: Loc, asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -85,6 +85,8 @@ class Converter:
             if piece.base and all(source.reference != piece.base for source in piece.sources):
                 hint = "mergekit needs it there, with the layers that are taken of it"
                 fault(piece.loc, "the base_model is not among the sources of the slice", hint)
+            if not piece.others:
+                fault(piece.loc, "nothing but the base is merged here", "name a model beside it")
         if len(bases) > 1:
             fault(slices[0].loc, "the base_model has to be one for all modules")
         (base, *_) = bases

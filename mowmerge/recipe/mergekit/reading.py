@@ -167,13 +167,12 @@ class Reader:
 
     def _range(self, loc: Loc, given: Any) -> tuple[int, int | None]:
         """The first layer of a range, and how many there are; the last is one before its end."""
-        here = (*loc, "layer_range")
-        whole = isinstance(given, list) and len(given) == 2 and all(type(n) is int for n in given)
-        if not whole or given[0] < 0 or given[1] <= given[0]:
+        here, found = (*loc, "layer_range"), layer_range(given)
+        if found is None:
             hint = "[first, end]: the layer at the end is not taken, as in [0, 16]"
             self.fault(here, f"{dotted(here)} must be two layers, the first below the end", hint)
             return 0, None
-        return given[0], given[1] - given[0]
+        return found[0], found[1] - found[0]
 
     def reference(self, loc: Loc, given: Any) -> Reference | None:
         """A model's reference: text, or a mapping of its parts."""
@@ -240,6 +239,16 @@ class Reader:
         """The file and the line of a key."""
         line = self.line(loc)
         return f"{self.document.file}:{line}" if isinstance(line, int) else line
+
+
+def layer_range(given: Any) -> tuple[int, int] | None:
+    """The first layer and the end of a range, [0, 16] or ["0", 16.0]; None for what is none."""
+    try:
+        first, end = map(float, given) if isinstance(given, list) else (0.0, 0.0)
+    except (TypeError, ValueError):
+        return None
+    whole = first.is_integer() and end.is_integer()
+    return (int(first), int(end)) if whole and 0 <= first < end else None
 
 
 def as_map(given: Any) -> Mapping[str, Any]:

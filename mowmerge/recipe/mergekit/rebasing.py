@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mowmerge.recipe.mergekit.presets import PRESETS
-from mowmerge.recipe.mergekit.reading import Reader, Reference, as_list, as_map
+from mowmerge.recipe.mergekit.reading import Reader, Reference, as_list, as_map, layer_range
 from mowmerge.recipe.model import Loc
 from mowmerge.recipe.text import Document
 
@@ -46,10 +46,8 @@ def _based(data: Mapping[str, Any], piece: Mapping[str, Any]) -> Any:
 def _length(piece: Mapping[str, Any]) -> int | None:
     """How many layers a slice gives; None where it does not say so."""
     sources = as_list(piece.get("sources"))
-    given = as_map(sources[0]).get("layer_range") if sources else None
-    if isinstance(given, list) and len(given) == 2 and all(type(n) is int for n in given):
-        return max(0, given[1] - given[0]) or None
-    return None
+    found = layer_range(as_map(sources[0]).get("layer_range")) if sources else None
+    return found[1] - found[0] if found else None
 
 
 def _one(document: Document, name: str, numbers: Sequence[int]) -> Document:
