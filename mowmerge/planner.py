@@ -216,7 +216,7 @@ class _Planner:
         code = upcycling.code(self._output(piece.specs[piece.like][name]), chosen.parameters)
         rest = replace(upcycling.rest(place, chosen.parameters), models=chosen.models)
         static = self._static(name, rest, base, piece)
-        if code is None or static is None:
+        if code is None or static is None or {i.model for i in static.models} == {"base"}:
             return static
         coded = self._static(name, chosen, base, piece)
         anchor = static if "anchor" in method.inputs else None

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from zoo import Ran, Zoo, left, load
+from zoo import Ran, Zoo, environment, left, load
 
 from mowmerge import api
 
@@ -229,6 +231,45 @@ def test_recipes_that_are_wrong(zoo: Zoo, text: str, line: int, words: str) -> N
     zoo.recipe(text)
     rc = 5 if "nowhere" in text else 3
     assert words in fails(zoo, rc, f"recipe.yaml:{line}: ").err
+
+
+@pytest.mark.parametrize("text", [
+    A_B + 'method: linear\noutput: {path: "x\\0y"}\n', 'models: {a: "x\\0.yaml"}\nmethod: linear\n',
+])  # fmt: skip
+def test_a_nul_in_a_recipe(zoo: Zoo, text: str) -> None:
+    zoo.family("llama", 2)
+    zoo.recipe(text)
+    fails(zoo, 3, "recipe.yaml:", "holds a NUL character", args=())
+    fails(zoo, 3, "holds a NUL character", args=("out", "--set", r'output.path="a\0b"'))
+
+
+@pytest.mark.parametrize("verb", ["eval", "train-router"])
+@pytest.mark.parametrize("more", [(), ("recipe.yaml",)])
+def test_scoring_or_training_what_is_not_there(zoo: Zoo, verb: str, more: tuple[str, ...]) -> None:
+    zoo.recipe(A_B + "method: linear\n")
+    named = {"eval": "--tasks", "train-router": "--recipe"}[verb]
+    for folder in ("nowhere", "recipe.yaml"):
+        ran = zoo.here(verb, folder, *(word for each in more for word in (named, each)))
+        assert ran.rc == 5
+        assert f"there is no folder '{folder}'" in ran.err
+
+
+def test_flags_have_no_negatives_and_fit_in_the_help(zoo: Zoo) -> None:
+    text = zoo.here("eval", "--help").out + zoo.here("merge", "--help").out
+    assert "--no-no-cache" not in text
+    assert "--no-force" not in text
+    assert "[default: no-" not in " ".join(text.split())
+
+
+def test_a_closed_stderr(zoo: Zoo) -> None:
+    zoo.family("llama", 2)
+    zoo.recipe(RECIPE)
+    shell = ["sh", "-c", f"exec {sys.executable} -m mowmerge merge recipe.yaml out 2>&-"]
+    ran = subprocess.run(
+        shell, cwd=zoo.folder, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0
+    assert "21 tensors merged" in ran.stdout
 
 
 def test_a_recipe_that_is_not_there(zoo: Zoo) -> None:

@@ -245,6 +245,42 @@ def test_a_lost_tensor_is_an_error_and_never_made_up(tmp_path: Path) -> None:
         mowmerge.load(out, task="pets")
 
 
+ALONE = "parameters={scale: 1, weight: {pets: 1, sky: 0}}"
+WHOLE = "parameters={blocks: 2, norms: all, embeddings: all}"
+
+
+@pytest.mark.parametrize(("how", "given"), [
+    (["method=task_arithmetic", ALONE], {}),
+    (["method=mow", WHOLE], {"task_ids": torch.tensor([0, 0])}),
+    (["method=twin_merging", "parameters={density: 1}"], {"task_ids": torch.tensor([0, 0])}),
+])  # fmt: skip
+def test_a_pooler_that_the_class_with_a_head_leaves_out_is_no_fault(
+    tmp_path: Path, how: list[str], given: dict[str, Any]
+) -> None:
+    models = vits(tmp_path)
+    ViTModel(ViTConfig(**VIT)).save_pretrained(tmp_path / "base")  # as backbones are published
+    file = recipe(tmp_path, more=HEADS + "missing: base\n")
+    out = api.merge(file, tmp_path / "out", overrides=how).path
+    assert torch.equal(
+        load(out)["pooler.dense.weight"], load(tmp_path / "base")["pooler.dense.weight"]
+    )
+    loaded = mowmerge.load(out, task="pets")
+    with torch.inference_mode():
+        want = models["pets"](**IMAGES).logits
+        assert torch.allclose(loaded(**IMAGES, **given).logits[:, :3], want, atol=1e-5)
+
+
+def test_a_layer_that_the_config_does_not_count_is_still_a_fault(tmp_path: Path) -> None:
+    vits(tmp_path)
+    out = api.merge(recipe(tmp_path), tmp_path / "out").path
+    held = load(out)
+    for name in [name for name in held if "layer.1." in name]:
+        held[name.replace("layer.1.", "layer.2.")] = held[name].clone()
+    save_file(held, out / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"unexpected: .*layers?\.2\."):
+        mowmerge.load(out, task="pets")
+
+
 def test_one_worker_and_two_write_the_same_bytes(tmp_path: Path) -> None:
     vits(tmp_path)
     outs = [

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import AutoModel
 from transformers.conversion_mapping import (
     extract_weight_conversions_for_model,
     get_model_conversion_mapping,
@@ -66,6 +67,21 @@ def check_routers(folder: Any, manifest: Manifest) -> None:
             why = manifest.foreign(held.metadata() or {})
         if why:
             raise ValueError(f"{file}: {why}")
+
+
+def spare(described: Any, names: Iterable[str]) -> set[str]:
+    """Of names that a class has no place for, those that the bare model of this config has: what
+    a class with a head leaves out, such as ViT's pooler."""
+    names = set(map(str, names))
+    if not names:
+        return names
+    try:
+        with torch.device("meta"):
+            bare = AutoModel.from_config(described)
+    except ValueError:  # no bare model of this config is known
+        return set()
+    held = bare.state_dict()
+    return {name for name in names if name.removeprefix(f"{bare.base_model_prefix}.") in held}
 
 
 def complain(folder: Any, name: str, info: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from .format import HEADS, ROUTER
 from .heads import Heads, made, width
 from .layers import install
 from .linear import MixedLinear
-from .loading import check_routers, complain, damaged, keep_conversions, locator
+from .loading import check_routers, complain, damaged, keep_conversions, locator, spare
 from .prefix import layer_stack, states, until
 from .remote import auto_map, bundle
 from .routers import RouterModule
@@ -312,7 +312,8 @@ class MowMixin(nn.Module):
             )
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(damaged(folder) or f"{folder} does not load: {error}") from error
-        complain(folder, cls.__name__, info)
+        left = set(info["unexpected_keys"])
+        complain(folder, cls.__name__, {**info, "unexpected_keys": left - spare(config.base, left)})
         check_routers(folder, config.manifest)
         if config.manifest.encoder:
             model._encoder = LoadedEncoder.load(folder, config.manifest.encoder, kwargs)

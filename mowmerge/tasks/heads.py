@@ -46,6 +46,8 @@ def load(
         )
     import transformers
 
+    from mowmerge.dynamic.loading import spare
+
     folder, settings = home(where), config(home(where))
     if not settings:
         raise CheckpointError("there is no config.json", where=str(folder))
@@ -81,7 +83,8 @@ def load(
     missing -= _fit(model, head, missing if whole else None) if head else set()
     missing -= adapters.apply(model, where) if isinstance(where, Adapted) else set()
     missing -= adapters.apply(model, keeping, missing) if isinstance(keeping, Adapted) else set()
-    wrong = {"missing": sorted(missing), "unexpected": sorted(map(str, info["unexpected_keys"]))}
+    left = set(map(str, info["unexpected_keys"]))
+    wrong = {"missing": sorted(missing), "unexpected": sorted(left - spare(described, left))}
     if any(wrong.values()):
         keys = "; ".join(f"{what}: {', '.join(names)}" for what, names in wrong.items() if names)
         raise CheckpointError(f"does not load as {name}: {keys}", where=str(folder))

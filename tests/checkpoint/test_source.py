@@ -103,6 +103,22 @@ def test_an_index_that_is_garbage(zoo: Zoo, text: str) -> None:
     refused(folder, "index")
 
 
+@pytest.mark.parametrize("shard", ["", ".", "..", "{away}", "../away.safetensors", "a\0b", "m.bin"])
+def test_an_index_that_leads_elsewhere(zoo: Zoo, shard: str) -> None:
+    folder = zoo.save("m", TENSORS, shards=2)
+    away = folder.parent / "away.safetensors"
+    save_file(TENSORS, away)
+    listing = {"weight_map": dict.fromkeys(TENSORS, shard.format(away=away))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(listing))
+    refused(folder, "the index names '", "which is no safetensors file beside it")
+
+
+def test_an_index_without_tensors(zoo: Zoo) -> None:
+    folder = zoo.save("m", TENSORS, shards=2)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    refused(folder, "the index names no tensors")
+
+
 def test_two_sets_of_weights(zoo: Zoo) -> None:
     folder = zoo.save("m", TENSORS, shards=2)
     save_file(TENSORS, folder / "model.safetensors")
