@@ -9,6 +9,7 @@ from torch import Tensor
 from mowmerge.methods import ops
 from mowmerge.methods.contracts import Draws
 from mowmerge.methods.static.dare import dare
+from mowmerge.methods.static.della import della
 from mowmerge.methods.static.task_arithmetic import task_arithmetic
 
 ONES = torch.ones(1, 100_000)
@@ -150,3 +151,11 @@ def test_as_many_are_dropped_as_the_share_says(tenths: int) -> None:
     delta = torch.arange(1.0, 11.0)[None]
     out = dare(delta, density=tenths / 10, mask="magnitude", rescale="none")
     assert int((out != 0).sum()) == tenths
+
+
+@pytest.mark.parametrize("density", [0.2, 0.5, 0.9])
+def test_della_without_a_slope_drops_the_same(density: float) -> None:
+    deltas, rng = normal(2, 300, 40), draws(1, ("a", "b"))
+    out = dare(deltas, density=density, elect="mass", rng=rng)
+    same = della(deltas, density=density, epsilon=0.0, elect="mass", aggregate="sum", rng=rng)
+    assert torch.allclose(same, out)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mowmerge.methods import registry
 from mowmerge.methods.contracts import Draws, MethodError
-from mowmerge.methods.static.dare import dare
 from mowmerge.methods.static.della import _chances, _order, della
 from mowmerge.methods.static.ties import ties
 
@@ -123,11 +122,3 @@ def test_probabilities_outside_their_range_are_refused(given: tuple[Any, float])
     spec = registry.get("della")
     with pytest.raises(MethodError, match="between 0 and 1"):
         spec.check(spec.complete({"density": given[0], "epsilon": given[1]}), 2)
-
-
-def test_without_a_slope_it_drops_what_dare_drops() -> None:
-    deltas, names = normal(2, 300, 40), ("a", "b")
-    for density in (0.2, 0.5, 0.9):
-        given: dict[str, Any] = {"density": density, "elect": "mass", "aggregate": "sum"}
-        flat = della(deltas, epsilon=0.0, rng=draws(1, names), **given)
-        assert torch.allclose(flat, dare(deltas, rng=draws(1, names), **given))
