@@ -366,11 +366,7 @@ class _Planner:
         grouped = [joined(job) for job in jobs]
         each = [one for job in grouped for one in (job, job.anchor) if one is not None]
         for (method_name, _), number in groups.items():
-            extents = [
-                Extent(j.output.shape, j.parameters, role=naming.role(j.output.name))
-                for j in each
-                if j.group == number
-            ]
+            extents = [Extent(j.output.shape, j.parameters) for j in each if j.group == number]
             reduce = registry.get(method_name).reduce
             try:
                 if reduce is not None:

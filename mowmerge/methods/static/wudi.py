@@ -52,11 +52,11 @@ def _by_adam(start: Tensor, left: Tensor, right: Tensor, steps: int, rate: float
     return start + adam(slope, start, steps, rate)
 
 
-def _closed(left: Tensor, right: Tensor) -> Tensor:
+def _closed(left: Tensor, right: Tensor, ridge: float) -> Tensor:
     """B A^+: the stationary point without a part outside the experts' row spaces."""
     values, vectors = torch.linalg.eigh(left)
     used = values > NULL * values[-1].clamp(min=0.0)
-    inverse = (1.0 / values.where(used, 1.0)).where(used, 0.0)
+    inverse = (1.0 / (values + ridge * values.mean()).where(used, 1.0)).where(used, 0.0)
     found: Tensor = right @ (vectors * inverse) @ vectors.T
     return found
 
@@ -90,6 +90,7 @@ def wudi(
     interference: Literal["full", "leading"] = "full",
     steps: Count = 300,
     rate: NonNegative = 1e-5,
+    ridge: NonNegative = 0.0,
     rest: Literal["base", "mean"] = "base",
     vocabulary: bool = False,
     scale: float = 1.0,
@@ -110,6 +111,8 @@ def wudi(
         steps: of Adam.
         rate: of Adam, absolute: an entry moves by about rate x steps at most, whatever the size of
             the task vectors.
+        ridge: of the closed form: added to A's eigenvalues, in units of their mean. Leading
+            triplets need not agree, so that their minimum may lie far off without.
         rest: what is not a matrix stays at the base, or takes the mean task vector.
         vocabulary: whether embeddings and output heads are matrices too.
         scale: factor on the result.
@@ -123,6 +126,6 @@ def wudi(
         return deltas.mean(0).mul_(scale) if rest == "mean" else torch.zeros_like(deltas[0])
     if solver == "closed":
         sides = _normal_equations(deltas.double(), interference)
-        return _closed(*sides).to(deltas.dtype).mul_(scale)
+        return _closed(*sides, ridge).to(deltas.dtype).mul_(scale)
     left, right = _normal_equations(deltas, interference)
     return _by_adam(added(list(deltas)), left, right, steps, rate).mul_(scale)

@@ -132,3 +132,12 @@ def test_sizes_whose_squares_no_float_holds(size: float) -> None:
     want = wudi(deltas.double(), solver="closed")
     assert torch.allclose(wudi(deltas, solver="closed").double(), want, rtol=1e-4, atol=1e-5 * size)
     assert torch.isfinite(wudi(deltas, steps=3)).all()
+
+
+def test_a_ridge_shrinks_the_minimum() -> None:
+    deltas = torch.tensor([[[2.0, 0.0]], [[1.0, 1.0]]])
+    # A = [[1.5, .5], [.5, .5]], its mean eigenvalue 1, B = (3, 1): T (A + I/2) = B, T = (10, 2) / 7
+    out = wudi(deltas, solver="closed", ridge=0.5)
+    assert torch.allclose(out, torch.tensor([[10.0, 2.0]]) / 7)
+    thin = torch.cat([deltas, torch.zeros(2, 1, 3)], 2)  # what no expert has stays out
+    assert torch.allclose(wudi(thin, solver="closed", ridge=0.2)[:, 2:], torch.zeros(1, 3))
