@@ -329,7 +329,7 @@ def test_slices_with_different_bases_are_nested_recipes(zoo: Zoo) -> None:
     text = """
 merge_method: task_arithmetic
 base_model: base
-parameters: {lambda: 0.5}
+parameters: {lambda: [{filter: layers.3., value: 1}, {value: 0.5}]}
 slices:
   - sources:
       - {model: base, layer_range: [0, 2]}
@@ -347,7 +347,7 @@ dtype: float32
     base, a, b, c = (made[name] for name in ("base", "a", "b", "c"))
     name = "model.layers.{}.mlp.up_proj.weight"
     for out, was, low, high, weight in (
-        (1, 1, base, a, 0.25), (2, 1, b, c, 0.5), (3, 2, b, c, 0.25), (4, 3, base, a, 1.0),
+        (1, 1, base, a, 0.25), (2, 1, b, c, 0.5), (3, 2, b, c, 0.5), (4, 3, base, a, 1.0),
     ):  # fmt: skip
         old = name.format(was)
         wanted = low[old] + weight * (high[old] - low[old])

@@ -205,7 +205,7 @@ class Converter:
                 found |= self._axis(preset, piece)
                 continue
             if not word.each:
-                at = Range(piece.start, piece.length, piece.start)
+                at = Range(piece.start, piece.length, piece.final)
                 given = self._value(theirs, word, piece.levels, at, piece.loc)
                 found |= {} if given is None else {word.ours: given}
                 continue
@@ -227,7 +227,7 @@ class Converter:
         """nuslerp's two flags are one word here."""
         found = {}
         for theirs in ("nuslerp_flatten", "nuslerp_row_wise"):
-            at = Range(piece.start, piece.length, piece.start)
+            at = Range(piece.start, piece.length, piece.final)
             given = self._value(theirs, preset.words[theirs], piece.levels, at, piece.loc)
             if isinstance(given, list):
                 self.reader.fault(piece.loc, f"{theirs} must be true or false for all tensors")

@@ -18,6 +18,7 @@ MODULE = ("models", "slices", "parameters")
 SLICE = ("sources", "base_model", "parameters")
 SOURCE = ("model", "layer_range", "parameters")
 MODEL = ("model", "parameters")
+START = 0  # of a slice, a key that no text has: the number that its first layer gets in the end
 BODIES = ("models", "slices", "modules")
 UNNAMED = re.compile(r"[^A-Za-z0-9_.-]+|^[^A-Za-z0-9]+")
 
@@ -51,13 +52,17 @@ class Source:
 
 @dataclass
 class Slice:
-    """What is merged together: all of the models, or some layers of each."""
+    """What is merged together: all of the models, or some layers of each.
+
+    start: the number that its first layer gets. final: in the stack that the document is of.
+    """
 
     sources: list[Source]
     base: Reference | None
     levels: list[Mapping[str, Any]]
     loc: Loc
     start: int = 0
+    final: int = 0
 
     @property
     def length(self) -> int | None:
@@ -117,8 +122,9 @@ class Reader:
             if len(modules) > 1 and name not in MODULES:
                 told = f"which tensors are of the module '{name}' is not known here"
                 self.fault(loc, told, f"one of {', '.join(MODULES)}; or write a recipe with rules")
-            if bool(as_map(module).get("models")) == bool(as_map(module).get("slices")):
-                self.fault(loc, f"{dotted(loc)} takes one of models and slices")
+            bodies = [as_map(module)[key] for key in BODIES[:2] if as_map(module).get(key)]
+            if len(bodies) != 1 or not isinstance(bodies[0], list):
+                self.fault(loc, f"{dotted(loc)} takes one list, of models or of slices")
             levels = [as_map(as_map(module).get("parameters")), top]
             slices = list(self.slices(loc, as_map(module), levels, base))
             found[name if len(modules) > 1 else ""] = slices
@@ -130,8 +136,10 @@ class Reader:
     ) -> Iterator[Slice]:  # fmt: skip
         """The slices of a body; one without layers for `models`."""
         start = 0
-        for i, piece in enumerate(map(as_map, as_list(body.get("slices")))):
+        for i, entry in enumerate(as_list(body.get("slices"))):
+            given: Mapping[Any, Any] = as_map(entry)
             here: Loc = (*loc, "slices", i)
+            final, piece = given.get(START, start), {k: given[k] for k in given if k != START}
             self.known(here, piece, SLICE)
             own = self.reference((*here, "base_model"), piece.get("base_model")) or base
             sources = list(self._sources((*here, "sources"), piece.get("sources"), SOURCE))
@@ -140,7 +148,8 @@ class Reader:
                 told = "has no sources" if not sources else "takes other numbers of layers of each"
                 self.fault(here, f"a slice {told}")
                 continue
-            found = Slice(sources, own, [as_map(piece.get("parameters")), *levels], here, start)
+            levels_here = [as_map(piece.get("parameters")), *levels]
+            found = Slice(sources, own, levels_here, here, start, final)
             start += found.length or 0
             yield found
         if body.get("models"):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mowmerge.recipe.mergekit.presets import PRESETS
-from mowmerge.recipe.mergekit.reading import Reader, Reference, as_list, as_map, layer_range
+from mowmerge.recipe.mergekit.reading import START, Reader, Reference, as_list, as_map, layer_range
 from mowmerge.recipe.model import Loc
 from mowmerge.recipe.text import Document
 
@@ -19,7 +19,7 @@ def split(document: Document, taken: Sequence[str]) -> list[Document]:
     others."""
     data = as_map(document.data)
     preset = PRESETS.get(str(data.get("merge_method")))
-    pieces = as_list(data.get("slices"))
+    _, pieces = _slices(data)
     if preset is None or not preset.apart or not all(isinstance(each, Mapping) for each in pieces):
         return [document]
     bases = [Reader(document).reference((), _based(data, piece)) for piece in pieces]
@@ -39,6 +39,15 @@ def split(document: Document, taken: Sequence[str]) -> list[Document]:
     return [*found, _stacked(document, bases, names, lengths)]
 
 
+def _slices(data: Mapping[str, Any]) -> tuple[Loc, Sequence[Any]]:
+    """Where the slices of a document stand, and they; those of a module where it is the only."""
+    modules = as_map(data.get("modules"))
+    if len(modules) != 1:
+        return ("slices",), as_list(data.get("slices"))
+    ((name, module),) = modules.items()
+    return ("modules", name, "slices"), as_list(as_map(module).get("slices"))
+
+
 def _based(data: Mapping[str, Any], piece: Mapping[str, Any]) -> Any:
     return piece.get("base_model") or data.get("base_model")
 
@@ -52,17 +61,28 @@ def _length(piece: Mapping[str, Any]) -> int | None:
 
 def _one(document: Document, name: str, numbers: Sequence[int]) -> Document:
     """The slices of one base, in the dtype of the result."""
-    data, lines = document.data, document.lines
-    pieces = [data["slices"][i] for i in numbers]
+    data, lines, (at, every) = document.data, document.lines, _slices(document.data)
+    pieces, deep = [every[i] for i in numbers], len(at)
     based = _based(data, pieces[0])
     dtype = data.get("out_dtype") or data.get("dtype")
     made = {"name": name, **{key: data[key] for key in LEVELS if key in data}}
     made |= ({"base_model": based} if based else {}) | ({"dtype": dtype} if dtype else {})
-    made["slices"] = [{k: v for k, v in piece.items() if k != "base_model"} for piece in pieces]
-    kept = {loc: line for loc, line in lines.items() if loc[:1] != ("slices",)}
-    kept[("base_model",)] = lines.get(("slices", numbers[0], "base_model"), lines.get((), 1))
+    starts = [sum(_length(piece) or 0 for piece in every[:i]) for i in numbers]
+    slices = [
+        {START: start} | {k: v for k, v in piece.items() if k != "base_model"}
+        for start, piece in zip(starts, pieces, strict=True)
+    ]
+    if deep == 1:
+        made["slices"] = slices
+    else:
+        made["modules"] = {at[1]: {**data["modules"][at[1]], "slices": slices}}
+    kept = {loc: line for loc, line in lines.items() if loc[:deep] != at}
+    kept[("base_model",)] = lines.get((*at, numbers[0], "base_model"), lines.get((), 1))
     for j, i in enumerate(numbers):
-        kept |= {("slices", j, *loc[2:]): n for loc, n in lines.items() if loc[:2] == ("slices", i)}
+        inside = {
+            loc[deep + 1 :]: line for loc, line in lines.items() if loc[: deep + 1] == (*at, i)
+        }
+        kept |= {(*at, j, *loc): line for loc, line in inside.items()}
     return Document(document.file, made, kept)
 
 
@@ -76,7 +96,9 @@ def _stacked(
     for base, length in zip(bases, lengths, strict=True):
         start, ends[base] = ends[base], ends[base] + (length or 0)
         slices.append({"sources": [{"model": names[base], "layer_range": [start, ends[base]]}]})
-    rest = {key: value for key, value in document.data.items() if key not in LEVELS}
+    left = (*LEVELS, "modules")
+    rest = {key: value for key, value in document.data.items() if key not in left}
     made = {**rest, "merge_method": "passthrough", "slices": slices}
-    lines: dict[Loc, int | str] = {**document.lines}
+    at, lines = _slices(document.data)[0], {**document.lines}
+    lines |= {("slices", *loc[len(at) :]): n for loc, n in lines.items() if loc[: len(at)] == at}
     return Document(document.file, made, lines, document.problems)
