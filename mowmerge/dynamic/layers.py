@@ -91,8 +91,8 @@ class MixedNorm(Mixable):
         y = _called(inner, {**zero, "weight": torch.ones_like(given["weight"])}, x) - low
         weight, bias = self.mixed("weight", x), self.mixed("bias", x) if "bias" in given else None
         assert weight is not None
-        y = low + y * _fitted(weight, x)
-        return y if bias is None else y + _fitted(bias, x)
+        y = low + y * _fitted(weight, y)
+        return y if bias is None else y + _fitted(bias, y)
 
 
 def _fitted(vector: Tensor, x: Tensor) -> Tensor:

@@ -295,6 +295,11 @@ class MowMixin(nn.Module):
 
     # --- files and copies
 
+    def _get_dtype_plan(self, dtype: Any) -> dict[str, Any]:
+        """The base's modules that stay fp32 in half precision, but for the parts of their codes."""
+        plan = super()._get_dtype_plan(dtype)  # type: ignore[misc]
+        return {f"{module}(?!.+dyn_)": kind for module, kind in plan.items()}
+
     @classmethod
     def from_pretrained(cls, folder: Any, *args: Any, config: Any = None, **kwargs: Any) -> Any:
         """The base's, but it never comes back with random weights.
