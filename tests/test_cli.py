@@ -261,6 +261,12 @@ def test_flags_have_no_negatives_and_fit_in_the_help(zoo: Zoo) -> None:
     assert "[default: no-" not in " ".join(text.split())
 
 
+def test_ctrl_c_while_the_command_line_is_read(zoo: Zoo) -> None:
+    code = "import sys, mowmerge.__main__ as m; sys.modules['mowmerge.cli'] = Stop(); m.main()"
+    stop = "class Stop:\n def __getattr__(self, name): raise KeyboardInterrupt\n"
+    assert zoo.python(stop + code) == Ran(130, "", "")
+
+
 def test_a_closed_stderr(zoo: Zoo) -> None:
     zoo.family("llama", 2)
     zoo.recipe(RECIPE)
