@@ -90,6 +90,19 @@ def test_quiet_prints_nothing_and_talk_goes_to_stderr(zoo: Zoo) -> None:
     assert loud.err == "warning: recipe.yaml:4: this rule matches no tensor\n"
 
 
+def test_what_lies_in_folders_of_the_base_is_sealed_too(zoo: Zoo) -> None:
+    zoo.family("llama", 2)
+    for name in ("1_Pooling/config.json", "additional_chat_templates/tools.jinja"):
+        (zoo.folder / "base" / name).parent.mkdir()
+        (zoo.folder / "base" / name).write_text("{}")
+    zoo.recipe(RECIPE)
+    assert zoo.here("merge", "recipe.yaml", "out", "-q").rc == 0
+    listed = (zoo.folder / "out" / "SHA256SUMS").read_text()
+    assert "  1_Pooling/config.json\n" in listed
+    assert "  additional_chat_templates/tools.jinja\n" in listed
+    assert zoo.here("verify", "out").err == ""
+
+
 def test_where_the_output_goes(zoo: Zoo) -> None:
     zoo.family("llama", 2)
     zoo.recipe(RECIPE, "plain")

@@ -34,4 +34,4 @@ def check(
     elif json_:
         print(json.dumps({"file": read.file, "ok": True, "recipe": completed(read)}, indent=2))
     else:
-        print(f"{read.file}: ok\n\n{dump(completed(read))}", end="")
+        print(f"# {read.file}: ok\n\n{dump(completed(read))}", end="")
