@@ -1,6 +1,16 @@
-"""`python -m mowmerge` is the command line."""
+"""`mowmerge` and `python -m mowmerge` are the command line."""
 
-from mowmerge.cli import main
+import sys
+
+
+def main() -> None:
+    """Runs the command line; Ctrl-C while it is still being read is no traceback either."""
+    try:
+        from mowmerge.cli import main as run
+    except KeyboardInterrupt:
+        sys.exit(130)
+    run()
+
 
 if __name__ == "__main__":
     main()

@@ -354,13 +354,16 @@ def train_router(
 ) -> Trained:
     """Trains the routers of a dynamic checkpoint on the tasks of a recipe: its own, or another.
 
-    The router file is replaced when training has ended well; until then nothing changes. `begin` is
-    given the number of steps and returns what is called after each with its number and loss.
+    The router file is replaced when training has ended well, and the card says so; until then
+    nothing changes. `begin` is given the number of steps and returns what is called after each with
+    its number and loss.
     """
     from mowmerge.training import settings, train
 
     asked = options or settings.Options()
     section, speaks = train.train(Path(folder), tasks_of(folder, recipe), asked, begin)
+    if speaks and (Path(folder) / "README.md").exists():
+        tell_card(folder)
     return Trained(Path(folder), section, speaks)
 
 

@@ -34,7 +34,7 @@ def key(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     told = completed(recipe)
     if plan.fit is None:
         del told["tasks"]
-    del told["name"], told["output"]["path"]
+    del told["output"]["path"]
     return {
         "journal": 1,
         "mowmerge": __version__,
@@ -143,7 +143,6 @@ def _pinned(recipe: Recipe, plan: Plan, relative: Callable[[str], str]) -> dict[
         return _revision(found) or relative(str(source))
 
     data = completed(recipe)
-    del data["name"]
     if recipe.rest is None:
         del data["rest"]  # the method's own, which may be another where rules change parameters
     if recipe.base is not None:

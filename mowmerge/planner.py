@@ -156,16 +156,11 @@ class _Planner:
         self, donor: str, stored: Mapping[str, Mapping[str, TensorSpec]]
     ) -> tuple[Mapping[str, Mapping[str, TensorSpec]], Mapping[str, Shard]]:
         """Each model's tensors under the donor's names, without heads; the heads that are kept."""
-        bodies, heads = {}, {}
+        bodies, heads, apart = {}, {}, dict[tuple[str, str], list[str]]()
         for model, held in stored.items():
             view = naming.aligned(held, stored[donor]) if model != donor else held
-            for name, spec in view.items():
-                if name != spec.name:
-                    self.warnings.append(
-                        f"the names of '{model}' differ by a prefix ('{spec.name}'), and are"
-                        f" matched as those of the {donor} ('{name}')"
-                    )
-                    break
+            if names := naming.apart(view):
+                apart.setdefault(names, []).append(f"'{model}'")
             head = {name for name, spec in view.items() if self._in_head(name, spec.name)}
             bodies[model] = {name: spec for name, spec in view.items() if name not in head}
             if head and model in self.recipe.models:
@@ -175,6 +170,11 @@ class _Planner:
                 self.warnings.append(f"the {model}'s own head is left out: {', '.join(head)}")
             elif self.recipe.heads and model in self.recipe.models:
                 self.warnings.append(f"model '{model}' has no tensor that `heads` matches")
+        self.warnings += [
+            f"the names of {', '.join(models)} differ by a prefix ('{theirs}'), and are matched as"
+            f" those of the {donor} ('{ours}')"
+            for (theirs, ours), models in apart.items()
+        ]
         if self.recipe.heads and not heads:
             raise RecipeError(
                 f"no model has a tensor that matches {', '.join(self.recipe.heads.match)}",

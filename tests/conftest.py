@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from zoo import Zoo
 
 torch.set_num_threads(1)
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")  # other things run on the machine that runs the tests
 
 
 @pytest.fixture

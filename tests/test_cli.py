@@ -90,6 +90,19 @@ def test_quiet_prints_nothing_and_talk_goes_to_stderr(zoo: Zoo) -> None:
     assert loud.err == "warning: recipe.yaml:4: this rule matches no tensor\n"
 
 
+def test_what_lies_in_folders_of_the_base_is_sealed_too(zoo: Zoo) -> None:
+    zoo.family("llama", 2)
+    for name in ("1_Pooling/config.json", "additional_chat_templates/tools.jinja"):
+        (zoo.folder / "base" / name).parent.mkdir()
+        (zoo.folder / "base" / name).write_text("{}")
+    zoo.recipe(RECIPE)
+    assert zoo.here("merge", "recipe.yaml", "out", "-q").rc == 0
+    listed = (zoo.folder / "out" / "SHA256SUMS").read_text()
+    assert "  1_Pooling/config.json\n" in listed
+    assert "  additional_chat_templates/tools.jinja\n" in listed
+    assert zoo.here("verify", "out").err == ""
+
+
 def test_where_the_output_goes(zoo: Zoo) -> None:
     zoo.family("llama", 2)
     zoo.recipe(RECIPE, "plain")
@@ -259,6 +272,12 @@ def test_flags_have_no_negatives_and_fit_in_the_help(zoo: Zoo) -> None:
     assert "--no-no-cache" not in text
     assert "--no-force" not in text
     assert "[default: no-" not in " ".join(text.split())
+
+
+def test_ctrl_c_while_the_command_line_is_read(zoo: Zoo) -> None:
+    code = "import sys, mowmerge.__main__ as m; sys.modules['mowmerge.cli'] = Stop(); m.main()"
+    stop = "class Stop:\n def __getattr__(self, name): raise KeyboardInterrupt\n"
+    assert zoo.python(stop + code) == Ran(130, "", "")
 
 
 def test_a_closed_stderr(zoo: Zoo) -> None:

@@ -36,7 +36,7 @@ quick = settings(
     max_examples=50,
     deadline=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.filter_too_much],
+    suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow],
 )
 
 

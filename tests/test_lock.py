@@ -162,20 +162,19 @@ def test_a_task_of_every_type_may_stand_in_it(family: Zoo, kind: str) -> None:
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda f: f.stem)
 def test_every_recipe_completed_is_a_recipe_and_stays_what_it_is(file: Path) -> None:
     recipe = parse.load(file)
-    data = unnamed(completed(recipe))
+    data = settled(completed(recipe))
     if recipe.rest is None:
         del data["rest"]
     again = parse.loads(json.dumps(lock._given(json.loads(json.dumps(data)))), folder=file.parent)
-    assert unnamed(completed(again)) == unnamed(completed(recipe))
+    assert settled(completed(again)) == settled(completed(recipe))
 
 
-def unnamed(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Plain data without what nested recipes are called, nor what they leave to their method."""
+def settled(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Plain data without what nested recipes leave to their method."""
     sources = [recipe.get("base"), *(model["source"] for model in recipe["models"].values())]
     for inner in sources:
         if isinstance(inner, dict):
-            del unnamed(inner)["rest"]
-    del recipe["name"]
+            del settled(inner)["rest"]
     return recipe
 
 

@@ -130,6 +130,11 @@ def aligned(held: Mapping[str, TensorSpec], names: Collection[str]) -> Mapping[s
     return best
 
 
+def apart(view: Mapping[str, TensorSpec]) -> tuple[str, str] | None:
+    """Of an aligned view the first name that differs, the model's own and the other's."""
+    return next(((spec.name, name) for name, spec in view.items() if name != spec.name), None)
+
+
 def tied_to(name: str, specs: Mapping[str, TensorSpec]) -> TensorSpec | None:
     """The stored tensor that an absent `name` is tied to by convention, or None."""
     for ending, sources in _TIES:

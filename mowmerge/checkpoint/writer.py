@@ -371,7 +371,6 @@ def sha256(file: Path) -> str:
 
 def sums(folder: Path) -> list[str]:
     """A line of SHA256SUMS for each file that is there, by name."""
-    below = (p for kind in ("heads", "encoder") for p in folder.glob(f"{kind}/**/*"))
-    files = [p for p in (*folder.iterdir(), *below) if p.is_file()]
+    files = [p for p in folder.rglob("*") if p.is_file()]
     names = sorted(p.relative_to(folder).as_posix() for p in files if p.name not in NOT_HASHED)
     return [f"{sha256(folder / name)}  {name}" for name in names]

@@ -48,4 +48,4 @@ def check(
         print(json.dumps({**found, "recipe": completed(read)}, indent=2))
     else:
         headers = "" if plan else ", by itself: its models are not all on this machine"
-        print(f"{read.file}: ok{headers}\n\n{dump(completed(read))}", end="")
+        print(f"# {read.file}: ok{headers}\n\n{dump(completed(read))}", end="")

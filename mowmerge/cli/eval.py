@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from math import isnan
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -117,7 +118,10 @@ def eval(
 def _threshold(word: str) -> tuple[str, float]:
     name, _, value = word.rpartition("=")
     try:
-        return name.strip(), float(value)
+        least = float(value)
+        if isnan(least):  # nothing is less
+            raise ValueError
+        return name.strip(), least
     except ValueError:
         raise typer.BadParameter(
             f"'{word}' is not FIGURE=NUMBER, such as avg_normalized=0.95",

@@ -206,7 +206,7 @@ def _figures(report: Mapping[str, Any]) -> str:
         return total / sum(weights) if sum(weights) else None
 
     say: list[tuple[str, Callable[[float], str]]] = [
-        ("mean_cosine", lambda x: f"a mean cosine of {x:.3f}"),
+        ("mean_cosine", lambda x: f"a mean cosine of {x:z.3f}"),
         ("sign_conflict", lambda x: f"signs that conflict at {x:.0%} of the entries"),
         ("kept_share", lambda x: f"{x:.0%} of the entries kept"),
     ]

@@ -24,7 +24,6 @@ def completed(recipe: Recipe) -> dict[str, Any]:
             plain["parameters"] = get(str(rule.method)).complete(rule.parameters)
         rules.append(plain)
     return {
-        "name": recipe.name,
         "version": recipe.version,
         "base": _source(recipe.base),
         "models": {

@@ -160,18 +160,17 @@ def _load(recipe: Recipe, task: str) -> Mapping[str, Any]:
     import datasets
 
     given = dict(recipe.tasks[task].data)
-    for key in ("data_dir", "data_files"):
-        if key in given:
-            given[key] = _located(recipe, given[key])
-    if "path" not in given:
+    if not isinstance(given.get("path"), str):
         raise RecipeError(
-            f"the data of task '{task}' has no path",
+            f"the data of task '{task}' has no path that is text",
             where=where,
             hint="path: imagefolder, parquet, json, csv, text, or a Hub name",
         )
     if given["path"].startswith((".", "/")):
         given["path"] = recipe.locate(given["path"])
     try:
+        for key in {"data_dir", "data_files"} & given.keys():
+            given[key] = _located(recipe, given[key])
         with without_bars():
             loaded = datasets.load_dataset(**given)
     except Exception as error:  # missing files, no network, damaged files: each with its own type

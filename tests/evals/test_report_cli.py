@@ -64,6 +64,7 @@ def test_a_threshold_sets_the_exit_code_after_the_report(tmp_path: Path, recipe:
     assert "did you mean 'avg_normalized'?" in ran.err
     assert not (tmp_path / "out-eval" / "report.json").exists()  # nothing was scored
     assert run("avg").rc == 2
+    assert run("avg=nan").rc == 2  # nothing is below it
 
 
 def test_two_reports_are_compared(tmp_path: Path, recipe: Path) -> None:

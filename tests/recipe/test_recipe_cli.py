@@ -11,6 +11,8 @@ from mowmerge.cli.check import check
 from mowmerge.cli.methods import methods
 from mowmerge.cli.schema import schema
 from mowmerge.errors import RecipeError
+from mowmerge.recipe.complete import completed
+from mowmerge.recipe.parse import loads
 from mowmerge.recipe.schema import json_schema
 from mowmerge.recipe.text import read
 
@@ -43,7 +45,8 @@ def test_check_shows_every_default(recipe: str, capsys: pytest.CaptureFixture[st
     check(recipe)
     head, _, listing = capsys.readouterr().out.partition("\n")
     data = read(listing, "x").data
-    assert head == f"{recipe}: ok, by itself: its models are not all on this machine"
+    assert head == f"# {recipe}: ok, by itself: its models are not all on this machine"
+    assert completed(loads(listing)) == data  # it is a recipe itself
     assert data["rules"] == RULES
     assert data["models"]["b"] == {"source": "org/c", "weight": 0.5}
     assert data["base"]["parameters"] == {"weight": 1.0, "normalize": True}

@@ -159,6 +159,8 @@ def test_a_picture_that_does_not_decode_is_named(tmp_path: Path) -> None:
         ({"path": "json", "data_files": "./none.json"}, {}, "eval", "cannot be loaded"),
         ({"path": "imagefolder", "data_dir": "./none"}, {}, "eval", "cannot be loaded"),
         ({"data_files": "./none.json"}, {}, "eval", "has no path"),
+        ({"path": 3, "data_files": "./none.json"}, {}, "eval", "has no path that is text"),
+        ({"path": "json", "data_files": "./a**b.json"}, {}, "eval", "cannot be loaded"),
         (None, {"splits": {"eval": "tests"}}, "eval", "(?s)no split 'tests'.*did you mean 'test'"),
         (None, {"splits": {"eval": "test"}}, "router", "no split for router"),
         (None, {"columns": {"input": "txt"}}, "eval", "(?s)no column 'txt'.*did you mean 'text'"),

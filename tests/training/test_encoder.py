@@ -101,7 +101,9 @@ def test_it_is_merged_trained_saved_and_loaded_without_its_source(
     for name in ("base", "encoder", *NAMES):
         shutil.rmtree(tmp_path / name)
     options = Options(objective="task", steps=60, batch=16, lr=0.02)
+    assert "to be trained first" in (out / "README.md").read_text()
     told = api.train_router(out, recipe, options).report
+    assert "trained routers choose" in (out / "README.md").read_text()
     assert told["metrics"]["accuracy"] == 1.0
     assert "encoder/model.safetensors" in make.verified(out)
     assert not api.verify(out).problems

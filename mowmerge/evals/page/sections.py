@@ -40,7 +40,7 @@ def tiles(report: Report) -> Element:
         said = "items sent to their own expert"
         facts.append(("routing accuracy", words.percent(found.routing_accuracy), said))
     if cost and "bytes_on_disk" in cost.ratios:
-        facts.append(("size of one expert", words.times(cost.ratios["bytes_on_disk"]),
+        facts.append(("size, in experts", words.times(cost.ratios["bytes_on_disk"]),
                       words.size(cost.bytes_on_disk)))  # fmt: skip
     made = [
         node("div", node("dt", name), node("dd", value), node("dd", more, class_="small"),
