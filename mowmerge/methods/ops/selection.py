@@ -32,10 +32,10 @@ def kth_largest(
 
     Exact. Up to 65,536 numbers are all kept. Of more a sample brackets each value, then counting
     passes narrow the bracket: entries above it are counted, entries inside it go to a histogram
-    over their bit patterns, which order as they do. The one number that the sample has most often
-    there is counted by itself: differences of bf16 numbers are often the same few. One counting pass is the rule; a sample that
-    misleads costs more passes, never exactness. Memory is one histogram a model, whatever the
-    number of ties.
+    over their bit patterns, which order as they do. What the sample has most often inside is
+    counted by itself: differences of bf16 numbers are often the same few. One counting pass is the
+    rule; a sample that misleads costs more passes, never exactness. Memory is one histogram a
+    model, whatever the number of ties.
     """
     share = max(min(SAMPLE_SHARE, SAMPLE_MOST / max(total, 1)), SAMPLE_LEAST / max(total, 1))
     sample = yield _Sample(len(ranks), share, of, _Order(signed))
@@ -127,9 +127,8 @@ class _Sample:
     def observe(self, block: Block) -> None:
         step = round(1 / min(1.0, self.share)) | 1 if block.matrix else 1  # matrices come whole
         for kept, value in zip(self.kept, self.of(block), strict=True):
-            value = value.reshape(-1)[::step]
-            kept.append(value.cpu().numpy().ravel().copy())
-            self.order = _Order(self.order.signed, value.element_size())
+            kept.append(value.cpu().numpy().ravel()[::step].copy())
+        self.order = _Order(self.order.signed, kept[-1].itemsize)
 
     def merge(self, other: _Sample) -> None:
         self.order = max(self.order, other.order, key=lambda order: order.itemsize)
