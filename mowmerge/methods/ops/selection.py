@@ -225,7 +225,7 @@ class _Tally:
             at_peak = codes == self.peak
             self._take(codes.compress(inside ^ at_peak), 1)
             inside = at_peak
-        if times := np.count_nonzero(inside):
+        if times := int(np.count_nonzero(inside)):
             self._take(np.full(1, self.peak, codes.dtype), times)
 
     def _take(self, codes: Any, times: int) -> None:
