@@ -12,10 +12,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from threading import Event, Lock
 from typing import Any, Protocol
 
+from mowmerge.buffers import Desk
 from mowmerge.checkpoint import naming
 from mowmerge.checkpoint.adapter import AdaptedReader
 from mowmerge.checkpoint.journal import Journal
@@ -78,6 +79,7 @@ class Engine:
             name: self._reader(source) for name, source in plan.sources.items()
         }
         self._states: dict[int, Any] = {}
+        self._desks: list[Desk] = []  # those that nobody sits at
         self._lock = Lock()
 
     def _reader(self, source: Source) -> TensorReader:
@@ -115,7 +117,7 @@ class Engine:
             files, nbytes = mine.written(job)
             if journal:
                 all_files = len(mine.files_of(job))
-                journal.finished(told.name, asdict(told), nbytes, files, all_files)
+                journal.finished(told.name, dict(vars(told)), nbytes, files, all_files)
             return told
 
         def written() -> list[TensorReport]:
@@ -182,7 +184,9 @@ class Engine:
     def open(self, job: TensorJob, plan: Plan | None = None) -> OpenJob:
         """The job with its inputs open, for one thread; a context manager. `plan`: this one with
         other blocks, or another device."""
-        return OpenJob(plan or self.plan, job, self.readers, self.stopped, scratch=self.scratch)
+        return OpenJob(
+            plan or self.plan, job, self.readers, self.stopped, self._desks, scratch=self.scratch
+        )
 
     def _write(self, job: TensorJob, sink: Sink) -> TensorReport:
         """Writes a tensor where there is room to make it."""
@@ -227,8 +231,9 @@ class Engine:
             give = None
             if job.anchor is not None:
                 below = OpenJob(
-                    plan, job.anchor, self.readers, self.stopped, opened.block, self.scratch
-                )
+                    plan, job.anchor, self.readers, self.stopped, self._desks, opened.block,
+                    self.scratch,
+                )  # fmt: skip
                 give = self.settled(stack.enter_context(below))
             for start, stop in opened.blocks():
                 anchor = give(start, stop) if give else None

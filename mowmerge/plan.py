@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from mowmerge.placement import Placed, Vocabulary
@@ -156,12 +157,12 @@ class TensorJob:
     anchor: TensorJob | None = None
     packing: Packing | None = None
 
-    @property
+    @cached_property
     def stored(self) -> tuple[TensorSpec, ...]:
         """What the output is on disk: itself, or an fp8 weight and its scales."""
         return (self.packing.weight, self.packing.scale) if self.packing else (self.output,)
 
-    @property
+    @cached_property
     def parts(self) -> tuple[TensorSpec, ...]:
         """What is written beside the output: the parts of its code."""
         if self.code is None:
@@ -169,17 +170,17 @@ class TensorJob:
         name = self.code.part_name
         return tuple(TensorSpec(name(n), p.dtype, p.shape) for n, p in self.code.parts.items())
 
-    @property
+    @cached_property
     def each(self) -> tuple[TensorJob, ...]:
         """The job, and the one that makes its anchor."""
         return (self,) if self.anchor is None else (self, self.anchor)
 
-    @property
+    @cached_property
     def inputs(self) -> tuple[Input, ...]:
         """Every tensor the job reads, the base first."""
         return ((self.base,) if self.base else ()) + self.models
 
-    @property
+    @cached_property
     def read_bytes(self) -> int:
         """Bytes of input, read once."""
         return sum(i.spec.nbytes for i in self.inputs)
@@ -342,7 +343,7 @@ class Plan:
         router = (self.router,) if self.router else ()
         return (*self.shards, *self.codes, *router, *self.heads.values())
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A digest of what decides the output's bytes: same plan, same inputs, same bytes."""
         jobs = [

@@ -17,17 +17,17 @@ class DeltaStats:
     """Running figures over the blocks of one tensor's task vectors."""
 
     def __init__(self, n: int) -> None:
-        self.n, self.numel, self.conflicts, self.kept = n, 0, 0.0, 0.0
+        self.n, self.numel, self.conflicts, self.kept = n, 0, 0.0, 0
         self.products: Any = torch.zeros(n, n, dtype=torch.float64)
 
     def update(self, deltas: Tensor, merged: Tensor) -> None:
-        """Takes in a block: deltas [N,*B] and the merged delta [*B]; overwrites `merged`."""
+        """Takes in a block: deltas [N,*B] and the merged delta [*B]."""
         flat = deltas.reshape(self.n, -1)
         for start in range(0, flat.shape[1], RUN):
             run = flat[:, start : start + RUN]
             self.products += (run @ run.T).double().cpu()
         self.numel += flat.shape[1]
-        self.kept += float(merged.sign_().abs_().sum(dtype=torch.float64))
+        self.kept += int(torch.count_nonzero(merged))
         if self.n > 1:
             highest, lowest = flat.amax(0).sign_(), flat.amin(0).sign_()
             self.conflicts += float(highest.mul_(lowest).lt_(0.0).sum(dtype=torch.float64))

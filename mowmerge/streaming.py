@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing
+from contextlib import suppress
 from functools import cached_property
 from threading import Event
 from typing import Any
 
 from mowmerge.blocks import block_length
+from mowmerge.buffers import Buffers, Desk, Make
 from mowmerge.checkpoint import naming
 from mowmerge.checkpoint.adapter import AdaptedReader
 from mowmerge.coding import Parts
@@ -19,47 +20,10 @@ from mowmerge.methods.contracts import Block, Draws, Fold, Once, anew
 from mowmerge.plan import Adapted, Plan, TensorJob
 from mowmerge.report import DeltaStats
 from mowmerge.scratch import Scratch
-from mowmerge.tensors import DTYPES, Tensor, TensorReader, torch
+from mowmerge.tensors import DTYPES, Tensor, TensorHandle, TensorReader, torch
 
 SAMPLE_RUN = 1024  # elements in a contiguous piece of a sample
 AHEAD = 8  # blocks that are asked for while one is worked on
-
-
-class _Buffers:
-    """A worker's reused memory cut to one block length: what is read, its values, what is written.
-
-    Inputs of one dtype lie in one tensor, so that one call widens them all; those that need no
-    widening are read into the values themselves. Few calls a block matter: between two of them
-    workers wait for each other.
-    """
-
-    def __init__(self, opened: OpenJob, length: int) -> None:
-        kinds = [DTYPES[i.spec.dtype].torch for i in opened.job.inputs]
-        n, dtype = len(kinds), opened.dtype
-        self.values = opened.memory("values", n * length, dtype).view(n, length)
-        self.together: Tensor | None = None
-        if len(set(kinds)) > 1:
-            self.raw = [
-                opened.memory(f"raw {i}", length, kind, "cpu") for i, kind in enumerate(kinds)
-            ]
-        elif kinds[0] == dtype and self.values.device.type == "cpu":
-            self.raw = list(self.values)
-        else:
-            self.together = opened.memory("raw", n * length, kinds[0], "cpu").view(n, length)
-            self.raw = list(self.together)
-        self.bytes = [row.view(torch.uint8).numpy().data for row in self.raw]
-        first = 1 if opened.job.base else 0
-        self.base, self.models = self.values[0] if first else None, self.values[first:]
-        self.out = opened.memory("out", length, DTYPES[opened.job.output.dtype].torch, "cpu")
-        self.out_bytes = self.out.view(torch.uint8).numpy().data
-
-    def widen(self) -> None:
-        """Fills the values from what was read."""
-        if self.together is not None:
-            self.values.copy_(self.together)
-        elif self.raw[0].data_ptr() != self.values.data_ptr():
-            for row, raw in zip(self.values, self.raw, strict=True):
-                row.copy_(raw)
 
 
 class OpenJob:
@@ -71,10 +35,12 @@ class OpenJob:
         job: TensorJob,
         readers: Mapping[str, TensorReader],
         stopped: Event,
+        desks: list[Desk],
         block: int | None = None,
         scratch: Scratch | None = None,
     ) -> None:
         self.plan, self.job, self._readers, self._stopped = plan, job, readers, stopped
+        self._desks = desks
         self._once: Once = anew
         if scratch and job.matrix and job.group is not None:
             self._once = scratch.once(job.group, job.output.name, plan.device)
@@ -85,54 +51,57 @@ class OpenJob:
         self._step = (
             self.block if by_row or job.matrix else max(1, min(plan.block, job.output.numel))
         )
-        wide = any(spec.dtype == "F64" for spec in (job.output, *(i.spec for i in job.inputs)))
-        self.dtype = torch.float64 if wide else torch.float32
         whole = job.scope == "tensor" and self.spec.reduce is None
         self._shaped = by_row or whole or job.matrix
         self._deltas = job.base is not None and self.spec.values == "deltas"
-        self._propagates = job.method and self.spec.holds("propagates", job.parameters)
-        watched = plan.stats and job.base is not None and job.output.kind == "float"
-        self.stats = DeltaStats(len(job.models)) if watched else None
-        self._pools: dict[str, Tensor] = {}
         self._parts: Parts | None = None
         self.told: dict[str, Any] = {}  # what a method says of its code
-        self._buffers: dict[int, _Buffers] = {}
-        self._closing = ExitStack()
+        self._raw: tuple[int, int] | None = None  # the block whose bytes lie in the buffers
+        self._values: tuple[int, int] | None = None  # and that whose values do
+        self._handles: list[TensorHandle] = []
 
     def __enter__(self) -> OpenJob:
-        with ExitStack() as stack:
-            self._handles = [
-                stack.enter_context(closing(self._readers[i.model].open(i.spec.name)))
-                for i in self.job.inputs
-            ]
-            self.buffers(max(self.block, self._step))
-            self._closing = stack.pop_all()
+        try:
+            for given in self.job.inputs:
+                self._handles.append(self._readers[given.model].open(given.spec.name))
+            self._desk = self._seat()
+        except BaseException as error:
+            self.__exit__(type(error))
+            raise
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self._closing.close()
+    def __exit__(self, kind: object = None, *exc: object) -> None:
+        while self._handles:
+            self._handles.pop().close()
+        if kind is None and len(self._desks) < self.plan.workers:
+            self._desks.append(self._desk)
 
-    def memory(self, name: str, length: int, dtype: Any, device: str | None = None) -> Tensor:
-        """The first `length` elements of a pool; the first to ask decides how large it is."""
-        if name not in self._pools:
-            try:
-                self._pools[name] = torch.empty(
-                    length, dtype=dtype, device=device or self.plan.device
-                )
-            except (MemoryError, RuntimeError) as error:
-                if isinstance(error, torch.OutOfMemoryError):  # of a device: see `room`
-                    raise
-                raise ResourceError(
-                    f"not enough memory for '{self.job.output.name}': {error}",
-                    hint="lower --max-memory or --workers",
-                ) from error
-        return self._pools[name][:length]
+    def _seat(self) -> Desk:
+        """A desk that the last job left, or a new one in its place where it is of another make."""
+        job, length = self.job, max(self.block, self._step)
+        kinds = tuple(given.spec.dtype for given in job.inputs)
+        make = Make(kinds, job.base is not None, job.output.dtype, self.plan.device, length)
+        with suppress(IndexError):  # another worker may take the last one
+            left = self._desks.pop()
+            if left.make == make:
+                return left
+            del left
+        try:
+            return Desk(make)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError):  # of a device: see `room`
+                raise
+            raise ResourceError(
+                f"not enough memory for '{job.output.name}': {error}",
+                hint="lower --max-memory or --workers",
+            ) from error
 
-    def buffers(self, length: int) -> _Buffers:
-        """The buffers for blocks of that length: mostly the full one, and a last shorter one."""
-        if length not in self._buffers:
-            self._buffers[length] = _Buffers(self, length)
-        return self._buffers[length]
+    @cached_property
+    def stats(self) -> DeltaStats | None:
+        """What is to be told of the deltas, where that is wanted."""
+        job = self.job
+        watched = self.plan.stats and job.base is not None and job.output.kind == "float"
+        return DeltaStats(len(job.models)) if watched else None
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """(start, stop) of each block in order, asking ahead for the next; ends a stopped run."""
@@ -169,34 +138,30 @@ class OpenJob:
         return 1 if models_only and job.output.kind == "float" else 0
 
     def _equal(self, start: int, stop: int) -> bool:
-        first, *rest = (
-            self._read(i, start, stop).view(torch.uint8)
-            for i in range(self._first, len(self._handles))
-        )
+        first, *rest = (row.view(torch.uint8) for row in self._read(start, stop).raw[self._first :])
         return all(torch.equal(first, row) for row in rest)
 
     def copied(self, start: int, stop: int) -> memoryview:
         """The bytes of a block of a copy, in the output's dtype."""
         job = self.job
         if job.output.kind == "float":
-            base, values = self._working(start, stop, check=True)
+            base, _ = self._working(start, stop, check=True)
             if self.stats and base is not None:
-                deltas = values if self._deltas else values.sub_(base)
-                self.stats.update(deltas, deltas[0].clone())
-        value = self._read(self._first, start, stop)
+                deltas = self._apart(start, stop)
+                self.stats.update(deltas, deltas[0])
+        buffers = self._read(start, stop)
         if job.inputs[self._first].spec.dtype != job.output.dtype:
-            return self._cast(value, start, stop)
-        return self.buffers(stop - start).bytes[self._first]
+            return self._cast(buffers.raw[self._first], start, stop)
+        return buffers.bytes[self._first]
 
     def merged(self, start: int, stop: int) -> memoryview:
         """The bytes of a block of the merged tensor, in the output's dtype."""
-        base, values = self._working(start, stop, check=not self._propagates)
+        check = not self.spec.holds("propagates", self.job.parameters)
+        base, values = self._working(start, stop, check=check)
         result = self._applied(base, values, start)
         if self.stats and base is not None:
-            if self._deltas:
-                self.stats.update(values, result.clone())
-            else:
-                self.stats.update(values.sub_(base), result - base)
+            moved = result if self._deltas else result - base
+            self.stats.update(self._apart(start, stop), moved)
         return self._cast(
             result.add_(base) if self._deltas and base is not None else result, start, stop
         )
@@ -243,7 +208,7 @@ class OpenJob:
         given = {"state": self.state, "rng": self._draws(0), "once": self._once}
         given = {word: value for word, value in given.items() if word in self.spec.inputs}
         shape = (len(self.job.models), *self.job.output.shape)
-        nothing = torch.zeros((), dtype=self.dtype, device=self.plan.device).expand(shape)
+        nothing = torch.zeros((), dtype=self._desk.values, device=self.plan.device).expand(shape)
         found = self.spec.function(nothing, **self.job.parameters, **given, factors=self.factors)
         return found if isinstance(found, tuple) else None
 
@@ -264,7 +229,7 @@ class OpenJob:
             pair = reader.factors(given.spec.name) if origin.model == sources["base"] else None
             if pair is None:
                 return None
-            left, right = (part.to(self.plan.device, self.dtype) for part in pair)
+            left, right = (part.to(self.plan.device, self._desk.values) for part in pair)
             found.append((left, right))
         return found
 
@@ -337,21 +302,36 @@ class OpenJob:
         return fold
 
     def _working(self, start: int, stop: int, *, check: bool) -> tuple[Tensor | None, Tensor]:
-        """The base [B] and what the method works on, models or deltas [N,B]."""
-        buffers = self.buffers(stop - start)
-        for handle, row in zip(self._handles, buffers.bytes, strict=True):
-            handle.read(start, stop, row)
-        buffers.widen()
-        if self._deltas and buffers.base is not None:
-            buffers.models.sub_(buffers.base)
+        """The base [B] and what the method works on, models or deltas [N,B]; they stay as they are
+        from one pass to the next, so that a tensor of one block is read once."""
+        buffers = self._desk.buffers(stop - start)
+        if self._values != (start, stop):
+            self._read(start, stop).widen()
+            if self._deltas and buffers.base is not None:
+                self._subtract(buffers)
+            self._values = start, stop
         if check and not math.isfinite(buffers.values.sum().item()):
             self._blame(start, stop)
+            return self._working(start, stop, check=False)  # each is finite, and their sum is not
         return buffers.base, buffers.models
+
+    def _apart(self, start: int, stop: int) -> Tensor:
+        """The deltas [N,B] of the block that lies there, once its method is done with it."""
+        buffers = self._desk.buffers(stop - start)
+        return buffers.models if self._deltas else self._subtract(buffers)
+
+    def _subtract(self, buffers: Buffers) -> Tensor:
+        """The models minus the base, in their place."""
+        assert buffers.base is not None
+        self._values = None
+        if buffers.in_place:
+            self._raw = None
+        return buffers.models.sub_(buffers.base)
 
     def _blame(self, start: int, stop: int) -> None:
         """Raises for the first input with a NaN or Inf in the block, if there is one."""
-        for i, given in enumerate(self.job.inputs):
-            bad = stop - start - int(torch.isfinite(self._read(i, start, stop)).sum())
+        for given, row in zip(self.job.inputs, self._read(start, stop).raw, strict=True):
+            bad = stop - start - int(torch.isfinite(row).sum())
             if bad:
                 raise CheckpointError(
                     f"tensor '{given.spec.name}' holds NaN or Inf ({bad} in one block)",
@@ -359,11 +339,14 @@ class OpenJob:
                     hint="the file is damaged or the training diverged: leave this model out",
                 )
 
-    def _read(self, i: int, start: int, stop: int) -> Tensor:
-        """Elements of input i in its own dtype, in the reused buffer."""
-        buffers = self.buffers(stop - start)
-        self._handles[i].read(start, stop, buffers.bytes[i])
-        return buffers.raw[i]
+    def _read(self, start: int, stop: int) -> Buffers:
+        """The buffers with a block of every input in its own dtype."""
+        buffers = self._desk.buffers(stop - start)
+        if self._raw != (start, stop):
+            for handle, row in zip(self._handles, buffers.bytes, strict=True):
+                handle.read(start, stop, row)
+            self._raw, self._values = (start, stop), None
+        return buffers
 
     def _draws(self, start: int) -> Draws:
         job = self.job
@@ -372,7 +355,7 @@ class OpenJob:
 
     def _cast(self, weight: Tensor, start: int, stop: int) -> memoryview:
         """The bytes of a result in the output's dtype; if not finite, whose fault that is."""
-        buffers = self.buffers(stop - start)
+        buffers = self._desk.buffers(stop - start)
         buffers.out.copy_(weight)
         doubt = self.job.output.dtype == "F16" or not math.isfinite(weight.sum().item())
         if doubt and not bool(torch.isfinite(buffers.out).all()):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -97,7 +98,7 @@ class TensorSpec:
     dtype: str
     shape: tuple[int, ...]
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """The number of elements (1 for a 0-d tensor)."""
         return math.prod(self.shape)
@@ -107,7 +108,7 @@ class TensorSpec:
         """Bytes an element; for types below a byte see `nbytes`."""
         return DTYPES[self.dtype].bits // 8
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         """Bytes on disk."""
         return self.numel * DTYPES[self.dtype].bits // 8

@@ -12,9 +12,9 @@ import pytest
 import torch
 from zoo import Zoo, raw
 
+from mowmerge.buffers import Desk
 from mowmerge.errors import ResourceError
 from mowmerge.plan import RUN
-from mowmerge.streaming import OpenJob
 
 DEVICE = "cpu:0"
 GLOBAL = {"method": "ties", "parameters": {"trim": "global"}}
@@ -25,15 +25,15 @@ def limited(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
     """Refuses more elements at once than that on the device; tells what was asked for in vain."""
 
     def limit(most: int) -> list[int]:
-        true, refused = OpenJob.memory, list[int]()
+        true, refused = Desk.memory, list[int]()
 
-        def memory(self: OpenJob, name: str, length: int, *args: Any) -> Any:
-            if self.plan.device == DEVICE and length > most and name == "values":
+        def memory(self: Desk, name: str, length: int, *args: Any) -> Any:
+            if self.make.device == DEVICE and length > most and name == "values":
                 refused.append(length)
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
             return true(self, name, length, *args)
 
-        monkeypatch.setattr(OpenJob, "memory", memory)
+        monkeypatch.setattr(Desk, "memory", memory)
         return refused
 
     return limit
@@ -73,9 +73,9 @@ def test_the_processor_takes_over_and_the_report_says_so(
 
 
 def test_the_processor_has_nobody_behind_it(large: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
-    def memory(self: OpenJob, name: str, *args: Any) -> Any:
+    def memory(self: Desk, name: str, *args: Any) -> Any:
         raise ResourceError("not enough memory")
 
-    monkeypatch.setattr(OpenJob, "memory", memory)
+    monkeypatch.setattr(Desk, "memory", memory)
     with pytest.raises(ResourceError, match="not enough memory"):
         large.merge({"method": "linear"})

@@ -6,8 +6,9 @@ import mmap
 import os
 from collections.abc import Mapping
 from functools import cached_property
-from io import FileIO
+from threading import Lock
 from typing import TYPE_CHECKING, Any
+from weakref import finalize
 
 from mowmerge.checkpoint import fp8
 from mowmerge.errors import CheckpointError
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
 
 
 class StoredReader:
-    """A checkpoint on disk; each handle owns its file, so threads share nothing."""
+    """A checkpoint on disk. A file stays open while a handle reads it, and the last one until
+    another is asked for: to open it costs more than to read a small tensor."""
 
     def __init__(self, stored: Stored) -> None:
         self._stored = stored
+        self._last: _File | None = None
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
@@ -37,9 +40,15 @@ class StoredReader:
             return _PickleHandle(self._pickles[location.file][name])
         scale = self._stored.scales.get(name)
         if scale is not None:
-            numbers = _FileHandle(scale.location)
-            return fp8.scaled(_FileHandle(location), location.spec, scale, numbers)
-        return _FileHandle(location)
+            numbers = self._handle(scale.location)
+            return fp8.scaled(self._handle(location), location.spec, scale, numbers)
+        return self._handle(location)
+
+    def _handle(self, location: Location) -> _FileHandle:
+        file = self._last
+        if file is None or file.name != location.file:
+            file = self._last = _File(location.file)
+        return _FileHandle(location, file)
 
     @cached_property
     def _pickles(self) -> dict[str, dict[str, Tensor]]:
@@ -47,23 +56,41 @@ class StoredReader:
         return {file: load_pickle(file) for file in files}
 
 
-class _FileHandle:
-    def __init__(self, location: Location) -> None:
-        self._at, self._size = location.offset, location.spec.itemsize
-        self._name = location.spec.name
+class _File:
+    """A file to be read at any place by any thread; closed with the last reference to it."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self._seeking = name, Lock()
         try:
-            self._file = FileIO(location.file)
+            self.fd = os.open(name, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except OSError as error:
             raise CheckpointError(
-                f"cannot be read any more: {error.strerror}", where=location.file,
+                f"cannot be read any more: {error.strerror}", where=name,
                 hint="leave the inputs where they are while a merge runs",
             ) from error  # fmt: skip
+        finalize(self, os.close, self.fd)
+
+    def read(self, out: memoryview, offset: int) -> int:
+        """Fills `out`, or a part of it, from that offset on; how many bytes that were."""
+        if hasattr(os, "preadv"):
+            return os.preadv(self.fd, [out], offset)
+        with self._seeking:
+            os.lseek(self.fd, offset, os.SEEK_SET)
+            data = os.read(self.fd, len(out))
+        out[: len(data)] = data
+        return len(data)
+
+
+class _FileHandle:
+    def __init__(self, location: Location, file: _File) -> None:
+        self._at, self._size = location.offset, location.spec.itemsize
+        self._name, self._file = location.spec.name, file
 
     def read(self, start: int, stop: int, out: memoryview) -> None:
         offset = self._at + start * self._size
         out = out[: (stop - start) * self._size]
         while out:  # one call moves at most 2 GiB
-            got = _read_at(self._file, out, offset)
+            got = self._file.read(out, offset)
             if not got:
                 raise self._ended()
             out, offset = out[got:], offset + got
@@ -71,7 +98,7 @@ class _FileHandle:
     def advise(self, start: int, stop: int) -> None:
         if hasattr(os, "posix_fadvise"):
             offset, length = self._at + start * self._size, (stop - start) * self._size
-            os.posix_fadvise(self._file.fileno(), offset, length, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(self._file.fd, offset, length, os.POSIX_FADV_WILLNEED)
 
     def gather(self, rows: NDArray[int64], length: int) -> NDArray[uint8]:
         """The bytes of these rows of `length` elements each, [rows, bytes].
@@ -82,9 +109,9 @@ class _FileHandle:
         import numpy
 
         end = self._at + (int(rows.max()) + 1) * length * self._size
-        if os.fstat(self._file.fileno()).st_size < end:  # a map would not say so
+        if os.fstat(self._file.fd).st_size < end:  # a map would not say so
             raise self._ended()
-        with mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        with mmap.mmap(self._file.fd, 0, access=mmap.ACCESS_READ) as mapped:
             whole = numpy.frombuffer(mapped, numpy.uint8, end - self._at, self._at)
             found = whole.reshape(-1, length * self._size)[rows]
             del whole
@@ -97,14 +124,7 @@ class _FileHandle:
         )  # fmt: skip
 
     def close(self) -> None:
-        self._file.close()
-
-
-def _read_at(file: FileIO, out: memoryview, offset: int) -> int:
-    if hasattr(os, "preadv"):
-        return os.preadv(file.fileno(), [out], offset)
-    file.seek(offset)
-    return file.readinto(out) or 0
+        del self._file
 
 
 class _PickleHandle:

@@ -89,8 +89,10 @@ def elect_sign(
         vote = (torch.stack(wide).sign_() * share).sum(0).sign_().to(values[0].dtype)
     else:
         vote = added(values)
-    vote = vote.sign_()
-    return vote if zero == 0.0 else vote.add_(zero / 2).sign_()
+    if zero == 0.0:
+        return vote.sign_()
+    positive = vote.ge_(0.0) if zero > 0 else vote.gt_(0.0)
+    return positive.mul_(2.0).sub_(1.0)
 
 
 def agree(
@@ -109,11 +111,11 @@ def agree(
         return functools.reduce(torch.maximum, masses).mul(sign)
     total = added(masses)
     if aggregate == "mean":
-        share = masses[0].sign_()
+        share = masses[0].gt_(0.0)
         if weight[0] != 1:
             share.mul_(weight[0])
         for mass, w in zip(masses[1:], weight[1:], strict=True):
-            share.add_(mass.sign_(), alpha=w)
+            share.add_(mass.gt_(0.0), alpha=w)
         if min(weight) > 0:  # a share is 0, where total is 0 too, or at least the smallest weight
             share.clamp_min_(min(weight))
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mowmerge.methods.contracts import Block, Reduction
 from mowmerge.tensors import Tensor
@@ -32,9 +32,10 @@ def kth_largest(
 
     Exact. Up to 65,536 numbers are all kept. Of more a sample brackets each value, then counting
     passes narrow the bracket: entries above it are counted, entries inside it go to a histogram
-    over their bit patterns, which order as they do. One counting pass is the rule; a sample that
-    misleads costs more passes, never exactness. Memory is one histogram a model, whatever the
-    number of ties.
+    over their bit patterns, which order as they do. What the sample has most often inside is
+    counted by itself: differences of bf16 numbers are often the same few. One counting pass is the
+    rule; a sample that misleads costs more passes, never exactness. Memory is one histogram a
+    model, whatever the number of ties.
     """
     share = max(min(SAMPLE_SHARE, SAMPLE_MOST / max(total, 1)), SAMPLE_LEAST / max(total, 1))
     sample = yield _Sample(len(ranks), share, of, _Order(signed))
@@ -102,6 +103,15 @@ class _Order:
         return float(np.array(bits, f"u{self.itemsize}").view(f"f{self.itemsize}"))
 
 
+class _Span(NamedTuple):
+    """Codes from low to high, both among them; `peak` is the one there that is thought to be the
+    most frequent."""
+
+    low: int
+    high: int
+    peak: int
+
+
 class _Sample:
     """Keeps a share of each model's numbers."""
 
@@ -117,9 +127,8 @@ class _Sample:
     def observe(self, block: Block) -> None:
         step = round(1 / min(1.0, self.share)) | 1 if block.matrix else 1  # matrices come whole
         for kept, value in zip(self.kept, self.of(block), strict=True):
-            value = value.reshape(-1)[::step]
-            kept.append(value.cpu().numpy().ravel().copy())
-            self.order = _Order(self.order.signed, value.element_size())
+            kept.append(value.cpu().numpy().ravel()[::step].copy())
+        self.order = _Order(self.order.signed, kept[-1].itemsize)
 
     def merge(self, other: _Sample) -> None:
         self.order = max(self.order, other.order, key=lambda order: order.itemsize)
@@ -139,7 +148,7 @@ class _Sample:
         place = len(codes) - rank
         return self.order.number(int(np.partition(codes, place)[place]))
 
-    def bracket(self, i: int, share: float) -> tuple[int, int]:
+    def bracket(self, i: int, share: float) -> _Span:
         """Codes between which the number that a `share` of all exceed should lie."""
         import numpy as np
 
@@ -150,7 +159,9 @@ class _Sample:
         wanted = [k for k in (first, last) if 0 <= k < n]
         part = np.partition(codes, wanted) if wanted else codes
         low = int(part[first]) if 0 <= first < n else 0
-        return low, int(part[last]) if 0 <= last < n else self.order.top
+        high = int(part[last]) if 0 <= last < n else self.order.top
+        inside, times = np.unique(part[max(first, 0) : last + 1], return_counts=True)
+        return _Span(low, high, int(inside[times.argmax()]) if len(inside) else low)
 
 
 class _Count:
@@ -162,9 +173,9 @@ class _Count:
 
     share, exact = 1.0, True
 
-    def __init__(self, spans: Sequence[tuple[int, int] | None], of: Scores, order: _Order) -> None:
+    def __init__(self, spans: Sequence[_Span | None], of: Scores, order: _Order) -> None:
         self.spans, self.of, self.order = spans, of, order
-        self.tallies = [_Tally(*s, order) if s else None for s in spans]
+        self.tallies = [_Tally(span, order) if span else None for span in spans]
 
     def fresh(self) -> _Count:
         return _Count(self.spans, self.of, self.order)
@@ -179,23 +190,24 @@ class _Count:
             if mine and theirs:
                 mine.merge(theirs)
 
-    def locate(self, i: int, rank: int) -> tuple[tuple[int, int], float | None]:
+    def locate(self, i: int, rank: int) -> tuple[_Span, float | None]:
         """The span in which the rank-th largest lies, and its value once that is one code."""
         tally = self.tallies[i]
         assert tally is not None
         low, high = tally.locate(rank)
         if low != high or not tally.low <= low <= tally.high:
-            return (low, high), None
-        return (low, low), self.order.number(low)
+            return _Span(low, high, low), None
+        return _Span(low, low, low), self.order.number(low)
 
 
 class _Tally:
     """One model's counts for one span of codes."""
 
-    def __init__(self, low: int, high: int, order: _Order) -> None:
+    def __init__(self, span: _Span, order: _Order) -> None:
         import numpy as np
 
-        self.low, self.high, self.above = low, high, 0
+        low, high = self.low, self.high = span.low, span.high
+        self.peak, self.above = span.peak, 0
         self.shift = max(0, (high - low).bit_length() - BIN_BITS)
         self.top = order.top
         bins, kind = ((high - low) >> self.shift) + 1, f"u{order.itemsize}"
@@ -206,17 +218,25 @@ class _Tally:
     def observe(self, codes: Any) -> None:
         import numpy as np
 
-        above, reach = codes > self.high, codes >= self.low
+        above, inside = codes > self.high, codes >= self.low
         self.above += int(np.count_nonzero(above))
-        if self.low == self.high:
-            self.bins[0] += int(np.count_nonzero(reach)) - int(np.count_nonzero(above))
-            return
-        inside = codes.compress(np.logical_xor(above, reach, out=reach))
-        place = (inside - self.low) >> self.shift
-        np.add.at(self.bins, place, 1)
+        inside ^= above
+        if self.low < self.high:
+            at_peak = codes == self.peak
+            self._take(codes.compress(inside ^ at_peak), 1)
+            inside = at_peak
+        if times := int(np.count_nonzero(inside)):
+            self._take(np.full(1, self.peak, codes.dtype), times)
+
+    def _take(self, codes: Any, times: int) -> None:
+        """Counts codes inside the span, each that many times."""
+        import numpy as np
+
+        place = (codes - self.low) >> self.shift
+        np.add.at(self.bins, place, times)
         if self.shift:
-            np.minimum.at(self.least, place, inside)
-            np.maximum.at(self.most, place, inside)
+            np.minimum.at(self.least, place, codes)
+            np.maximum.at(self.most, place, codes)
 
     def merge(self, other: _Tally) -> None:
         import numpy as np

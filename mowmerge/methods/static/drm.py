@@ -49,6 +49,12 @@ def _merged(parts: Sequence[Tensor], weight: Sequence[float], sign: Any, mean: s
     return total.div_(number.clamp_(min=1.0))
 
 
+def _decomposed(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """All task vectors side by side, or stacked."""
+    rows, columns = shape
+    return [(n * rows, columns) if p["direction"] == "vertical" else (rows, n * columns)]
+
+
 def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
     """All task vectors beside each other, twice for their SVD, the basis, and coordinates with what
     trims and elects them."""
@@ -63,7 +69,7 @@ def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
     paper="arXiv:2505.23117",
     scope="tensor",
     workspace=_workspace,
-    decompositions=lambda shape, n, p: [(shape[0], n * shape[1])],
+    decompositions=_decomposed,
     laws=("permutation", "scale"),
     exempt={"float64": "entries near the trim's threshold move with the rounding of an fp32 SVD"},
 )

@@ -118,6 +118,12 @@ def _scope(p: Mapping[str, Any]) -> str:
     return "model" if p["trim"] == "global" and least < 1 else "tensor"
 
 
+def _decomposed(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """All task vectors side by side, or stacked."""
+    rows, columns = shape
+    return [(n * rows, columns) if p["direction"] == "vertical" else (rows, n * columns)]
+
+
 def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
     """All task vectors beside each other, the basis of the longer side in fp64, coordinates as they
     are, dropped and trimmed, and the Gram matrix of the shorter side in fp64."""
@@ -139,7 +145,7 @@ def _kept_numbers(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
     paper="arXiv:2410.19735",
     scope=_scope,
     workspace=_workspace,
-    decompositions=lambda shape, n, p: [(shape[0], n * shape[1])],
+    decompositions=_decomposed,
     keeps=_kept_numbers,
     laws={"permutation": {"drop": 0.0}, "scale": {"drop": 0.0}},
     exempt={
