@@ -240,7 +240,8 @@ class Plan:
     classifiers look at, copied whole; `config` is what the output's config has other than the
     donor's, `chat_template` the text of the one that takes the place of the donor's; `fit` is
     what is to be fitted first, `algebra` what is decomposed; `vocabulary` is there where rows are
-    placed by token.
+    placed by token. Workers take the `devices` in turn; `device_bytes` is the peak on each that is
+    not the processor, and `peak_bytes` that of the process.
     """
 
     name: str
@@ -253,7 +254,8 @@ class Plan:
     block: int
     peak_bytes: int
     stats: bool = True
-    device: str = "cpu"
+    devices: tuple[str, ...] = ("cpu",)
+    device_bytes: int = 0
     tied: tuple[Tied, ...] = ()
     heads: Mapping[str, Shard] = field(default_factory=dict)
     manifest: Manifest | None = None
@@ -271,6 +273,11 @@ class Plan:
     algebra: Algebra | None = None
     vocabulary: Vocabulary | None = None
     warnings: tuple[str, ...] = ()
+
+    @property
+    def device(self) -> str:
+        """What a worker computes on; of several devices the first."""
+        return self.devices[0]
 
     @property
     def specs(self) -> Mapping[str, TensorSpec]:

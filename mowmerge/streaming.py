@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from functools import cached_property
 from threading import Event
 from typing import Any
 
+from mowmerge import staging
 from mowmerge.blocks import block_length
 from mowmerge.checkpoint.adapter import AdaptedReader
 from mowmerge.coding import Parts
@@ -19,45 +20,9 @@ from mowmerge.plan import Adapted, Plan, TensorJob
 from mowmerge.report import DeltaStats
 from mowmerge.tensors import DTYPES, Tensor, TensorReader, torch
 
+Give = Callable[[], memoryview]
 SAMPLE_RUN = 1024  # elements in a contiguous piece of a sample
 AHEAD = 8  # blocks that are asked for while one is worked on
-
-
-class _Buffers:
-    """A worker's reused memory cut to one block length: what is read, its values, what is written.
-
-    Inputs of one dtype lie in one tensor, so that one call widens them all; those that need no
-    widening are read into the values themselves. Few calls a block matter: between two of them
-    workers wait for each other.
-    """
-
-    def __init__(self, opened: OpenJob, length: int) -> None:
-        kinds = [DTYPES[i.spec.dtype].torch for i in opened.job.inputs]
-        n, dtype = len(kinds), opened.dtype
-        self.values = opened.memory("values", n * length, dtype).view(n, length)
-        self.together: Tensor | None = None
-        if len(set(kinds)) > 1:
-            self.raw = [
-                opened.memory(f"raw {i}", length, kind, "cpu") for i, kind in enumerate(kinds)
-            ]
-        elif kinds[0] == dtype and self.values.device.type == "cpu":
-            self.raw = list(self.values)
-        else:
-            self.together = opened.memory("raw", n * length, kinds[0], "cpu").view(n, length)
-            self.raw = list(self.together)
-        self.bytes = [row.view(torch.uint8).numpy().data for row in self.raw]
-        first = 1 if opened.job.base else 0
-        self.base, self.models = self.values[0] if first else None, self.values[first:]
-        self.out = opened.memory("out", length, DTYPES[opened.job.output.dtype].torch, "cpu")
-        self.out_bytes = self.out.view(torch.uint8).numpy().data
-
-    def widen(self) -> None:
-        """Fills the values from what was read."""
-        if self.together is not None:
-            self.values.copy_(self.together)
-        elif self.raw[0].data_ptr() != self.values.data_ptr():
-            for row, raw in zip(self.values, self.raw, strict=True):
-                row.copy_(raw)
 
 
 class OpenJob:
@@ -83,13 +48,13 @@ class OpenJob:
         self.dtype = torch.float64 if wide else torch.float32
         whole = job.scope == "tensor" and self.spec.reduce is None
         self._shaped = by_row or whole or job.matrix
+        self._stretch = min(self.block, plan.block)  # what is compared or copied at a time
         self._deltas = job.base is not None and self.spec.values == "deltas"
         self._propagates = job.method and self.spec.holds("propagates", job.parameters)
         watched = plan.stats and job.base is not None and job.output.kind == "float"
         self.stats = DeltaStats(len(job.models)) if watched else None
         self._pools: dict[str, Tensor] = {}
         self._parts: Parts | None = None
-        self._buffers: dict[int, _Buffers] = {}
         self._closing = ExitStack()
 
     def __enter__(self) -> OpenJob:
@@ -98,19 +63,32 @@ class OpenJob:
                 stack.enter_context(closing(self._readers[i.model].open(i.spec.name)))
                 for i in self.job.inputs
             ]
-            self.buffers(max(self.block, self._step))
+            self._staging = self._staged()
             self._closing = stack.pop_all()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._closing.close()
+        try:
+            self._staging.close()
+        finally:
+            del self._staging  # it asks this for memory: without an end to that neither is freed
+            self._closing.close()
 
-    def memory(self, name: str, length: int, dtype: Any, device: str | None = None) -> Tensor:
+    def _staged(self) -> staging.Direct | staging.Staged:
+        job, block = self.job, max(self.block, self._step)
+        kinds = [DTYPES[given.spec.dtype].torch for given in job.inputs]
+        out = DTYPES[job.output.dtype].torch
+        sizes = staging.Sizes(kinds, self.dtype, out, block, min(block, self.plan.block))
+        return staging.of(self.memory, sizes, self.plan.device)
+
+    def memory(
+        self, name: str, length: int, dtype: Any, device: str | None = None, pinned: bool = False
+    ) -> Tensor:
         """The first `length` elements of a pool; the first to ask decides how large it is."""
         if name not in self._pools:
             try:
                 self._pools[name] = torch.empty(
-                    length, dtype=dtype, device=device or self.plan.device
+                    length, dtype=dtype, device=device or self.plan.device, pin_memory=pinned
                 )
             except (MemoryError, RuntimeError) as error:
                 if isinstance(error, torch.OutOfMemoryError):  # of a device: see `room`
@@ -121,23 +99,32 @@ class OpenJob:
                 ) from error
         return self._pools[name][:length]
 
-    def buffers(self, length: int) -> _Buffers:
-        """The buffers for blocks of that length: mostly the full one, and a last shorter one."""
-        if length not in self._buffers:
-            self._buffers[length] = _Buffers(self, length)
-        return self._buffers[length]
-
-    def blocks(self) -> Iterator[tuple[int, int]]:
+    def blocks(self, length: int | None = None) -> Iterator[tuple[int, int]]:
         """(start, stop) of each block in order, asking ahead for the next; ends a stopped run."""
-        numel = self.job.output.numel
-        for i, start in enumerate(range(0, numel, self.block)):
+        numel, block = self.job.output.numel, length or self.block
+        for i, start in enumerate(range(0, numel, block)):
             if self._stopped.is_set():
                 raise KeyboardInterrupt
-            stop = min(start + self.block, numel)
+            stop = min(start + block, numel)
             if i % AHEAD == 0 and stop < numel:
                 for handle in self._handles:
-                    handle.advise(stop, min(stop + 2 * AHEAD * self.block, numel))
+                    handle.advise(stop, min(stop + 2 * AHEAD * block, numel))
             yield start, stop
+
+    def given(self, give: Callable[[int, int], Give]) -> Iterator[tuple[int, memoryview]]:
+        """The first element and the bytes of each block, of `copied` or `merged`, in order: one is
+        given when the next, where the device does that beside, is on its way."""
+        before: tuple[int, Give] | None = None
+        for start, stop in self.blocks(self._stretch if give == self.copied else None):
+            ready = give(start, stop)
+            if not self._staging.behind:
+                yield start, ready()
+                continue
+            if before:
+                yield before[0], before[1]()
+            before = start, ready
+        if before:
+            yield before[0], before[1]()
 
     def identical(self) -> bool:
         """Whether the output is a copy: all that decides it has the same bytes.
@@ -152,7 +139,7 @@ class OpenJob:
                 return False
         if len(job.inputs) - self._first == 1:
             return True
-        return all(self._equal(start, stop) for start, stop in self.blocks())
+        return all(self._equal(start, stop) for start, stop in self.blocks(self._stretch))
 
     @property
     def _first(self) -> int:
@@ -168,31 +155,41 @@ class OpenJob:
         )
         return all(torch.equal(first, row) for row in rest)
 
-    def copied(self, start: int, stop: int) -> memoryview:
-        """The bytes of a block of a copy, in the output's dtype."""
+    def copied(self, start: int, stop: int) -> Give:
+        """A block of a copy in the output's dtype: what gives its bytes, until the next but one is
+        asked for."""
         job = self.job
         if job.output.kind == "float":
             base, values = self._working(start, stop, check=True)
             if self.stats and base is not None:
                 deltas = values if self._deltas else values.sub_(base)
                 self.stats.update(deltas, deltas[0].clone())
-        value = self._read(self._first, start, stop)
-        if job.inputs[self._first].spec.dtype != job.output.dtype:
-            return self._cast(value, start, stop)
-        return self.buffers(stop - start).bytes[self._first]
 
-    def merged(self, start: int, stop: int) -> memoryview:
-        """The bytes of a block of the merged tensor, in the output's dtype."""
-        base, values = self._working(start, stop, check=not self._propagates)
+        def give() -> memoryview:
+            value = self._read(self._first, start, stop)
+            if job.inputs[self._first].spec.dtype != job.output.dtype:
+                return self._cast(value, start, stop)()
+            return staging.data(value)
+
+        return give
+
+    def merged(self, start: int, stop: int) -> Give:
+        """A block of the merged tensor in the output's dtype: what gives its bytes, until the next
+        but one is asked for."""
+        later = self._staging.behind and not self._shaped  # decompositions want numbers
+        unseen = not self._propagates
+        base, values = self._working(start, stop, check=unseen and not later)
+        inputs = None
+        if unseen and later:
+            inputs = values.sum() if base is None else values.sum() + base.sum()
         result = self._applied(base, values, start)
         if self.stats and base is not None:
             if self._deltas:
                 self.stats.update(values, result.clone())
             else:
                 self.stats.update(values.sub_(base), result - base)
-        return self._cast(
-            result.add_(base) if self._deltas and base is not None else result, start, stop
-        )
+        merged = result.add_(base) if self._deltas and base is not None else result
+        return self._cast(merged, start, stop, inputs)
 
     def parts(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """The base [B], and what each model adds to it at a coefficient of 1 [N,B]: a fit's terms.
@@ -283,7 +280,7 @@ class OpenJob:
             yield (
                 job.output.name,
                 start * job.output.itemsize,
-                self._cast(made.reshape(-1), start, stop),
+                self._cast(made.reshape(-1), start, stop)(),
             )
         if self.stats and base is not None:
             deltas = values.clone() if self._deltas else values - base
@@ -323,20 +320,22 @@ class OpenJob:
 
     def _working(self, start: int, stop: int, *, check: bool) -> tuple[Tensor | None, Tensor]:
         """The base [B] and what the method works on, models or deltas [N,B]."""
-        buffers = self.buffers(stop - start)
-        for handle, row in zip(self._handles, buffers.bytes, strict=True):
-            handle.read(start, stop, row)
-        buffers.widen()
-        if self._deltas and buffers.base is not None:
-            buffers.models.sub_(buffers.base)
-        if check and not math.isfinite(buffers.values.sum().item()):
+        values = self._staging.fill(stop - start, self._reading(start))
+        base, models = (values[0], values[1:]) if self.job.base else (None, values)
+        if self._deltas and base is not None:
+            models.sub_(base)
+        if check and not math.isfinite(values.sum().item()):
             self._blame(start, stop)
-        return buffers.base, buffers.models
+            return self._working(start, stop, check=False)  # only their sum was too large
+        return base, models
 
     def _blame(self, start: int, stop: int) -> None:
         """Raises for the first input with a NaN or Inf in the block, if there is one."""
         for i, given in enumerate(self.job.inputs):
-            bad = stop - start - int(torch.isfinite(self._read(i, start, stop)).sum())
+            bad = 0
+            for first in range(start, stop, self._stretch):
+                value = self._read(i, first, min(first + self._stretch, stop))
+                bad += value.numel() - int(torch.isfinite(value).sum())
             if bad:
                 raise CheckpointError(
                     f"tensor '{given.spec.name}' holds NaN or Inf ({bad} in one block)",
@@ -345,25 +344,36 @@ class OpenJob:
                 )
 
     def _read(self, i: int, start: int, stop: int) -> Tensor:
-        """Elements of input i in its own dtype, in the reused buffer."""
-        buffers = self.buffers(stop - start)
-        self._handles[i].read(start, stop, buffers.bytes[i])
-        return buffers.raw[i]
+        """Elements of input i in its own dtype, in a reused buffer."""
+        return self._staging.raw(i, stop - start, self._reading(start))
+
+    def _reading(self, start: int) -> staging.Read:
+        """Reads the inputs from that element on."""
+
+        def read(i: int, first: int, last: int, out: memoryview) -> None:
+            self._handles[i].read(start + first, start + last, out)
+
+        return read
 
     def _draws(self, start: int) -> Draws:
         job = self.job
         seed = int(job.parameters.get("seed", 0))
         return Draws(seed, [i.model for i in job.models], job.output.name, start)
 
-    def _cast(self, weight: Tensor, start: int, stop: int) -> memoryview:
-        """The bytes of a result in the output's dtype; if not finite, whose fault that is."""
-        buffers = self.buffers(stop - start)
-        buffers.out.copy_(weight)
-        doubt = self.job.output.dtype == "F16" or not math.isfinite(weight.sum().item())
-        if doubt and not bool(torch.isfinite(buffers.out).all()):
-            self._blame(start, stop)
-            raise CheckpointError(
-                f"the merged '{self.job.output.name}' overflows {self.job.output.dtype}",
-                hint="lower scale or the weights, or set output.dtype to a wider type",
-            )
-        return buffers.out_bytes
+    def _cast(self, weight: Tensor, start: int, stop: int, inputs: Tensor | None = None) -> Give:
+        """What gives the bytes of a result in the output's dtype, and if that is not finite, or
+        this sum of inputs is not, says whose fault it is."""
+        taken = self._staging.take(weight, inputs)
+
+        def give() -> memoryview:
+            out, total = taken()
+            if not math.isfinite(total):
+                self._blame(start, stop)
+                if not bool(torch.isfinite(out).all()):
+                    raise CheckpointError(
+                        f"the merged '{self.job.output.name}' overflows {self.job.output.dtype}",
+                        hint="lower scale or the weights, or set output.dtype to a wider type",
+                    )
+            return staging.data(out)
+
+        return give
