@@ -158,15 +158,16 @@ def merge(
             return Result(*made, speaks=ranks.first)
     from mowmerge import lora
 
-    if resume or ranks.count > 1:
+    if ranks.count > 1:
         raise RecipeError(
-            "--resume and ranks are for checkpoints, and output.format is adapter",
-            where=parsed.file, hint="run it from the start, in one process",
+            "ranks are for checkpoints, and output.format is adapter",
+            where=parsed.file, hint="run it in one process",
         )  # fmt: skip
     outlined = lora.plan(parsed, planned, asked.max_memory)
     made = lora.merge(
-        parsed, outlined, target, hashes=hashes, force=force, locked=locked, begin=begin
-    )
+        parsed, outlined, target, hashes=hashes, force=force, resume=resume, locked=locked,
+        begin=begin,
+    )  # fmt: skip
     return Result(*made)
 
 
