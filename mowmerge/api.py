@@ -87,8 +87,7 @@ def plan(
 
 
 def looked(recipe: Recipe, options: Options | None = None) -> Plan | None:
-    """The same where all models are paths on this machine; None where one is not, and the network
-    would be asked for it."""
+    """The same where all models are paths on this machine; None where one is on the network."""
     from mowmerge.sources import here
 
     return build(recipe, options) if here(recipe) else None
@@ -166,15 +165,14 @@ def merge(
             return Result(*made, speaks=ranks.first)
     from mowmerge import lora
 
-    if resume or ranks.count > 1:
-        raise RecipeError(
-            "--resume and ranks are for checkpoints, and output.format is adapter",
-            where=parsed.file, hint="run it from the start, in one process",
-        )  # fmt: skip
+    if ranks.count > 1:
+        told = "ranks are for checkpoints, and output.format is adapter"
+        raise RecipeError(told, where=parsed.file, hint="run it in one process")
     outlined = lora.plan(parsed, planned, asked.max_memory)
     made = lora.merge(
-        parsed, outlined, target, hashes=hashes, force=force, locked=locked, begin=begin
-    )
+        parsed, outlined, target, hashes=hashes, force=force, resume=resume, locked=locked,
+        begin=begin,
+    )  # fmt: skip
     return Result(*made)
 
 

@@ -5,76 +5,58 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from mowmerge import staging
+from mowmerge.errors import ResourceError
 from mowmerge.tensors import DTYPES, Tensor, torch
 
 
 @dataclass(frozen=True)
 class Make:
-    """What decides a worker's memory: the codes of the inputs' dtypes, the base's the first if
-    there is one, and of the output's; the device, and the longest block."""
+    """What decides a worker's memory: the codes of the inputs' dtypes and of the output's, the
+    device, the most elements in a block, and in a piece that is brought to a device at a time."""
 
     inputs: tuple[str, ...]
-    based: bool
     output: str
     device: str
-    length: int
+    block: int
+    piece: int
 
 
 class Desk:
-    """A worker's memory: what is read, its values, what is written. Jobs of one make leave it to
+    """A worker's memory, and the way of blocks into it and out of it. Jobs of one make leave it to
     each other, since to set it up costs as much as to merge a small tensor."""
 
     def __init__(self, make: Make) -> None:
         self.make = make
-        self.values = torch.float64 if "F64" in (*make.inputs, make.output) else torch.float32
-        self._pools: dict[str, Tensor] = {}
-        self._buffers: dict[int, Buffers] = {}
-        self.buffers(make.length)
-
-    def buffers(self, length: int) -> Buffers:
-        """The buffers for blocks of that length: mostly the longest, and a last shorter one."""
-        if length not in self._buffers:
-            self._buffers[length] = Buffers(self, length)
-        return self._buffers[length]
-
-    def memory(self, name: str, length: int, dtype: Any, device: str = "cpu") -> Tensor:
-        """The first `length` elements of a pool; the first to ask decides how large it is."""
-        if name not in self._pools:
-            self._pools[name] = torch.empty(length, dtype=dtype, device=device)
-        return self._pools[name][:length]
+        self.dtype = torch.float64 if "F64" in (*make.inputs, make.output) else torch.float32
+        kinds, out = [DTYPES[code].torch for code in make.inputs], DTYPES[make.output].torch
+        sizes = staging.Sizes(kinds, self.dtype, out, make.block, make.piece)
+        self.way = staging.of(Pools(make.device), sizes, make.device)
 
 
-class Buffers:
-    """A desk's memory cut to one block length.
+class Pools:
+    """Buffers by name; the first to ask for one decides how large it is.
 
-    Inputs of one dtype lie in one tensor, so that one call widens them all; those that need no
-    widening are read into the values themselves. Few calls a block matter: between two of them
-    workers wait for each other.
+    Raises ResourceError where the processor's memory is too little.
     """
 
-    def __init__(self, desk: Desk, length: int) -> None:
-        make, kinds = desk.make, [DTYPES[code].torch for code in desk.make.inputs]
-        n = len(kinds)
-        self.values = desk.memory("values", n * length, desk.values, make.device).view(n, length)
-        self.together: Tensor | None = None
-        self.in_place = set(kinds) == {desk.values} and make.device == "cpu"
-        if len(set(kinds)) > 1:
-            self.raw = [desk.memory(f"raw {i}", length, kind) for i, kind in enumerate(kinds)]
-        elif self.in_place:
-            self.raw = list(self.values)
-        else:
-            self.together = desk.memory("raw", n * length, kinds[0]).view(n, length)
-            self.raw = list(self.together)
-        self.bytes = [row.view(torch.uint8).numpy().data for row in self.raw]
-        first = 1 if make.based else 0
-        self.base, self.models = self.values[0] if first else None, self.values[first:]
-        self.out = desk.memory("out", length, DTYPES[make.output].torch)
-        self.out_bytes = self.out.view(torch.uint8).numpy().data
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._held: dict[str, Tensor] = {}
 
-    def widen(self) -> None:
-        """Fills the values from what was read."""
-        if self.together is not None:
-            self.values.copy_(self.together)
-        elif not self.in_place:
-            for row, raw in zip(self.values, self.raw, strict=True):
-                row.copy_(raw)
+    def __call__(
+        self, name: str, length: int, dtype: Any, device: str | None = None, pinned: bool = False
+    ) -> Tensor:
+        """The first `length` elements of a buffer, on the device unless another is named."""
+        if name not in self._held:
+            where = device or self.device
+            try:
+                self._held[name] = torch.empty(length, dtype=dtype, device=where, pin_memory=pinned)
+            except (MemoryError, RuntimeError) as error:
+                if isinstance(error, torch.OutOfMemoryError):  # of a device: see `room`
+                    raise
+                raise ResourceError(
+                    f"not enough memory for {length:,} elements at once: {error}",
+                    hint="lower --max-memory or --workers",
+                ) from error
+        return self._held[name][:length]

@@ -1,32 +1,24 @@
-"""The difference between a model and its base, written as a LoRA adapter that peft loads."""
+"""The difference between a model and its base, and what an adapter calls the parts of it."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mowmerge import __version__
-from mowmerge.checkpoint import heads, lowrank, modules, naming, source
-from mowmerge.checkpoint.appender import Appender
-from mowmerge.checkpoint.lowrank import Factors
-from mowmerge.checkpoint.peft import CONFIG, PREFIX, WEIGHTS
-from mowmerge.errors import CheckpointError, denied
-from mowmerge.known import Cut, Known, Unknown
+from mowmerge.checkpoint import modules, naming, source
+from mowmerge.checkpoint.peft import PREFIX
+from mowmerge.errors import CheckpointError
+from mowmerge.known import Known, Unknown
 from mowmerge.plan import Stored
 from mowmerge.tensors import DTYPES, Tensor, TensorReader, TensorSpec, torch
 
 PARTS = {"embedding": ("lora_embedding_A", "lora_embedding_B")}
 LINEAR_PARTS = ("lora_A.weight", "lora_B.weight")
 FUSED = "transformers joins it with others as it loads them, and peft has no name for it"
-NO_TARGETS = "dummy-target-modules"  # peft's word for an adapter of saved modules alone
 STEP = 1 << 20  # elements read or compared at a time
 
 
@@ -124,7 +116,7 @@ class Difference:
         found = [key for n in self.targets for key in _keys(self, n)]
         found += [f"{PREFIX}{self.memory.get(n, n)}" for n in (*specs, *self.extra)]
         found += [key for n in specs for key in _copies(self, n)]
-        return found + [_bias_key(self.memory[n]) for n in specs if n.endswith(".bias")]
+        return found + [bias_key(self.memory[n]) for n in specs if n.endswith(".bias")]
 
     def delta(self, name: str) -> Tensor:
         """Model minus base in fp32, as a matrix [out, in], of experts a stack of them."""
@@ -147,77 +139,6 @@ class Difference:
                 if not torch.equal(*(value.double() for value in pair)):
                     return True
         return False
-
-
-def write(
-    difference: Difference, folder: Path, cut: Cut, workers: int, advance: Callable[[int], None]
-) -> dict[str, Any]:
-    """Writes adapter_model.safetensors and adapter_config.json; what the report says of them."""
-    specs = difference.base.specs
-    found: dict[str, dict[str, Any]] = {}
-    lines: list[dict[str, Any]] = []
-    saved, biases, lost = rest(difference, difference.differs)
-    if fused := [name for name, rule in lost.items() if rule == FUSED]:
-        raise CheckpointError(
-            f"'{fused[0]}' and {len(fused) - 1} more differ: {FUSED}",
-            where=difference.origin.origin, hint="merge to a checkpoint, or leave experts alone",
-        )  # fmt: skip
-    metadata = {"format": "pt", "mowmerge": __version__}
-    with Appender(folder / WEIGHTS, difference.keys(), metadata) as out:
-        left = [n for n in difference.targets if not _within(difference.module(n), saved)]
-        for name, factors in _in_order(partial(_factors, difference, cut=cut), left, workers):
-            if factors is not None:
-                found[name] = _line(difference, name, factors)
-                _append(out, difference, name, factors)
-            advance(specs[name].nbytes)
-        for name in [n for each in found for n in difference.beside(each) if n not in found]:
-            found[name] = _line(difference, name, _nothing(difference, name))
-            _append(out, difference, name, _nothing(difference, name))
-        whole = kept(difference, saved)
-        whole += [(n, _own_bias(difference, n, found)) for n in biases]
-        held = {n: difference.held.get(n) or difference.extra[n] for n, _ in whole}
-        for name, key in sorted(whole, key=lambda pair: -held[pair[0]].itemsize):
-            spec = held[name]
-            pieces = (data for _, data in heads.pieces(difference.model, spec.name))
-            out.append(TensorSpec(key, spec.dtype, spec.shape), pieces)
-            action = "bias" if name in biases else "modules_to_save"
-            lines.append({"name": name, "action": action, "kept": 1.0})
-    for name, why in lost.items():
-        lines.append({"name": name, "action": "lost", "kept": 0.0, "rule": why})
-    if not found and not whole:
-        raise CheckpointError(
-            "nothing differs from the base" if not lost else "all that differs would be lost",
-            where=difference.origin.origin, hint="an adapter would be empty",
-        )  # fmt: skip
-    config = _config(difference, found, saved, bool(biases))
-    try:
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    except OSError as error:
-        raise denied(error, folder / CONFIG) from error
-    return _report([*found.values(), *lines])
-
-
-def _factors(difference: Difference, name: str, cut: Cut) -> Factors | None:
-    """The update of one matrix; None where it is zero."""
-    factors = difference.known.joined(name)
-    if factors is not None or difference.known.same(name):
-        return factors if factors is None or factors.total else None
-    delta = difference.delta(name)
-    low, high = (float(end) for end in delta.aminmax()) if delta.numel() else (0.0, 0.0)
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise CheckpointError(f"'{name}' holds NaN or Inf", where=difference.origin.origin)
-    if not (low or high):
-        return None
-    matrices = delta if delta.dim() == 3 else [delta]
-    each = [lowrank.factor(matrix, cut.rank, cut.energy) for matrix in matrices]
-    return each[0] if delta.dim() == 2 else lowrank.stacked(each)
-
-
-def _nothing(difference: Difference, name: str) -> Factors:
-    """An update of zero, of rank 1, for experts whose module has another."""
-    stack, (rows, columns) = difference.stack(name), difference.matrix(name)
-    b, a = torch.zeros(stack, rows, 1), torch.zeros(stack, 1, columns)
-    return Factors(b, a, 0.0, 0.0, "zero")
 
 
 def rest(
@@ -249,11 +170,11 @@ def rest(
             lost[name] = f"its module '{module}' holds whole layers"
         else:
             saved.add(module)
-    biases = [name for name in biases if not _within(difference.module(name), saved)]
+    biases = [name for name in biases if not within(difference.module(name), saved)]
     return saved, biases, lost
 
 
-def _within(module: str, saved: set[str]) -> bool:
+def within(module: str, saved: set[str]) -> bool:
     """Whether a module is one that is saved whole, or inside one."""
     return any(f"{module}.".startswith(f"{whole}.") for whole in saved)
 
@@ -261,7 +182,7 @@ def _within(module: str, saved: set[str]) -> bool:
 def _saved(difference: Difference, saved: set[str]) -> Iterator[str]:
     """Every tensor of the modules that are saved whole."""
     for name in (*difference.base.specs, *difference.extra):
-        if _within(difference.module(name), saved):
+        if within(difference.module(name), saved):
             yield name
 
 
@@ -287,98 +208,14 @@ def _keys(difference: Difference, name: str) -> tuple[str, str]:
     return f"{module}.{a}", f"{module}.{b}"
 
 
-def _bias_key(memory: str) -> str:
+def bias_key(memory: str) -> str:
     """The name of the bias of a module that has an update."""
     return f"{PREFIX}{memory.removesuffix('.bias')}.base_layer.bias"
-
-
-def _own_bias(difference: Difference, name: str, found: Mapping[str, Mapping[str, Any]]) -> str:
-    updated = {difference.module(n) for n in found}
-    memory = difference.memory[name]
-    return _bias_key(memory) if difference.module(name) in updated else f"{PREFIX}{memory}"
-
-
-def _append(out: Appender, difference: Difference, name: str, factors: Factors) -> None:
-    parts = difference.parts(name, factors.rank)
-    a, b = factors.a, factors.b
-    if b.dim() == 3:  # peft has A expert by expert, and of B the experts side by side
-        b = b.permute(1, 2, 0)
-    for spec, value in zip(parts, (a, b), strict=True):
-        data = value.contiguous().view(-1).view(torch.uint8).numpy().data
-        out.append(spec, [data])
-
-
-def _line(difference: Difference, name: str, factors: Factors) -> dict[str, Any]:
-    return {
-        "name": name, "action": "low rank", "module": difference.path(name),
-        "rank": factors.rank, "kept": factors.energy, "error": factors.error,
-        "norm": factors.total**0.5, "how": factors.how,
-    }  # fmt: skip
-
-
-def _config(
-    difference: Difference, found: Mapping[str, Mapping[str, Any]], saved: set[str], biased: bool
-) -> dict[str, Any]:
-    """adapter_config.json: full paths as targets, alpha equal to r so that the scale is one."""
-    ranks = {line["module"]: line["rank"] for line in found.values()}
-    counted = list(ranks.values())
-    r = max(set(counted), key=lambda rank: (counted.count(rank), rank)) if counted else 1
-    pattern = {path: rank for path, rank in ranks.items() if rank != r}
-    kinds = {difference.kind(name) for name in found}
-    targets = [difference.path(name) for name in found if difference.kind(name) != "experts"]
-    stacks = [difference.path(name) for name in found if difference.kind(name) == "experts"]
-    ties = difference.modules.ties
-    tied = any(f"{path}.weight" in (*ties, *ties.values()) for path in saved)
-    return {
-        "peft_type": "LORA", "base_model_name_or_path": shown(difference.origin),
-        "revision": difference.origin.revision, "task_type": None, "inference_mode": True,
-        "r": r, "lora_alpha": r, "rank_pattern": pattern, "alpha_pattern": pattern,
-        "target_modules": targets if ranks else NO_TARGETS,
-        "target_parameters": stacks or None,
-        "modules_to_save": sorted(_named(difference, path) for path in saved) or None,
-        "bias": "all" if biased else "none", "fan_in_fan_out": "conv1d" in kinds,
-        "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "init_lora_weights": True,
-        "ensure_weight_tying": tied,
-    }  # fmt: skip
-
-
-def _named(difference: Difference, path: str) -> str:
-    """A module to save as peft finds it: it takes every one whose path in `base_model` ends so."""
-    others = (other for other in difference.modules.kinds if other != path)
-    return f"model.{path}" if any(other.endswith(path) for other in others) else path
 
 
 def shown(origin: Stored) -> str:
     """The base as the adapter names it: a Hub id, or the folder's name without where it lies."""
     return origin.origin.partition("@")[0] if origin.revision else Path(origin.folder).name
-
-
-def _report(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The lines, and the energy that all low-rank updates keep together."""
-    low = [line for line in lines if line["action"] == "low rank"]
-    total = sum(line["norm"] ** 2 for line in low)
-    kept = sum(line["norm"] ** 2 * line["kept"] for line in low)
-    return {
-        "kept_energy": kept / total if total else 1.0,
-        "ranks": sorted({line["rank"] for line in low}),
-        "lost": [line["name"] for line in lines if line["action"] == "lost"],
-        "tensors": list(lines),
-    }
-
-
-def _in_order(
-    function: Callable[[str], Factors | None], names: Sequence[str], workers: int
-) -> Iterator[tuple[str, Factors | None]]:
-    """Each name with what the function gives for it, a few ahead of time."""
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[tuple[str, Future[Factors | None]]] = deque()
-        for name in names:
-            waiting.append((name, pool.submit(function, name)))
-            if len(waiting) > workers:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        for name, future in waiting:
-            yield name, future.result()
 
 
 def _whole(reader: TensorReader, spec: TensorSpec) -> Tensor:

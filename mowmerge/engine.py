@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from threading import Event, Lock
 from typing import Any, Protocol
 
+from mowmerge import devices
 from mowmerge.buffers import Desk
 from mowmerge.checkpoint import naming
 from mowmerge.checkpoint.adapter import AdaptedReader
 from mowmerge.checkpoint.journal import Journal
 from mowmerge.checkpoint.placed import PlacedReader
 from mowmerge.checkpoint.reader import StoredReader
-from mowmerge.errors import CheckpointError, ResourceError
+from mowmerge.errors import CheckpointError
 from mowmerge.methods import registry
 from mowmerge.methods.contracts import Extent, Fold
 from mowmerge.placement import Placed
@@ -33,7 +34,7 @@ from mowmerge.report import TensorReport
 from mowmerge.room import fitting
 from mowmerge.scratch import FULL, Scratch
 from mowmerge.sharing import share, spread
-from mowmerge.streaming import OpenJob
+from mowmerge.streaming import Give, OpenJob
 from mowmerge.tensors import TensorHandle, TensorReader, TensorSpec, torch
 
 BUNCH = 32 * RUN  # elements of small tensors that one worker writes in a row
@@ -104,7 +105,7 @@ class Engine:
         What the journal says is done is not done again, and what gets done is told to it. Ranks
         write their shares, and each gets the reports of all.
         """
-        self.ranks.together(lambda: _try_device(self.plan.device))
+        self.ranks.together(lambda: devices.check(self.plan.devices))
         held = dict(journal.done) if journal else {}
         reports = {name: TensorReport(**entry) for name, entry in held.items()}
         mine = share(self.plan, held, self.ranks)
@@ -128,8 +129,7 @@ class Engine:
             return [told for future in as_completed(futures) for told in future.result()]
 
         with one_thread_each(), self._pool() as pool:
-            for group in sorted({job.group for job in self.plan.each if job.group is not None}):
-                self._states[group] = self._group_state(group, pool, journal)
+            self._settle_groups(pool, journal)
             work = {"tensors": len(mine.jobs), "bytes": sum(mine.written(j)[1] for j in mine.jobs)}
             found = list(self.ranks.each(lambda: (written(), work)))
         for each, _ in reversed(found):  # what two ranks wrote parts of is told by the first
@@ -172,7 +172,8 @@ class Engine:
 
     @contextmanager
     def _pool(self) -> Iterator[ThreadPoolExecutor]:
-        pool = ThreadPoolExecutor(self.plan.workers)
+        begin = devices.in_turn(self.plan.devices)
+        pool = ThreadPoolExecutor(self.plan.workers, initializer=begin)
         try:
             yield pool
         except BaseException:
@@ -184,9 +185,8 @@ class Engine:
     def open(self, job: TensorJob, plan: Plan | None = None) -> OpenJob:
         """The job with its inputs open, for one thread; a context manager. `plan`: this one with
         other blocks, or another device."""
-        return OpenJob(
-            plan or self.plan, job, self.readers, self.stopped, self._desks, scratch=self.scratch
-        )
+        mine = plan or devices.on_own(self.plan)
+        return OpenJob(mine, job, self.readers, self.stopped, self._desks, scratch=self.scratch)
 
     def _write(self, job: TensorJob, sink: Sink) -> TensorReport:
         """Writes a tensor where there is room to make it."""
@@ -196,8 +196,9 @@ class Engine:
             for one in job.each:
                 if one.matrix and one.group is not None:
                     self.scratch.drop(one.group, one.output.name)
-        if used.device != self.plan.device:
-            told.notes.append(f"too large for {self.plan.device}: made on the {used.device}")
+        if used.device not in self.plan.devices:
+            own = devices.on_own(self.plan).device
+            told.notes.append(f"too large for {own}: made on the {used.device}")
         return told
 
     def _write_plain(self, job: TensorJob, sink: Sink, plan: Plan) -> TensorReport:
@@ -205,8 +206,8 @@ class Engine:
         notes, size = [], job.output.itemsize
         with self.open(job, plan) as opened:
             give = self.settled(opened)
-            for start, stop in opened.blocks():
-                sink.write(job.output.name, start * size, give(start, stop))
+            for start, data in opened.given(give):
+                sink.write(job.output.name, start * size, data)
             merged = give == opened.merged
             if not merged and job.output.kind != "float" and not opened.identical():
                 notes = ["not a float tensor and not the same in every model: the first is kept"]
@@ -236,7 +237,7 @@ class Engine:
                 )  # fmt: skip
                 give = self.settled(stack.enter_context(below))
             for start, stop in opened.blocks():
-                anchor = give(start, stop) if give else None
+                anchor = give(start, stop)() if give else None
                 for name, at, data in opened.coded(start, stop, anchor):
                     sink.write(name, at, data)
             figures = (opened.stats.figures() if opened.stats else {}) | opened.told
@@ -250,7 +251,7 @@ class Engine:
             figures=figures,
         )
 
-    def settled(self, opened: OpenJob) -> Callable[[int, int], memoryview]:
+    def settled(self, opened: OpenJob) -> Callable[[int, int], Give]:
         """What gives the job's blocks, `copied` or `merged`, with its method's state in place."""
         job = opened.job
         if job.method is None or job.output.kind != "float" or opened.identical():
@@ -271,6 +272,15 @@ class Engine:
             role = naming.role(job.output.name)
             rounds = opened.spec.reduce([Extent(job.output.shape, job.parameters, codec, role)])
             opened.state = driven(rounds, lambda fold: opened.observe(fold.fresh(), 0, numel))
+
+    def prepare(self, journal: Journal) -> None:
+        """Settles what is taken over the whole model, for one who reads merged tensors then."""
+        with self._pool() as pool:
+            self._settle_groups(pool, journal)
+
+    def _settle_groups(self, pool: ThreadPoolExecutor, journal: Journal | None) -> None:
+        for group in sorted({job.group for job in self.plan.each if job.group is not None}):
+            self._states[group] = self._group_state(group, pool, journal)
 
     def _group_state(self, group: int, pool: ThreadPoolExecutor, journal: Journal | None) -> Any:
         """A group's state: the one kept, or found in a pass over the whole model and kept."""
@@ -331,17 +341,6 @@ def one_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _try_device(device: str) -> None:
-    """ResourceError where torch cannot use the device."""
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ResourceError(
-            f"the device '{device}' cannot be used: {str(error).splitlines()[0]}",
-            hint="use --device cpu, or install a torch build for that device",
-        ) from error
-
-
 def _keep_freed_memory() -> None:
     """Lets the allocator reuse what blocks free instead of giving it back to the system.
 
@@ -387,7 +386,7 @@ class _MergedHandle:
             if not self._start <= at < self._start + len(self._data):
                 first = at // size // block * block
                 last = min(first + block, self._job.output.numel)
-                self._start, self._data = first * size, bytes(self._give(first, last))
+                self._start, self._data = first * size, bytes(self._give(first, last)())
             piece = self._data[at - self._start : stop * size - self._start]
             out[at - start * size : at - start * size + len(piece)] = piece
             at += len(piece)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mowmerge import __version__
+from mowmerge import __version__, devices
 from mowmerge.checkpoint import identity
 from mowmerge.errors import CheckpointError
 from mowmerge.plan import Adapted, Plan, Stored, unplaced
@@ -59,7 +59,7 @@ def _read(stored: Stored, plan: Plan) -> list[str]:
 
 def device_type(plan: Plan) -> str:
     """cpu, cuda ..."""
-    return plan.device.partition(":")[0]
+    return devices.kind(plan.device)
 
 
 def seen(plan: Plan) -> dict[str, dict[str, list[int]]]:

@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from mowmerge.checkpoint import source, writer
 from mowmerge.checkpoint.peft import WEIGHTS
 from mowmerge.checkpoint.reader import StoredReader
 from mowmerge.checkpoint.writer import Staging
-from mowmerge.difference import Difference, shown, write
+from mowmerge.difference import Difference, shown
 from mowmerge.engine import Engine, MergedReader, one_thread_each
 from mowmerge.known import Cut
 from mowmerge.memory import working_bytes
@@ -27,6 +27,7 @@ from mowmerge.plan import Plan, config_source
 from mowmerge.recipe import parse
 from mowmerge.recipe.model import Digest, Recipe
 from mowmerge.sums import Sums
+from mowmerge.updates import length, write
 
 RANK = 64  # of an extraction that names neither rank nor energy
 ENERGY = 0.99  # kept of a merge that is no sum of low-rank updates, where the recipe names none
@@ -79,10 +80,11 @@ def extract(
 
 @dataclass(frozen=True)
 class Merge:
-    """A recipe's merge as an adapter of its base: its difference, how far that is cut, and what
-    will be written."""
+    """A recipe's merge as an adapter of its base: what merges, its difference, how far that is cut,
+    and what will be written."""
 
     plan: Plan
+    engine: Engine
     difference: Difference
     cut: Cut
     outline: Outline
@@ -116,9 +118,11 @@ def plan(recipe: Recipe, planned: Plan, limit: int | None = None) -> Merge:
     def reading(name: str) -> int:
         return working_bytes(jobs[name], planned.block) if name in jobs else 0
 
-    return Merge(
-        planned, difference, cut, outline(difference, cut, planned.workers, limit, reading)
-    )
+    outlined = outline(difference, cut, planned.workers, limit, reading)
+    if any(job.group is not None for job in planned.jobs):  # a pass over the whole model
+        peak = max(outlined.peak_bytes, planned.peak_bytes)
+        outlined = replace(outlined, peak_bytes=peak)
+    return Merge(planned, engine, difference, cut, outlined)
 
 
 def merge(
@@ -128,17 +132,20 @@ def merge(
     *,
     hashes: bool = True,
     force: bool = False,
+    resume: bool = False,
     locked: bool = False,
     begin: Callable[[Plan], Callable[[int], None]],
 ) -> tuple[Path, dict[str, Any]]:
-    """Writes a recipe's merge as an adapter of its base into `out`; its path and report.
+    """Writes a recipe's merge as an adapter of its base into `out`; its path and report. With
+    `resume` the work of one that was cut off is taken up.
 
     Raises:
         CheckpointError: an input that changes meanwhile, or is not what `locked` asks for.
     """
     began, difference = time.perf_counter(), asked.difference
     again = replay.begin(recipe, asked.plan, hashed=hashes, strict=locked)
-    before = {"inputs": lock.seen(asked.plan)}
+    key = lock.key(recipe, asked.plan)
+    key["layout"] += f" {asked.cut}"
     drift = again.drift if again else ()
     keep = [Path(stored.folder) for _, stored in asked.plan.checkpoints]
     about = {
@@ -146,11 +153,15 @@ def merge(
         "cut": vars(asked.cut), "workers": asked.outline.workers,
         "peak_bytes": asked.outline.peak_bytes, "warnings": [*asked.plan.warnings, *drift],
     }  # fmt: skip
-    with Staging(out, force=force, keep=keep) as staging, one_thread_each():
+    staging = Staging(out, force=force, keep=keep, key=key, resume=resume)
+    with staging, one_thread_each():
+        journal, workers = staging.journal, asked.outline.workers
+        staging.begin(WEIGHTS, length(difference, journal.done))
         advance = begin(asked.plan)
-        told = write(difference, staging.path, asked.cut, asked.outline.workers, advance)
-        lock.unchanged(before, asked.plan)
-        written = _seal(recipe, asked.plan, staging, hashes)
+        asked.engine.prepare(journal)
+        told = write(difference, staging.path, asked.cut, workers, advance, journal)
+        lock.unchanged(key, asked.plan)
+        written = journal.finish(lambda: _seal(recipe, asked.plan, staging, hashes))
         if again:
             told["replay"] = again.outcome(asked.plan, staging.path, written)
         return _finish(staging, {**about, **told}, began, hashes)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import chain
 
+from mowmerge import devices
 from mowmerge.blocks import block_length
 from mowmerge.errors import ResourceError
 from mowmerge.methods import registry
@@ -14,26 +17,62 @@ from mowmerge.tensors import DTYPES
 
 RUNTIME = 264 << 20  # bytes that Python, torch and the plan itself take
 HISTOGRAM = 5 << 20  # bytes a model while an order statistic is counted: a fold, and its empty one
+LONGER = 16  # times longer blocks on a device, where each call costs
 FOLDS = {"element": 0, "row": 1, "tensor": 1, "model": 3}  # a worker has at once; or wait for it
 CODING = {"low_rank": (4, 4), "basis": (4, 4), "sparse": (7, 3), "mask": (3, 2)}
 
 
-def narrowed(
-    jobs: Sequence[TensorJob], workers: int, block: int, limit: int | None, beside: int = 0
-) -> tuple[int, int]:
-    """The block length, at most `block`, and the peak bytes that go with it, within a limit.
+@dataclass(frozen=True)
+class Room:
+    """How many workers on which devices, with which blocks, and the peak bytes that go with them:
+    of the process, and on each device that is not the processor."""
 
-    `beside` is what is held whatever the block.
+    devices: tuple[str, ...]
+    workers: int
+    block: int
+    peak_bytes: int
+    device_bytes: int
+
+
+def room(
+    jobs: Sequence[TensorJob],
+    named: tuple[str, ...],
+    workers: int | None,
+    block: int,
+    limit: int | None,
+    beside: int = 0,
+) -> Room:
+    """The workers, one a device at least, with blocks as long as the limit on the process allows.
+
+    `block` is the longest on the processor; `beside` what is held whatever the block.
 
     Raises:
         ResourceError: the limit is too little for the shortest blocks there are.
     """
+    count = max(workers or min(8, os.cpu_count() or 1), len(named))
+    if devices.kind(named[0]) == devices.PROCESSOR:
+        return Room(named, count, *_narrowed(jobs, count, block, limit, beside, working_bytes), 0)
+    found, peak = _narrowed(jobs, count, LONGER * block, limit, beside, _host_bytes)
+    each = sorted((_device_bytes(job, found) for job in jobs), reverse=True)
+    return Room(named, count, found, peak, sum(each[: -(-count // len(named))]))
+
+
+def _narrowed(
+    jobs: Sequence[TensorJob],
+    workers: int,
+    block: int,
+    limit: int | None,
+    beside: int,
+    cost: Callable[[TensorJob, int], int],
+) -> tuple[int, int]:
+    """The block length, and the peak bytes."""
     while True:
-        peak = peak_bytes(jobs, block, workers) + beside
+        needs = sorted((cost(job, block) for job in jobs), reverse=True)
+        peak = RUNTIME + max(sum(needs[:workers]), _sample_bytes(jobs)) + beside
         if limit is None or peak <= limit:
             return block, peak
         if block == RUN:
-            largest = max(jobs, key=lambda job: working_bytes(job, RUN))
+            largest = max(jobs, key=lambda job: cost(job, RUN))
             raise ResourceError(
                 f"--max-memory {limit:,} is too little: {peak:,} bytes are the least with"
                 f" {workers} worker(s)",
@@ -41,12 +80,6 @@ def narrowed(
                 hint="use fewer --workers, or allow more",
             )
         block //= 2
-
-
-def peak_bytes(jobs: Sequence[TensorJob], block: int, workers: int) -> int:
-    """Bytes at once: the runtime, and the `workers` jobs that take most, or the sample before."""
-    needs = sorted((working_bytes(job, block) for job in jobs), reverse=True)
-    return RUNTIME + max(sum(needs[:workers]), _sample_bytes(jobs))
 
 
 def _sample_bytes(jobs: Sequence[TensorJob]) -> int:
@@ -64,24 +97,74 @@ def _sample_bytes(jobs: Sequence[TensorJob]) -> int:
     return found
 
 
+@dataclass(frozen=True)
+class _Held:
+    """Bytes that one worker holds for a job, whose blocks are so long: what is read, its values and
+    temporaries, the result, counts of magnitudes, a code, a decomposition, and what is kept beside.
+    """
+
+    length: int
+    read: int
+    values: int
+    out: int
+    counted: int
+    coding: int
+    workspace: int
+    beside: int
+
+
 def working_bytes(job: TensorJob, block: int) -> int:
-    """Bytes one worker holds for a job: what is read, its values, temporaries, the result."""
+    """Bytes one worker holds for a job on the processor."""
+    each = _held(job, block)
+    worked = each.values + each.coding + each.workspace
+    return each.read + worked + each.out + each.counted + each.beside
+
+
+def _host_bytes(job: TensorJob, block: int) -> int:
+    """Bytes one worker holds on the host for a job that a device works on: pieces of the inputs and
+    results, each twice and as large as pinned memory comes; and what models are compared in."""
+    each, piece = _held(job, block), min(block, max(1, job.output.numel))
+    pieces = sum(_pinned(piece * given.spec.itemsize) for given in job.inputs)
+    compared = sum(piece * given.spec.itemsize for given in job.inputs)
+    twice = 2 * (pieces + _pinned(each.out))
+    return twice + compared + each.counted + each.coding + each.beside
+
+
+def _device_bytes(job: TensorJob, block: int) -> int:
+    """Bytes one worker holds on a device for a job."""
+    each, piece = _held(job, block), min(block, max(1, job.output.numel))
+    pieces = sum(piece * given.spec.itemsize for given in job.inputs)
+    return 2 * (pieces + each.out) + each.values + each.coding + each.workspace
+
+
+def _pinned(nbytes: int) -> int:
+    """What torch takes for that much pinned memory: the next power of two."""
+    return 1 << max(0, nbytes - 1).bit_length()
+
+
+def _held(job: TensorJob, block: int) -> _Held:
     whole = bool(job.method) and registry.get(str(job.method)).reduce is None
     length, n = block_length(block, job, whole=whole), len(job.inputs)
     if job.code is not None:  # its statistics are taken in blocks of their own
         length = max(length, min(block, job.output.numel))
     wide = 8 if any(i.spec.dtype == "F64" for i in job.inputs) else 4
-    read = sum(length * i.spec.itemsize for i in job.inputs)
     folds = 0 if whole else FOLDS[job.scope]
-    counted = HISTOGRAM * len(job.models) * folds
-    coding = _coding_bytes(job, length, wide) if job.code else 0
     workspace = _workspace(job)
     beside = 0 if workspace and job.code is None else n + 4  # what a method on blocks makes of one
-    held = wide * workspace + sum(i.held for one in (job, job.anchor) if one for i in one.inputs)
+    held = sum(i.held for one in (job, job.anchor) if one for i in one.inputs)
     if job.packing is not None:  # rows wait until all that share a scale are there
         rows = min(job.packing.block[0], math.prod(job.output.shape[:-1]))
         held += 4 * wide * rows * job.output.shape[-1]
-    return read + length * (wide * (n + beside) + job.output.itemsize) + counted + coding + held
+    return _Held(
+        length=length,
+        read=sum(length * i.spec.itemsize for i in job.inputs),
+        values=length * wide * (n + beside),
+        out=length * job.output.itemsize,
+        counted=HISTOGRAM * len(job.models) * folds,
+        coding=_coding_bytes(job, length, wide) if job.code else 0,
+        workspace=wide * workspace,
+        beside=held,
+    )
 
 
 def _workspace(job: TensorJob) -> int:

@@ -227,9 +227,8 @@ class Fit:
 
 @dataclass(frozen=True)
 class Algebra:
-    """What a merge decomposes: how many matrices, in how many decompositions, at about how many
-    floating-point operations, which shape costs most, and how many bytes lie on the disk beside the
-    output until the statistics over the model are known."""
+    """What a merge decomposes: how many matrices, how often, at about how many operations; which
+    shape costs most; how many bytes lie on the disk until the statistics are known."""
 
     matrices: int
     decompositions: int
@@ -250,7 +249,7 @@ class Plan:
     classifiers look at, copied whole; `config` is what the output's config has other than the
     donor's, `chat_template` the text of the one that takes the place of the donor's; `fit` is
     what is to be fitted first, `algebra` what is decomposed; `vocabulary` is there where rows are
-    placed by token.
+    placed by token. Workers take the `devices` in turn; `device_bytes` is the peak on each GPU.
     """
 
     name: str
@@ -263,7 +262,8 @@ class Plan:
     block: int
     peak_bytes: int
     stats: bool = True
-    device: str = "cpu"
+    devices: tuple[str, ...] = ("cpu",)
+    device_bytes: int = 0
     tied: tuple[Tied, ...] = ()
     heads: Mapping[str, Shard] = field(default_factory=dict)
     manifest: Manifest | None = None
@@ -283,6 +283,11 @@ class Plan:
     warnings: tuple[str, ...] = ()
 
     @property
+    def device(self) -> str:
+        """What a worker computes on; of several devices the first."""
+        return self.devices[0]
+
+    @property
     def specs(self) -> Mapping[str, TensorSpec]:
         """The output's tensors, in the order in which they are written."""
         return {job.output.name: job.output for job in self.jobs}
@@ -294,8 +299,7 @@ class Plan:
 
     @property
     def checkpoints(self) -> list[tuple[str, Stored]]:
-        """Every checkpoint that is read, adapters and those of nested recipes too, by model; and
-        the encoder."""
+        """Every checkpoint that is read, by model: adapters, nested ones and the encoder too."""
         found = [pair for name, source in self.sources.items() for pair in _stored(name, source)]
         return [*found, ("encoder", self.encoder)] if self.encoder else found
 
@@ -327,8 +331,7 @@ class Plan:
 
     @property
     def write_bytes(self) -> int:
-        """Bytes of the output's weight files, headers included: the exact size on disk, without a
-        copied encoder's."""
+        """The exact size on disk of the output's weight files, without a copied encoder's."""
         return sum(shard.nbytes for shard in self.files)
 
     @property
@@ -375,10 +378,9 @@ def _stored(name: str, source: Source) -> list[tuple[str, Stored]]:
         return _stored(name, source.model)
     if isinstance(source, Plan):
         return [(f"{name}-{inner}", stored) for inner, stored in source.checkpoints]
-    several = len(source.adapters) > 1
-    named = [f"{name}-adapter" + f"-{i}" * several for i in range(len(source.adapters))]
-    adapters = list(zip(named, source.adapters, strict=True))
-    return [*_stored(name, source.model), *adapters]
+    many = len(source.adapters) > 1
+    named = [(f"{name}-adapter" + f"-{i}" * many, one) for i, one in enumerate(source.adapters)]
+    return [*_stored(name, source.model), *named]
 
 
 def config_source(source: Source) -> Stored:

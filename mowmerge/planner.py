@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mowmerge import __version__, algebra, memory, slicing, vocabulary
+from mowmerge import __version__, algebra, devices, memory, slicing, vocabulary
 from mowmerge.checkpoint import chat, fp8, layers, modules, naming, source
 from mowmerge.checkpoint.placed import held_bytes
 from mowmerge.checkpoint.writer import layout, shard_of
@@ -103,9 +102,9 @@ class _Planner:
         work = algebra.algebra(jobs)
         self._warn()
         self.warnings += algebra.cautions(jobs, work)
-        workers = self.options.workers or min(8, os.cpu_count() or 1)
         parsed = tokens.parsed if tokens else 0
-        block, peak = memory.narrowed(jobs, workers, BLOCK, limit, parsed)
+        places = devices.named(self.options.device)
+        room = memory.room(jobs, places, self.options.workers, BLOCK, limit, parsed)
         plan = Plan(
             name=self.recipe.name,
             donor=donor,
@@ -113,11 +112,8 @@ class _Planner:
             sources=sources,
             jobs=tuple(jobs),
             shards=tuple(self._layout(jobs)),
-            workers=workers,
-            block=block,
-            peak_bytes=peak,
+            **vars(room),
             stats=self.options.stats,
-            device=self.options.device,
             tied=tuple(self.tied),
             heads=heads,
             surveyed=self.options.surveyed,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -17,20 +17,24 @@ class DeltaStats:
     """Running figures over the blocks of one tensor's task vectors."""
 
     def __init__(self, n: int) -> None:
-        self.n, self.numel, self.conflicts, self.kept = n, 0, 0.0, 0
+        self.n, self.numel = n, 0
+        self.conflicts: Any = 0.0
+        self.kept: Any = 0.0
         self.products: Any = torch.zeros(n, n, dtype=torch.float64)
 
     def update(self, deltas: Tensor, merged: Tensor) -> None:
         """Takes in a block: deltas [N,*B] and the merged delta [*B]."""
         flat = deltas.reshape(self.n, -1)
-        for start in range(0, flat.shape[1], RUN):
-            run = flat[:, start : start + RUN]
-            self.products += (run @ run.T).double().cpu()
+        if self.products.is_cpu and not flat.is_cpu:
+            self.products = self.products.to(flat.device)
+        for products in _products(flat):
+            self.products += products
         self.numel += flat.shape[1]
-        self.kept += int(torch.count_nonzero(merged))
+        self.kept += _number(torch.count_nonzero(merged))
         if self.n > 1:
             highest, lowest = flat.amax(0).sign_(), flat.amin(0).sign_()
-            self.conflicts += float(highest.mul_(lowest).lt_(0.0).sum(dtype=torch.float64))
+            conflicts = highest.mul_(lowest).lt_(0.0).sum(dtype=torch.float64)
+            self.conflicts += _number(conflicts)
 
     def figures(self) -> dict[str, Any]:
         """delta_norms, mean_cosine (over pairs of non-zero deltas), sign_conflict, kept_share."""
@@ -45,9 +49,32 @@ class DeltaStats:
         return {
             "delta_norms": norms,
             "mean_cosine": math.fsum(cosines) / len(cosines) if cosines else None,
-            "sign_conflict": self.conflicts / count if self.n > 1 else None,
-            "kept_share": self.kept / count,
+            "sign_conflict": float(self.conflicts) / count if self.n > 1 else None,
+            "kept_share": float(self.kept) / count,
         }
+
+
+def _number(value: Tensor) -> Any:
+    """A number; on a device it stays there, where nobody waits for it."""
+    return float(value) if value.is_cpu else value
+
+
+def _products(flat: Tensor) -> Iterator[Tensor]:
+    """Sums of inner products [N,N] over runs of 65,536 elements of [N,B], in fp64.
+
+    A processor has a run in its cache; a device is given whole runs at once, since there each call
+    costs.
+    """
+    if flat.is_cpu:
+        for start in range(0, flat.shape[1], RUN):
+            run = flat[:, start : start + RUN]
+            yield (run @ run.T).double()
+        return
+    n, count = len(flat), flat.shape[1] // RUN
+    whole, rest = flat[:, : count * RUN], flat[:, count * RUN :]
+    runs = whole.view(n, count, RUN).transpose(0, 1)
+    yield torch.bmm(runs, runs.mT).double().sum(0)
+    yield (rest @ rest.T).double()
 
 
 @dataclass
@@ -82,6 +109,11 @@ def report(
         "read_bytes": plan.read_bytes,
         "written_bytes": plan.write_bytes,
         "planned_peak_bytes": plan.peak_bytes,
+        **(
+            {"devices": list(plan.devices), "planned_device_bytes": plan.device_bytes}
+            if (plan.device_bytes)
+            else {}
+        ),
         "seconds": round(seconds, 3),
         "tensors": [
             {

@@ -6,20 +6,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TypeVar
 
+from mowmerge.devices import PROCESSOR, on_own
 from mowmerge.plan import RUN, Plan
 from mowmerge.tensors import torch
 
 T = TypeVar("T")
-PROCESSOR = "cpu"
 
 
 def fitting(plan: Plan, work: Callable[[Plan], T]) -> tuple[T, Plan]:
-    """What the work returns under the first plan that has room for it, and that plan.
+    """What the work returns under the first plan that has room for it, and that plan: of several
+    devices it has the one that is this thread's.
 
     Work that runs out of a device's memory is begun again; its result does not depend on the
     length of blocks. On the processor there is one try, and what it raises is raised.
     """
-    *narrower, last = _plans(plan)
+    *narrower, last = _plans(on_own(plan))
     for each in narrower:
         try:
             return work(each), each
@@ -39,4 +40,4 @@ def _plans(plan: Plan) -> Iterator[Plan]:
     while block > RUN:
         block = max(RUN, block // 2 // RUN * RUN)
         yield replace(plan, block=block)
-    yield replace(plan, device=PROCESSOR)
+    yield replace(plan, devices=(PROCESSOR,))

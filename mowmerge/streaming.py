@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
 from threading import Event
 from typing import Any
 
+from mowmerge import staging
 from mowmerge.blocks import block_length
-from mowmerge.buffers import Buffers, Desk, Make
+from mowmerge.buffers import Desk, Make
 from mowmerge.checkpoint import naming
 from mowmerge.checkpoint.adapter import AdaptedReader
 from mowmerge.coding import Parts
-from mowmerge.errors import CheckpointError, ResourceError
+from mowmerge.errors import CheckpointError
 from mowmerge.methods import registry
 from mowmerge.methods.contracts import Block, Draws, Fold, Once, anew
 from mowmerge.plan import Adapted, Plan, TensorJob
@@ -22,6 +23,7 @@ from mowmerge.report import DeltaStats
 from mowmerge.scratch import Scratch
 from mowmerge.tensors import DTYPES, Tensor, TensorHandle, TensorReader, torch
 
+Give = Callable[[], memoryview]
 SAMPLE_RUN = 1024  # elements in a contiguous piece of a sample
 AHEAD = 8  # blocks that are asked for while one is worked on
 
@@ -53,11 +55,11 @@ class OpenJob:
         )
         whole = job.scope == "tensor" and self.spec.reduce is None
         self._shaped = by_row or whole or job.matrix
+        self._stretch = min(self.block, plan.block)  # what is compared or copied at a time
         self._deltas = job.base is not None and self.spec.values == "deltas"
         self._parts: Parts | None = None
         self.told: dict[str, Any] = {}  # what a method says of its code
-        self._raw: tuple[int, int] | None = None  # the block whose bytes lie in the buffers
-        self._values: tuple[int, int] | None = None  # and that whose values do
+        self._values: tuple[tuple[int, int], Tensor] | None = None  # of the block that lies there
         self._handles: list[TensorHandle] = []
 
     def __enter__(self) -> OpenJob:
@@ -65,36 +67,34 @@ class OpenJob:
             for given in self.job.inputs:
                 self._handles.append(self._readers[given.model].open(given.spec.name))
             self._desk = self._seat()
-        except BaseException as error:
-            self.__exit__(type(error))
+        except BaseException:
+            self._close()
             raise
         return self
 
     def __exit__(self, kind: object = None, *exc: object) -> None:
+        self._close()
+        self._desk.way.close()
+        if kind is None and self._desk.way.lasts and len(self._desks) < self.plan.workers:
+            self._desks.append(self._desk)
+
+    def _close(self) -> None:
         while self._handles:
             self._handles.pop().close()
-        if kind is None and len(self._desks) < self.plan.workers:
-            self._desks.append(self._desk)
 
     def _seat(self) -> Desk:
         """A desk that the last job left, or a new one in its place where it is of another make."""
-        job, length = self.job, max(self.block, self._step)
+        job, block = self.job, max(self.block, self._step)
         kinds = tuple(given.spec.dtype for given in job.inputs)
-        make = Make(kinds, job.base is not None, job.output.dtype, self.plan.device, length)
+        piece = min(block, self.plan.block)
+        make = Make(kinds, job.output.dtype, self.plan.device, block, piece)
         with suppress(IndexError):  # another worker may take the last one
             left = self._desks.pop()
             if left.make == make:
+                left.way.begin()
                 return left
             del left
-        try:
-            return Desk(make)
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError):  # of a device: see `room`
-                raise
-            raise ResourceError(
-                f"not enough memory for '{job.output.name}': {error}",
-                hint="lower --max-memory or --workers",
-            ) from error
+        return Desk(make)
 
     @cached_property
     def stats(self) -> DeltaStats | None:
@@ -103,17 +103,32 @@ class OpenJob:
         watched = self.plan.stats and job.base is not None and job.output.kind == "float"
         return DeltaStats(len(job.models)) if watched else None
 
-    def blocks(self) -> Iterator[tuple[int, int]]:
+    def blocks(self, length: int | None = None) -> Iterator[tuple[int, int]]:
         """(start, stop) of each block in order, asking ahead for the next; ends a stopped run."""
-        numel = self.job.output.numel
-        for i, start in enumerate(range(0, numel, self.block)):
+        numel, block = self.job.output.numel, length or self.block
+        for i, start in enumerate(range(0, numel, block)):
             if self._stopped.is_set():
                 raise KeyboardInterrupt
-            stop = min(start + self.block, numel)
+            stop = min(start + block, numel)
             if i % AHEAD == 0 and stop < numel:
                 for handle in self._handles:
-                    handle.advise(stop, min(stop + 2 * AHEAD * self.block, numel))
+                    handle.advise(stop, min(stop + 2 * AHEAD * block, numel))
             yield start, stop
+
+    def given(self, give: Callable[[int, int], Give]) -> Iterator[tuple[int, memoryview]]:
+        """The first element and the bytes of each block, of `copied` or `merged`, in order: one is
+        given when the next, where the device does that beside, is on its way."""
+        before: tuple[int, Give] | None = None
+        for start, stop in self.blocks(self._stretch if give == self.copied else None):
+            ready = give(start, stop)
+            if not self._desk.way.behind:
+                yield start, ready()
+                continue
+            if before:
+                yield before[0], before[1]()
+            before = start, ready
+        if before:
+            yield before[0], before[1]()
 
     def identical(self) -> bool:
         """Whether the output is a copy: all that decides it has the same bytes.
@@ -128,7 +143,7 @@ class OpenJob:
                 return False
         if len(job.inputs) - self._first == 1:
             return True
-        return all(self._equal(start, stop) for start, stop in self.blocks())
+        return all(self._equal(start, stop) for start, stop in self.blocks(self._stretch))
 
     @property
     def _first(self) -> int:
@@ -138,33 +153,42 @@ class OpenJob:
         return 1 if models_only and job.output.kind == "float" else 0
 
     def _equal(self, start: int, stop: int) -> bool:
-        first, *rest = (row.view(torch.uint8) for row in self._read(start, stop).raw[self._first :])
+        first, *rest = (row.view(torch.uint8) for row in self._read(start, stop)[self._first :])
         return all(torch.equal(first, row) for row in rest)
 
-    def copied(self, start: int, stop: int) -> memoryview:
-        """The bytes of a block of a copy, in the output's dtype."""
+    def copied(self, start: int, stop: int) -> Give:
+        """A block of a copy in the output's dtype: what gives its bytes, until the next but one is
+        asked for."""
         job = self.job
         if job.output.kind == "float":
-            base, _ = self._working(start, stop, check=True)
+            base, values = self._working(start, stop, check=True)
             if self.stats and base is not None:
-                deltas = self._apart(start, stop)
+                deltas = self._apart(base, values)
                 self.stats.update(deltas, deltas[0])
-        buffers = self._read(start, stop)
-        if job.inputs[self._first].spec.dtype != job.output.dtype:
-            return self._cast(buffers.raw[self._first], start, stop)
-        return buffers.bytes[self._first]
 
-    def merged(self, start: int, stop: int) -> memoryview:
-        """The bytes of a block of the merged tensor, in the output's dtype."""
-        check = not self.spec.holds("propagates", self.job.parameters)
-        base, values = self._working(start, stop, check=check)
+        def give() -> memoryview:
+            value = self._read(start, stop)[self._first]
+            if job.inputs[self._first].spec.dtype != job.output.dtype:
+                return self._cast(value, start, stop)()
+            return staging.data(value)
+
+        return give
+
+    def merged(self, start: int, stop: int) -> Give:
+        """A block of the merged tensor in the output's dtype: what gives its bytes, until the next
+        but one is asked for."""
+        later = self._desk.way.behind and not self._shaped  # decompositions want numbers
+        unseen = not self.spec.holds("propagates", self.job.parameters)
+        base, values = self._working(start, stop, check=unseen and not later)
+        inputs = None
+        if unseen and later:
+            inputs = values.sum() if base is None else values.sum() + base.sum()
         result = self._applied(base, values, start)
         if self.stats and base is not None:
             moved = result if self._deltas else result - base
-            self.stats.update(self._apart(start, stop), moved)
-        return self._cast(
-            result.add_(base) if self._deltas and base is not None else result, start, stop
-        )
+            self.stats.update(self._apart(base, values), moved)
+        merged = result.add_(base) if self._deltas and base is not None else result
+        return self._cast(merged, start, stop, inputs)
 
     def parts(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """The base [B], and what each model adds to it at a coefficient of 1 [N,B]: a fit's terms.
@@ -208,7 +232,7 @@ class OpenJob:
         given = {"state": self.state, "rng": self._draws(0), "once": self._once}
         given = {word: value for word, value in given.items() if word in self.spec.inputs}
         shape = (len(self.job.models), *self.job.output.shape)
-        nothing = torch.zeros((), dtype=self._desk.values, device=self.plan.device).expand(shape)
+        nothing = torch.zeros((), dtype=self._desk.dtype, device=self.plan.device).expand(shape)
         found = self.spec.function(nothing, **self.job.parameters, **given, factors=self.factors)
         return found if isinstance(found, tuple) else None
 
@@ -229,7 +253,7 @@ class OpenJob:
             pair = reader.factors(given.spec.name) if origin.model == sources["base"] else None
             if pair is None:
                 return None
-            left, right = (part.to(self.plan.device, self._desk.values) for part in pair)
+            left, right = (part.to(self.plan.device, self._desk.dtype) for part in pair)
             found.append((left, right))
         return found
 
@@ -262,7 +286,7 @@ class OpenJob:
             yield (
                 job.output.name,
                 start * job.output.itemsize,
-                self._cast(made.reshape(-1), start, stop),
+                self._cast(made.reshape(-1), start, stop)(),
             )
         if self.stats and base is not None:
             deltas = values.clone() if self._deltas else values - base
@@ -304,64 +328,66 @@ class OpenJob:
     def _working(self, start: int, stop: int, *, check: bool) -> tuple[Tensor | None, Tensor]:
         """The base [B] and what the method works on, models or deltas [N,B]; they stay as they are
         from one pass to the next, so that a tensor of one block is read once."""
-        buffers = self._desk.buffers(stop - start)
-        if self._values != (start, stop):
-            self._read(start, stop).widen()
-            if self._deltas and buffers.base is not None:
-                self._subtract(buffers)
-            self._values = start, stop
-        if check and not math.isfinite(buffers.values.sum().item()):
+        if self._values is None or self._values[0] != (start, stop):
+            values = self._desk.way.fill(start, stop, self._into)
+            if self._deltas and self.job.base:
+                values[1:].sub_(values[0])
+            self._values = (start, stop), values
+        values = self._values[1]
+        if check and not math.isfinite(values.sum().item()):
             self._blame(start, stop)
             return self._working(start, stop, check=False)  # each is finite, and their sum is not
-        return buffers.base, buffers.models
+        return (values[0], values[1:]) if self.job.base else (None, values)
 
-    def _apart(self, start: int, stop: int) -> Tensor:
+    def _apart(self, base: Tensor, values: Tensor) -> Tensor:
         """The deltas [N,B] of the block that lies there, once its method is done with it."""
-        buffers = self._desk.buffers(stop - start)
-        return buffers.models if self._deltas else self._subtract(buffers)
-
-    def _subtract(self, buffers: Buffers) -> Tensor:
-        """The models minus the base, in their place."""
-        assert buffers.base is not None
+        if self._deltas:
+            return values
         self._values = None
-        if buffers.in_place:
-            self._raw = None
-        return buffers.models.sub_(buffers.base)
+        return values.sub_(base)
 
     def _blame(self, start: int, stop: int) -> None:
         """Raises for the first input with a NaN or Inf in the block, if there is one."""
-        for given, row in zip(self.job.inputs, self._read(start, stop).raw, strict=True):
-            bad = stop - start - int(torch.isfinite(row).sum())
-            if bad:
+        bad = [0] * len(self.job.inputs)
+        for first in range(start, stop, self._stretch):
+            for i, row in enumerate(self._read(first, min(first + self._stretch, stop))):
+                bad[i] += row.numel() - int(torch.isfinite(row).sum())
+        for given, found in zip(self.job.inputs, bad, strict=True):
+            if found:
                 raise CheckpointError(
-                    f"tensor '{given.spec.name}' holds NaN or Inf ({bad} in one block)",
+                    f"tensor '{given.spec.name}' holds NaN or Inf ({found} in one block)",
                     where=f"model '{given.model}'",
                     hint="the file is damaged or the training diverged: leave this model out",
                 )
 
-    def _read(self, start: int, stop: int) -> Buffers:
-        """The buffers with a block of every input in its own dtype."""
-        buffers = self._desk.buffers(stop - start)
-        if self._raw != (start, stop):
-            for handle, row in zip(self._handles, buffers.bytes, strict=True):
-                handle.read(start, stop, row)
-            self._raw, self._values = (start, stop), None
-        return buffers
+    def _read(self, start: int, stop: int) -> list[Tensor]:
+        """A block of every input on the host, in its own dtype; the values may be overwritten."""
+        self._values = None
+        return self._desk.way.raw(start, stop, self._into)
+
+    def _into(self, i: int, start: int, stop: int, out: memoryview) -> None:
+        """Reads elements of input i."""
+        self._handles[i].read(start, stop, out)
 
     def _draws(self, start: int) -> Draws:
         job = self.job
         seed = int(job.parameters.get("seed", 0))
         return Draws(seed, [i.model for i in job.models], job.output.name, start)
 
-    def _cast(self, weight: Tensor, start: int, stop: int) -> memoryview:
-        """The bytes of a result in the output's dtype; if not finite, whose fault that is."""
-        buffers = self._desk.buffers(stop - start)
-        buffers.out.copy_(weight)
-        doubt = self.job.output.dtype == "F16" or not math.isfinite(weight.sum().item())
-        if doubt and not bool(torch.isfinite(buffers.out).all()):
-            self._blame(start, stop)
-            raise CheckpointError(
-                f"the merged '{self.job.output.name}' overflows {self.job.output.dtype}",
-                hint="lower scale or the weights, or set output.dtype to a wider type",
-            )
-        return buffers.out_bytes
+    def _cast(self, weight: Tensor, start: int, stop: int, inputs: Tensor | None = None) -> Give:
+        """What gives the bytes of a result in the output's dtype, and if that is not finite, or
+        this sum of inputs is not, says whose fault it is."""
+        taken = self._desk.way.take(weight, inputs)
+
+        def give() -> memoryview:
+            out, total = taken()
+            if not math.isfinite(total):
+                self._blame(start, stop)
+                if not bool(torch.isfinite(out).all()):
+                    raise CheckpointError(
+                        f"the merged '{self.job.output.name}' overflows {self.job.output.dtype}",
+                        hint="lower scale or the weights, or set output.dtype to a wider type",
+                    )
+            return staging.data(out)
+
+        return give

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_interruptions import KILLED
-from zoo import Zoo, left
+from test_resume import Cut, cut, folder
+from zoo import Zoo, left, llama
 
-from mowmerge import api
+from mowmerge import api, updates
+from mowmerge.checkpoint.journal import Journal
 from mowmerge.checkpoint.peft import WEIGHTS
+from mowmerge.engine import Engine
 from mowmerge.errors import ResourceError
+from mowmerge.planner import Options
 
 RECIPE = {"method": "ties", "output": {"format": "adapter", "rank": 8}}
 
@@ -79,3 +84,161 @@ def test_a_kill_at_any_moment_leaves_nothing_or_a_whole_adapter(zoo: Zoo, kills:
     in_the_middle, *leftovers = ran.out.split()
     assert leftovers == []
     assert int(in_the_middle) > 0
+
+
+def merge(zoo: Zoo, content: dict[str, Any] = RECIPE, out: str = "out", **kwargs: Any) -> Any:
+    """One run; the files that it wrote, the report without what a clock says."""
+    options = Options(workers=kwargs.pop("workers", 1))
+    return folder(api.merge(zoo.recipe(content), zoo.folder / out, options=options, **kwargs).path)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The matrices that are decomposed."""
+    names: list[str] = []
+    true = updates._factors
+
+    def factors(difference: Any, name: str, cut: Any) -> Any:
+        names.append(name)
+        return true(difference, name, cut)
+
+    monkeypatch.setattr(updates, "_factors", factors)
+    return names
+
+
+@pytest.fixture
+def varied(zoo: Zoo) -> Zoo:
+    """Two experts of a small llama, with matrices, norms that are saved whole, and one of either
+    that no expert changes."""
+    models = zoo.family(llama(layers=3), 2)
+    for name in ("a", "b"):
+        same = ("model.layers.1.mlp.up_proj.weight", "model.layers.0.input_layernorm.weight")
+        models[name] |= {key: models["base"][key] for key in same}
+        zoo.save(name, models[name])
+    return zoo
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "ties": RECIPE,
+    "by energy": {"method": "dare", "output": {"format": "adapter", "energy": 0.9}},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("after", [0, 1, 9, 22, 27])
+def test_an_adapter_that_was_cut_off_is_taken_up(
+    varied: Zoo, way: str, after: int, made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = merge(varied, WAYS[way], "wanted")
+    with monkeypatch.context() as patch:
+        cut(patch, after)
+        with pytest.raises(Cut):
+            merge(varied, WAYS[way], resume=True)
+    held = Journal(varied.folder / ".out.partial")
+    held.read()
+    assert len(held.done) == after
+    made.clear()
+    moves: list[int] = []
+    assert merge(varied, WAYS[way], resume=True, begin=lambda plan: moves.append) == wanted
+    assert not set(held.done) & set(made)
+    assert left(varied.folder) == []
+    matrices = [shape for shape in llama(layers=3).values() if len(shape) == 2]
+    assert sum(moves) == 4 * sum(rows * columns for rows, columns in matrices)
+
+
+def test_a_statistic_and_what_is_no_matrix_are_not_found_again(
+    varied: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = merge(varied, out="wanted")
+    with monkeypatch.context() as patch:
+        cut(patch, 1)
+        with pytest.raises(Cut):
+            merge(varied, resume=True)
+
+    def again(*args: Any) -> None:
+        raise AssertionError("the journal has it")
+
+    monkeypatch.setattr(Engine, "_settle_group", again)
+    monkeypatch.setattr(updates, "rest", again)
+    assert merge(varied, resume=True) == wanted
+
+
+def test_another_rank_is_another_adapter(varied: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        cut(patch, 3)
+        with pytest.raises(Cut):
+            merge(varied, resume=True)
+    with pytest.raises(ResourceError, match=r"3 tensor\(s\) were done"):
+        merge(varied)
+    other = {**RECIPE, "output": {"format": "adapter", "rank": 7}}
+    with pytest.raises(ResourceError, match="output.rank was 8, is 7"):
+        merge(varied, other, resume=True)
+    assert merge(varied, other, force=True) == merge(varied, other, "wanted")
+
+
+def test_a_journal_without_its_file_counts_for_nothing(
+    varied: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = merge(varied, out="wanted")
+    for spoil in (lambda file: file.unlink(), lambda file: os.truncate(file, 20_000)):
+        with monkeypatch.context() as patch:
+            cut(patch, 9)
+            with pytest.raises(Cut):
+                merge(varied, resume=True)
+        spoil(varied.folder / ".out.partial/checkpoint" / WEIGHTS)
+        assert merge(varied, resume=True) == wanted
+        shutil.rmtree(varied.folder / "out")
+
+
+TAKEN_UP = """
+import random, shutil, sys
+from functools import partial
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from killing import killed, steps
+from test_resume import folder
+from mowmerge import merge, updates
+from mowmerge.checkpoint.journal import Journal
+from mowmerge.planner import Options
+from mowmerge.tensors import torch
+torch.set_num_threads(1)
+true, draws, repeated, early = updates._factors, random.Random(5), 0, 0
+
+def noted(difference, name, cut):
+    with open("log", "a") as log:
+        log.write(name + "\\n")
+    return true(difference, name, cut)
+
+def run(out="out"):
+    updates._factors = noted
+    merge("recipe.yaml", out, options=Options(workers=2), resume=True)
+
+wanted = folder(merge("recipe.yaml", "wanted", options=Options(workers=2)).path)
+last = steps(partial(run, "counted"))
+for i in range(int(sys.argv[1])):
+    held = Journal(Path(".out.partial"))
+    held.read()
+    Path("log").write_text("")
+    killed(run, draws.randrange(last))
+    repeated += len(set(held.done) & set(Path("log").read_text().split()))
+    early += bool(held.done)
+    if Path("out").exists():
+        if folder(Path("out")) != wanted:
+            sys.exit(f"killed run {i} left something else")
+        shutil.rmtree("out")
+if killed(run, -1) or folder(Path("out")) != wanted:
+    sys.exit("the run after the kills is another")
+print(repeated, early, *(p.name for p in Path().glob(".*")))
+"""
+
+
+@pytest.mark.parametrize("kills", [8, pytest.param(60, marks=pytest.mark.slow)])
+def test_kills_at_any_moment_cost_no_finished_matrix(zoo: Zoo, kills: int) -> None:
+    zoo.family(llama(layers=2, hidden=64), 2)
+    zoo.recipe(RECIPE)
+    ran = zoo.python(TAKEN_UP, kills, Path(__file__).parent)
+    assert ran.rc == 0, ran.err
+    repeated, early, *leftovers = ran.out.split()
+    assert int(repeated) == 0
+    assert leftovers == []
+    assert int(early) > kills / 4

@@ -54,7 +54,7 @@ def test_jobs_of_one_make_sit_at_one_desk(family: Zoo, monkeypatch: pytest.Monke
     true = Desk.__init__
 
     def init(self: Desk, make: Any) -> None:
-        made.append(make.length)
+        made.append(make.block)
         true(self, make)
 
     monkeypatch.setattr(Desk, "__init__", init)

@@ -16,7 +16,7 @@ from zoo import Zoo
 from mowmerge import api
 from mowmerge.checkpoint import lowrank
 from mowmerge.checkpoint.peft import WEIGHTS
-from mowmerge.errors import CheckpointError, RecipeError
+from mowmerge.errors import CheckpointError
 from mowmerge.recipe.text import read
 
 
@@ -133,8 +133,3 @@ def test_the_distance_of_products_is_that_of_the_matrices() -> None:
     assert lowrank.distance([b, a], [c, d]) == pytest.approx(float(want), rel=1e-12)
     assert lowrank.distance([b, a], [-b, -a]) <= 1e-7
     assert lowrank.distance([b, a], [0 * c, d]) == float("inf")
-
-
-def test_an_adapter_is_not_taken_up(family: Zoo) -> None:
-    with pytest.raises(RecipeError, match="--resume and ranks are for checkpoints"):
-        api.merge(recipe(family), family.folder / "out", resume=True)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from zoo import Zoo, raw
 
-from mowmerge.buffers import Desk
+from mowmerge.buffers import Pools
 from mowmerge.errors import ResourceError
 from mowmerge.plan import RUN
 
@@ -25,15 +25,15 @@ def limited(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
     """Refuses more elements at once than that on the device; tells what was asked for in vain."""
 
     def limit(most: int) -> list[int]:
-        true, refused = Desk.memory, list[int]()
+        true, refused = Pools.__call__, list[int]()
 
-        def memory(self: Desk, name: str, length: int, *args: Any) -> Any:
-            if self.make.device == DEVICE and length > most and name == "values":
+        def memory(self: Pools, name: str, length: int, *args: Any) -> Any:
+            if self.device == DEVICE and length > most and name == "values":
                 refused.append(length)
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
             return true(self, name, length, *args)
 
-        monkeypatch.setattr(Desk, "memory", memory)
+        monkeypatch.setattr(Pools, "__call__", memory)
         return refused
 
     return limit
@@ -73,9 +73,9 @@ def test_the_processor_takes_over_and_the_report_says_so(
 
 
 def test_the_processor_has_nobody_behind_it(large: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
-    def memory(self: Desk, name: str, *args: Any) -> Any:
+    def memory(self: Pools, name: str, *args: Any) -> Any:
         raise ResourceError("not enough memory")
 
-    monkeypatch.setattr(Desk, "memory", memory)
+    monkeypatch.setattr(Pools, "__call__", memory)
     with pytest.raises(ResourceError, match="not enough memory"):
         large.merge({"method": "linear"})

@@ -22,16 +22,21 @@ class Appender:
     """A safetensors file whose tensors' shapes are known as they come: data first, then a header
     in the room that was kept for it."""
 
-    def __init__(self, file: Path, names: Sequence[str], metadata: Mapping[str, str]) -> None:
-        """`names`: all that may come; others may not, and some may not come."""
+    def __init__(
+        self, file: Path, names: Sequence[str], metadata: Mapping[str, str],
+        done: Sequence[TensorSpec] = (),
+    ) -> None:  # fmt: skip
+        """`names`: all that may come; others may not, and some may not come. `done`: what is there
+        already, in order; what lies behind it is cut off."""
         self._file, self._metadata = file, dict(metadata)
         self._room = room(names)
-        self.specs: dict[str, TensorSpec] = {}
-        self._end = 0
+        self.specs = {spec.name: spec for spec in done}
+        self._end = sum(spec.nbytes for spec in done)
 
     def __enter__(self) -> Appender:
         try:
-            self._fd = os.open(self._file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+            self._fd = os.open(self._file, os.O_WRONLY | os.O_CREAT, 0o666)
+            os.ftruncate(self._fd, 8 + self._room + self._end if self.specs else 0)
         except OSError as error:
             raise denied(error, self._file) from error
         return self

@@ -221,6 +221,18 @@ class Staging:
         if self._key and not self.ranks.first:
             self.journal.join(key, done, facts, [self.path / shard.file for shard in shards])
 
+    def begin(self, name: str, nbytes: int) -> None:
+        """Begins the journal of a file that grows as it is written. What is done counts for nothing
+        where `nbytes` of it are not there."""
+        file = self.path / name
+        if nbytes and not (file.is_file() and file.stat().st_size >= nbytes):
+            self.journal.forget()
+        try:
+            file.touch()
+        except OSError as error:
+            raise denied(error, file) from error
+        self.journal.begin(self._key, [file])
+
     def _allocate(self, shards: Sequence[Shard]) -> None:
         if self.journal.holds and all(self._stands(shard) for shard in shards):
             lacking: Sequence[Shard] = ()

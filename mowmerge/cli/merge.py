@@ -49,7 +49,9 @@ def merge(
         float, typer.Option(min=0.01, help="Under torchrun: minutes a rank waits for another.")
     ] = 60.0,
     max_memory: Annotated[str | None, typer.Option(help="Peak memory, such as 2GB.")] = None,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Where to compute: cpu, cuda (every GPU), cuda:1, cuda:0,cuda:1.")
+    ] = "cpu",
     stats: Annotated[
         bool, typer.Option("--stats/--no-stats", help="Measure task vectors for report.json.")
     ] = True,

@@ -77,10 +77,12 @@ def show_plan(plan: Plan, *, as_json: bool) -> None:
         rows += _part_rows(job)
     print(table(rows))
     bound = "at most " if plan.undecided else ""
+    there = f", {size(plan.device_bytes)} on each of {', '.join(plan.devices)}"
     print(
         f"\n{len(plan.jobs)} tensors in {len(plan.shards)} file(s);{_dynamic_totals(plan)}"
         f" read {size(plan.read_bytes)}, write {bound}{size(plan.write_bytes)},"
         f" peak memory {size(plan.peak_bytes)} with {plan.workers} worker(s)"
+        f"{there if plan.device_bytes else ''}"
     )
     if plan.vocabulary:
         _show_vocabulary(plan.vocabulary)
@@ -143,6 +145,8 @@ def plan_object(plan: Plan) -> dict[str, Any]:
         "read_bytes": plan.read_bytes,
         "write_bytes": plan.write_bytes,
         "peak_bytes": plan.peak_bytes,
+        "devices": list(plan.devices),
+        "device_bytes": plan.device_bytes,
         "workers": plan.workers,
         "block": plan.block,
         "config": dict(plan.config),

@@ -182,7 +182,7 @@ class Merged:
         with self._engine.open(job) as opened:
             give, size = self._engine.settled(opened), job.output.itemsize
             for start, stop in opened.blocks():
-                data.data[start * size : stop * size] = give(start, stop)
+                data.data[start * size : stop * size] = give(start, stop)()
         return (value.float() if job.output.kind == "float" else value).to(self._engine.plan.device)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mowmerge.methods.contracts import Block, Reduction
-from mowmerge.tensors import Tensor
+from mowmerge.tensors import Tensor, torch
 
 SAMPLE_SHARE = 1 / 1024  # of a tensor or model; SAMPLE_LEAST elements of a small one
 SAMPLE_LEAST, SAMPLE_MOST = 65_536, 4 << 20
@@ -183,7 +183,8 @@ class _Count:
     def observe(self, block: Block) -> None:
         for tally, value in zip(self.tallies, self.of(block), strict=True):
             if tally:
-                tally.observe(self.order.codes(value.cpu().numpy().ravel()))
+                near = value if value.device.type == "cpu" else tally.near(value)
+                tally.observe(self.order.codes(near.cpu().numpy().ravel()))
 
     def merge(self, other: _Count) -> None:
         for mine, theirs in zip(self.tallies, other.tallies, strict=True):
@@ -209,11 +210,22 @@ class _Tally:
         low, high = self.low, self.high = span.low, span.high
         self.peak, self.above = span.peak, 0
         self.shift = max(0, (high - low).bit_length() - BIN_BITS)
-        self.top = order.top
+        self.top, self.signed = order.top, order.signed
+        self.ends = order.number(low), order.number(high)
+        self.kind = torch.float64 if order.itemsize == 8 else torch.float32
         bins, kind = ((high - low) >> self.shift) + 1, f"u{order.itemsize}"
         self.bins = np.zeros(bins, np.int64)
         self.least = np.full(bins if self.shift else 0, np.iinfo(kind).max, kind)
         self.most = np.zeros(bins if self.shift else 0, kind)
+
+    def near(self, value: Tensor) -> Tensor:
+        """Those of a device's numbers that may lie in the span; counts there which lie above it.
+        A NaN, or a span that ends in one, decides nothing: then the codes do."""
+        wide = value.to(self.kind)
+        size, (least, most) = wide if self.signed else wide.abs(), self.ends
+        above = size > most
+        self.above += int(above.sum())
+        return value[above.logical_or_(size < least).logical_not_()]
 
     def observe(self, codes: Any) -> None:
         import numpy as np
