@@ -61,7 +61,11 @@ def evaluate(
     asked = options or Options()
     here = _processes(asked.device)
     if not recipe.tasks:
-        raise RecipeError("the recipe has no tasks", where=recipe.file, hint="see docs/recipe.md")
+        raise RecipeError(
+            "the recipe has no tasks",
+            where=recipe.file,
+            hint="add tasks: to it, or name a file of them: --tasks",
+        )
     jobs = [_job(recipe, name) for name in recipe.tasks]
     found = models.entries(merged, recipe, jobs, against)
     blank: crossed.Blank = {}

@@ -86,7 +86,7 @@ def test_the_checkpoint_comes_nearer_to_its_experts_and_stays_there(
     report = api.train_router(out, recipe, QUICK).report
     assert report["scales"] == 3 * len(factors) and report["routers"] == {}
     changed = {n for n in before if (out / n).read_bytes() != before[n]}
-    assert changed == {"router.safetensors", "report.json", "SHA256SUMS"}
+    assert changed == {"router.safetensors", "report.json", "SHA256SUMS", "README.md"}
     assert not api.verify(out).problems
     learned = load_file(out / "router.safetensors")
     assert set(learned) == factors and all(v.dtype == torch.float32 for v in learned.values())
