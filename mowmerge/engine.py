@@ -181,6 +181,18 @@ class Engine:
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+            self._rest()
+
+    def _rest(self) -> None:
+        """Keeps no file open, nor memory, until there is work again."""
+        self._desks.clear()
+        for reader in self._shared.values():
+            of_adapters = reader.adapters if isinstance(reader, AdaptedReader) else ()
+            for stored in (reader, *of_adapters):
+                if isinstance(stored, StoredReader):
+                    stored.rest()
+        for engine in self._nested:
+            engine._rest()
 
     def open(self, job: TensorJob, plan: Plan | None = None) -> OpenJob:
         """The job with its inputs open, for one thread; a context manager. `plan`: this one with

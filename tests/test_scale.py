@@ -37,14 +37,14 @@ def test_inputs_are_read_as_often_as_the_table_says(
     zoo.family({"model.layers.0.mlp.up_proj.weight": (4000, 2000)}, 3, dtype=torch.bfloat16)
     recipe = zoo.recipe({"method": method, "models": {n: f"./{n}" for n in "abc"},
                          "base": "./base" if method == "ties" else None})  # fmt: skip
-    counted, real = [0], reader._read_at
+    counted, real = [0], reader._File.read
 
-    def read(file: Any, out: memoryview, offset: int) -> int:
-        got = real(file, out, offset)
+    def read(self: reader._File, out: memoryview, offset: int) -> int:
+        got = real(self, out, offset)
         counted[0] += got
         return got
 
-    monkeypatch.setattr(reader, "_read_at", read)
+    monkeypatch.setattr(reader._File, "read", read)
     options = Options(workers=1, stats=False)
     done = api.merge(recipe, zoo.folder / "out", options=options, hashes=False)
     passes = counted[0] / done.report["read_bytes"]

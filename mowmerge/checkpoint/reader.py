@@ -44,6 +44,10 @@ class StoredReader:
             return fp8.scaled(self._handle(location), location.spec, scale, numbers)
         return self._handle(location)
 
+    def rest(self) -> None:
+        """Keeps no file open for a next handle."""
+        self._last = None
+
     def _handle(self, location: Location) -> _FileHandle:
         file = self._last
         if file is None or file.name != location.file:
