@@ -60,3 +60,12 @@ class Pools:
                     hint="lower --max-memory or --workers",
                 ) from error
         return self._held[name][:length]
+
+
+def keep_freed_memory() -> None:
+    """Lets the allocator reuse what blocks free instead of giving it back to the system.
+
+    glibc raises its thresholds for that to the size of the largest mapped piece it sees freed, up
+    to 32 MiB; without this every temporary of every block costs page faults again.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)

@@ -17,7 +17,7 @@ from threading import Event, Lock
 from typing import Any, Protocol
 
 from mowmerge import devices
-from mowmerge.buffers import Desk
+from mowmerge.buffers import Desk, keep_freed_memory
 from mowmerge.checkpoint import naming
 from mowmerge.checkpoint.adapter import AdaptedReader
 from mowmerge.checkpoint.journal import Journal
@@ -110,7 +110,7 @@ class Engine:
         reports = {name: TensorReport(**entry) for name, entry in held.items()}
         mine = share(self.plan, held, self.ranks)
         largest_first = sorted(mine.jobs, key=lambda job: -job.read_bytes)
-        _keep_freed_memory()
+        keep_freed_memory()
 
         def write(job: TensorJob) -> TensorReport:
             self.ranks.check()
@@ -195,8 +195,7 @@ class Engine:
             engine._rest()
 
     def open(self, job: TensorJob, plan: Plan | None = None) -> OpenJob:
-        """The job with its inputs open, for one thread; a context manager. `plan`: this one with
-        other blocks, or another device."""
+        """The job with its inputs open, for one thread; under a plan with other blocks or device."""
         mine = plan or devices.on_own(self.plan)
         return OpenJob(mine, job, self.readers, self.stopped, self._desks, scratch=self.scratch)
 
@@ -351,15 +350,6 @@ def one_thread_each() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _keep_freed_memory() -> None:
-    """Lets the allocator reuse what blocks free instead of giving it back to the system.
-
-    glibc raises its thresholds for that to the size of the largest mapped piece it sees freed, up
-    to 32 MiB; without this every temporary of every block costs page faults again.
-    """
-    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 class MergedReader:
