@@ -195,7 +195,7 @@ class Engine:
             engine._rest()
 
     def open(self, job: TensorJob, plan: Plan | None = None) -> OpenJob:
-        """The job with its inputs open, for one thread; under a plan with other blocks or device."""
+        """The job with its inputs open, for one thread; under a plan of other blocks or device."""
         mine = plan or devices.on_own(self.plan)
         return OpenJob(mine, job, self.readers, self.stopped, self._desks, scratch=self.scratch)
 
