@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from zoo import Zoo
+from zoo import Zoo, load
 
 from mowmerge import api
 from mowmerge.buffers import Desk
@@ -60,6 +60,16 @@ def test_jobs_of_one_make_sit_at_one_desk(family: Zoo, monkeypatch: pytest.Monke
     monkeypatch.setattr(Desk, "__init__", init)
     family.merge(TIES, workers=1)
     assert made == [4 * RUN, 1200]
+
+
+def test_a_desk_has_nothing_of_the_last_job(family: Zoo) -> None:
+    """Two tensors of one shape: the block that lies there is the first one's."""
+    inputs = {name: load(family.folder / name) for name in "abc"}
+    recipe = {"method": "linear", "output": {"dtype": "float32"}}
+    merged, _ = family.merge(recipe, workers=1)
+    for name in ("one.weight", "two.weight"):
+        mean = torch.stack([inputs[m][name].float() for m in "abc"]).mean(0)
+        assert torch.allclose(merged[name], mean, atol=1e-6)
 
 
 def test_no_desk_is_left_by_a_job_that_failed_nor_more_than_there_are_workers(family: Zoo) -> None:
