@@ -274,15 +274,13 @@ class Draws:
         """
         import numpy as np
 
-        mask = torch.empty_like(probability, device="cpu")
-        for i, chance in enumerate(probability.cpu()):
-            shares = np.ldexp(chance.numpy().ravel(), 16)
-            limits = shares.astype(np.uint32)
-            words = self._words(i, self.start, limits.size)
-            kept = words < limits
-            for at in np.flatnonzero(words == limits):
-                kept[at] = self._rest(i, at) < round((shares[at] - limits[at]) * 2**16)
-            mask[i] = torch.from_numpy(kept).view(chance.shape)
+        mask = probability.cpu().contiguous() * 2.0**16
+        for i, shares in enumerate(mask.view(len(mask), -1).numpy()):
+            over = np.subtract(shares, self._words(i, self.start, shares.size), out=shares)
+            kept = over >= 1
+            for at in np.flatnonzero(kept != (over >= 0)):  # the word is the whole part of its share
+                kept[at] = self._rest(i, at) < round(over[at] * 2**16)
+            np.copyto(over, kept)
         return mask.to(probability.device)
 
     def ahead(self, count: int) -> Draws:

@@ -96,6 +96,16 @@ def test_keep_each_keeps_by_its_own_probability() -> None:
     assert 0.4 < (kept[0] == kept[1]).float().mean() < 0.9  # and not the same for another model
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_probabilities_keep_what_one_density_keeps(dtype: torch.dtype) -> None:
+    draws, chance = Draws(3, ("a", "b"), "w", 5), torch.full((2, 600_000), 0.30001, dtype=dtype)
+    density = [chance[0, 0].item()] * 2
+    assert torch.equal(draws.keep_each(chance), draws.keep(density, chance))
+    over = 0.30001 * 2**16 % 1  # a word that meets its limit is kept with what is left of it
+    met = draws.keep([density[0] - over / 2**16] * 2, chance) != draws.keep_each(chance)
+    assert 0 < int(met.sum()) < 40
+
+
 # --- kth_largest
 
 

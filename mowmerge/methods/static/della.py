@@ -29,7 +29,7 @@ def _order(size: Tensor) -> Tensor:
     """
     if size.dtype != torch.float32 or size.device.type != "cpu":
         return size.sort(dim=-1, stable=True).indices
-    codes = size.view(torch.int32).long() << 32
+    codes = size.view(torch.int32).long().bitwise_left_shift_(32)
     codes |= torch.arange(size.shape[-1])
     codes.numpy().sort(axis=-1)
     return codes.bitwise_and_(0xFFFFFFFF)
