@@ -153,8 +153,9 @@ class OpenJob:
         return 1 if models_only and job.output.kind == "float" else 0
 
     def _equal(self, start: int, stop: int) -> bool:
-        first, *rest = (row.view(torch.uint8) for row in self._read(start, stop)[self._first :])
-        return all(torch.equal(first, row) for row in rest)
+        first, *rest = self._read(start, stop)[self._first :]
+        bits = first.view(torch.uint8)
+        return all(torch.equal(bits, row.view(torch.uint8)) for row in rest)
 
     def copied(self, start: int, stop: int) -> Give:
         """A block of a copy in the output's dtype: what gives its bytes, until the next but one is

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Protocol, TypeVar, Union
 
 from mowmerge.dynamic.format import Code, Gate, Router
-from mowmerge.plan import run_length
+from mowmerge.plan import RUN, run_length
 from mowmerge.tensors import Tensor, torch
 
 T = TypeVar("T")
@@ -189,6 +189,11 @@ class Extent:
     def numel(self) -> int:
         """Its number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def undivided(self) -> bool:
+        """Whether it lies in one block, however long blocks are."""
+        return self.numel <= RUN
 
 
 class Fold(Protocol):

@@ -316,6 +316,8 @@ def test_elect_sign_by_hand(elect: Any, power: Sequence[float], votes: list[int]
     for zero in (0.0, 1.0, -1.0):
         sign = ops.elect_sign([v.clone() for v in values], elect, zero, power)
         assert sign.tolist() == [float(v) or zero for v in votes]
+    most = ops.elect_sign([v.clone() for v in values], elect, None, power)
+    assert most.tolist() == [float(v) or (1.0 if sum(votes) > 0 else -1.0) for v in votes]
     again = ops.elect_sign(values[::-1], elect, 0.0, power[::-1])
     assert again.tolist() == [float(v) for v in votes]
 

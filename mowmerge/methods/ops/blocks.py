@@ -61,16 +61,23 @@ def keep_above(value: Tensor, threshold: float) -> Tensor:
         return value.clone()
     if math.isinf(threshold):
         return value - value  # what is not finite stays so
+    return torch.hardshrink(value, _below(threshold, value.element_size()))
+
+
+@functools.lru_cache(64)
+def _below(threshold: float, itemsize: int) -> float:
+    """The next number towards 0 in floats of that many bytes."""
     import numpy as np
 
-    kind = np.dtype(f"f{value.element_size()}").type
-    return torch.nn.functional.hardshrink(value, float(np.nextafter(kind(threshold), kind(0))))
+    kind = np.dtype(f"f{itemsize}").type
+    return float(np.nextafter(kind(threshold), kind(0)))
 
 
 def elect_sign(
-    values: Sequence[Tensor], elect: Elect, zero: float, power: Sequence[float] = ()
+    values: Sequence[Tensor], elect: Elect, zero: float | None, power: Sequence[float] = ()
 ) -> Tensor:
-    """The elected sign of each entry: +1 or -1, or `zero` where the vote is even.
+    """The elected sign of each entry: +1 or -1, or `zero` where the vote is even; None: the sign
+    that most of these entries elect, or -1.
 
     mass: sgn(sum_i v_i). count: sgn(sum_i sgn v_i). normfrac: the sign of the entry with the
     largest v_i^2 / power[i], several of them voting by number. normmass: sgn(sum_i sgn(v_i) *
@@ -89,6 +96,8 @@ def elect_sign(
         vote = (torch.stack(wide).sign_() * share).sum(0).sign_().to(values[0].dtype)
     else:
         vote = added(values)
+    if zero is None:
+        zero = 1.0 if vote.sign().sum().item() > 0 else -1.0
     if zero == 0.0:
         return vote.sign_()
     positive = vote.ge_(0.0) if zero > 0 else vote.gt_(0.0)

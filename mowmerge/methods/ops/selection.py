@@ -138,7 +138,8 @@ class _Sample:
     def _codes(self, i: int) -> Any:
         import numpy as np
 
-        return self.order.codes(np.concatenate([np.zeros(0, "f4"), *self.kept[i]]))
+        kept = self.kept[i] or [np.zeros(0, "f4")]
+        return self.order.codes(kept[0] if len(kept) == 1 else np.concatenate(kept))
 
     def largest(self, i: int, rank: int) -> float:
         """The rank-th largest of the numbers kept."""

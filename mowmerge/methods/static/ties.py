@@ -30,7 +30,7 @@ class State:
     threshold: Sequence[float]
     factor: Sequence[float]
     power: Sequence[float] = ()
-    majority: float = 1.0
+    majority: float | None = None  # that of the block
 
 
 def _trimmed(deltas: Tensor, state: State, weight: Any) -> list[Tensor]:
@@ -41,7 +41,8 @@ def _trimmed(deltas: Tensor, state: State, weight: Any) -> list[Tensor]:
 
 
 def _statistics(extents: Sequence[Extent]) -> Reduction:
-    """Thresholds, then what the options ask for: L1 factors, squared norms, the majority sign."""
+    """Thresholds, then what the options ask for: L1 factors, squared norms, the majority sign,
+    unless all entries meet in one block."""
     p = extents[0].parameters
     density, total = p["density"], sum(e.numel for e in extents)
     for word in ("density", "elect", "zero_sign", "rescale"):
@@ -60,7 +61,7 @@ def _statistics(extents: Sequence[Extent]) -> Reduction:
     if p["elect"] in ("normfrac", "normmass"):
         squares = yield Sum(lambda b: torch.stack([v.double().square().sum() for v in kept(b)]))
         state.power = squares.total.tolist()
-    if p["zero_sign"] == "majority":
+    if p["zero_sign"] == "majority" and (p["trim"] == "global" or not extents[0].undivided):
         state.majority = yield from majority(kept, p["elect"], state.power)
     return state
 
