@@ -283,7 +283,7 @@ class Draws:
         for i, shares in enumerate(mask.view(len(mask), -1).numpy()):
             over = np.subtract(shares, self._words(i, self.start, shares.size), out=shares)
             kept = over >= 1
-            for at in np.flatnonzero(kept != (over >= 0)):  # the word is the whole part of its share
+            for at in np.flatnonzero(kept != (over >= 0)):  # words that meet their limit
                 kept[at] = self._rest(i, at) < round(over[at] * 2**16)
             np.copyto(over, kept)
         return mask.to(probability.device)
