@@ -142,7 +142,7 @@ class MethodSpec:
             return scope, False
         table = role in ("embedding", "head") and not parameters["vocabulary"]
         matrix = len(shape) == 2 and not table
-        return scope if matrix or scope == "model" else "element", matrix
+        return scope if matrix or self.reduce else "element", matrix
 
     def holds(self, law: str, parameters: Mapping[str, Any]) -> bool:
         """Whether the method keeps a declared law with these parameters."""
