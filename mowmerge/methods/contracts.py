@@ -180,12 +180,13 @@ class Block:
 @dataclass(frozen=True)
 class Extent:
     """A tensor that a reduction will run over: its shape, its parameters, how a dynamic method
-    codes it, and its role."""
+    codes it, its role, and whether a method on matrices gets it whole."""
 
     shape: tuple[int, ...]
     parameters: Mapping[str, Any]
     codec: str = ""
     role: str = ""
+    matrix: bool = False
 
     @property
     def numel(self) -> int:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from mowmerge.methods.contracts import Block, Extent, PerModel, Range, Reduction, Unit
+from mowmerge.methods.contracts import Extent, PerModel, Range, Reduction, Unit
 from mowmerge.methods.ops import Sum, elect_sign, settle, spread, weighted_sum
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
@@ -39,15 +39,11 @@ def _trimmed(rows: Tensor, density: float) -> Tensor:
 
 
 def _balance(extents: Sequence[Extent]) -> Reduction:
-    """The sign that most entries of what is no matrix elect."""
-    if not extents[0].parameters["elect"]:
+    """The sign that most entries of what is no matrix elect; a matrix has that of coordinates."""
+    (extent,) = extents
+    if extent.matrix or not extent.parameters["elect"]:
         return 0.0
-
-    def votes(block: Block) -> Tensor:
-        none = block.values.new_zeros(())  # a matrix has its own, of coordinates
-        return none if block.matrix else elect_sign(list(block.values), "mass", 0.0).sum()
-
-    balance = yield Sum(votes, exact=True)
+    balance = yield Sum(lambda b: elect_sign(list(b.values), "mass", 0.0).sum(), exact=True)
     total = float(balance.total)
     return math.copysign(1.0, total) if total else 0.0
 
