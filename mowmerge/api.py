@@ -200,6 +200,7 @@ def soup(
     scores: str | Path | None = None,
     equal: bool = False,
     most: int | None = None,
+    patience: int | None = None,
     overrides: Sequence[str] = (),
     options: Scoring | None = None,
     hashes: bool = True,
@@ -209,8 +210,7 @@ def soup(
     """Merges the greedy soup of a recipe's models into `out`, and says how it was found.
 
     Models are averaged, tried on the select splits of the recipe's tasks, and join while the score
-    rises; `scores` is a file with what is known already. All that was tried goes to OUT-soup.json,
-    which is such a file. `equal`, `most`: see `mowmerge.soup.choose`.
+    rises (`mowmerge.soup.choose`). OUT-soup.json has all that was tried; `scores` is such a file.
 
     Raises:
         RecipeError: no plain average, no tasks to choose by, or scores of other models.
@@ -229,7 +229,7 @@ def soup(
         lambda folder, asked: scoring.evaluate(folder, asked, against=(), options=options),
         target.resolve().parent, tell,
     )  # fmt: skip
-    found, chosen = soups.find(parsed, kitchen, equal=equal, most=most)
+    found, chosen = soups.find(parsed, kitchen, equal=equal, most=most, patience=patience)
     result = merge(chosen, target, hashes=hashes, force=force)
     result.path.with_name(f"{result.path.name}-soup.json").write_text(found.text(), "utf-8")
     return result, found

@@ -279,9 +279,9 @@ class Engine:
                     self._states[job.group] = self._settle_group(job.group, None)
             opened.state = self._states[job.group]
         elif job.scope in ("row", "tensor") and opened.spec.reduce and job.output.numel:
-            numel, codec = job.output.numel, job.code.codec if job.code else ""
-            role = naming.role(job.output.name)
-            rounds = opened.spec.reduce([Extent(job.output.shape, job.parameters, codec, role)])
+            codec, role = job.code.codec if job.code else "", naming.role(job.output.name)
+            extent = Extent(job.output.shape, job.parameters, codec, role, job.matrix)
+            rounds, numel = opened.spec.reduce([extent]), job.output.numel
             opened.state = driven(rounds, lambda fold: opened.observe(fold.fresh(), 0, numel))
 
     def prepare(self, journal: Journal) -> None:

@@ -76,8 +76,10 @@ def reduced(
         told = ranks.each(lambda: gathered(fold))
         return _merged(fold, (with_seen(fold, one) for each in told for one in each))
 
+    roles = [naming.role(job.output.name) for job in jobs]
     extents = [
-        Extent(job.output.shape, job.parameters, role=naming.role(job.output.name)) for job in jobs
+        Extent(job.output.shape, job.parameters, role=role, matrix=job.matrix)
+        for job, role in zip(jobs, roles, strict=True)
     ]
     return driven(reduce(extents), fill)
 

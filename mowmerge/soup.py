@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from math import fsum, isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from mowmerge.errors import RecipeError, ResourceError, did_you_mean
 from mowmerge.evals.figures import LOWER_IS_BETTER
@@ -36,7 +37,12 @@ class Soup:
 
 
 def choose(
-    models: Sequence[str], score: Score, *, equal: bool = False, most: int | None = None
+    models: Sequence[str],
+    score: Score,
+    *,
+    equal: bool = False,
+    most: int | None = None,
+    patience: int | None = None,
 ) -> Soup:
     """The greedy soup of `models`, of which `score` says what their uniform average is worth.
 
@@ -49,6 +55,7 @@ def choose(
         score: of the average of these; higher is better.
         equal: a model also joins where the score stays the same.
         most: ingredients at most, if that is limited.
+        patience: the search ends when so many in a row did not join, if it ends before the last.
 
     Source: Model Soups, arXiv:2203.05482, recipe 1; reference code main.py.
     Differs: as the code a model joins where the score is higher; the paper's "at least as high" is
@@ -56,14 +63,16 @@ def choose(
     """
     scores = {name: score([name]) for name in models}
     first, *others = sorted(models, key=lambda name: -scores[name])
-    chosen, best = [first], scores[first]
+    chosen, best, missed = [first], scores[first], 0
     for name in others:
-        if len(chosen) == most:
+        if len(chosen) == most or missed == patience:
             break
         tried = [*chosen, name]
         value = scores[JOIN.join(tried)] = score(tried)
         if value > best or (equal and value == best):
-            chosen, best = tried, value
+            chosen, best, missed = tried, value, 0
+        else:
+            missed += 1
     return Soup(chosen, scores)
 
 
@@ -191,11 +200,9 @@ class Kitchen:
         return value
 
 
-def find(
-    recipe: Recipe, kitchen: Kitchen, *, equal: bool = False, most: int | None = None
-) -> tuple[Soup, Recipe]:
-    """The greedy soup of a recipe's models, and the recipe that makes it."""
-    found = choose(list(recipe.models), kitchen.score, equal=equal, most=most)
+def find(recipe: Recipe, kitchen: Kitchen, **how: Any) -> tuple[Soup, Recipe]:
+    """The greedy soup of a recipe's models, and the recipe that makes it; `how`: as to `choose`."""
+    found = choose(list(recipe.models), kitchen.score, **how)
     soup = replace(found, metric=kitchen.metric)
     best = soup.scores[JOIN.join(soup.ingredients)]
     told = f"# Greedy soup of {', '.join(recipe.models)}: {best:.6g} {soup.metric}".rstrip()

@@ -27,7 +27,8 @@ from mowmerge.plan import RUN
 
 torch.set_num_threads(1)
 UNIVERSAL = (
-    "shape", "finite", "pure", "zero", "chunked", "seed", "small", "float64", "range", "documented",
+    "shape", "finite", "pure", "zero", "chunked", "seed", "small", "float64", "sixteen", "range",
+    "documented",
 )  # fmt: skip
 ALL = registry.names()
 NAMES = [name for name in ALL if registry.get(name).dynamic is None]
@@ -73,6 +74,8 @@ def call(
     """The method on a tensor; a base, where it reads one, that scales, cuts and permutes along."""
     if "rng" in spec.inputs:
         more["rng"] = rng or draws(len(values))
+    if "start" in spec.inputs:
+        more["start"] = rng.start if rng else 0
     if "base" in spec.inputs:
         more["base"] = base_of(values)
     return spec.function(values, **given, **more)
@@ -333,6 +336,17 @@ def test_float64_in_float64_out(name: str) -> None:
         assert not out.any() or not torch.equal(out, out.float().double()), given
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_sixteen_bits_are_worked_on_in_fp32_and_cast_once(name: str, dtype: torch.dtype) -> None:
+    """As a notebook may call the function; the engine gives no such tensors."""
+    spec = held(name, "sixteen")
+    values, given = normal(count(spec), 6, 9).to(dtype), spec.complete({})
+    out, wide = call(spec, values, given), call(spec, values.float(), given)
+    assert out.dtype == dtype
+    assert torch.equal(out.float(), wide.to(dtype).float())
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_parameters_out_of_range_are_refused(name: str) -> None:
     for p in held(name, "range").parameters.values():
@@ -364,7 +378,7 @@ def test_documented_and_in_its_place(name: str) -> None:
     assert all(law in UNIVERSAL and reason for law, reason in spec.exempt.items())
     assert all(set(pins) <= set(spec.parameters) for pins in spec.laws.values())
     if spec.origin == "mowmerge":
-        assert spec.name == name == Path(inspect.getfile(spec.function)).stem
+        assert spec.name == name == Path(inspect.getfile(inspect.unwrap(spec.function))).stem
         assert (Path(__file__).parent / f"methods/{spec.family}/test_{name}.py").is_file()
 
 

@@ -38,6 +38,22 @@ def test_models_that_change_nothing(equal: bool, most: int | None, wanted: str) 
     assert "".join(found.ingredients) == wanted
 
 
+@pytest.mark.parametrize(("patience", "wanted", "tried"), [
+    (None, "abe", 4), (2, "ab", 3), (1, "ab", 2), (3, "abe", 4),
+])  # fmt: skip
+def test_patience_counts_those_in_a_row_that_did_not_join(
+    patience: int | None, wanted: str, tried: int
+) -> None:
+    def score(models: Sequence[str]) -> float:
+        alone = {"a": 0.9, "b": 0.8, "c": 0.7, "d": 0.6, "e": 0.5}
+        made = {"ab": 0.91, "abe": 0.92}
+        return alone[models[0]] if len(models) == 1 else made.get("".join(models), 0.0)
+
+    found = choose("abcde", score, patience=patience)
+    assert "".join(found.ingredients) == wanted
+    assert len(found.scores) == 5 + tried
+
+
 @given(st.lists(st.floats(-1, 1), min_size=1, max_size=6), st.randoms(use_true_random=False))
 def test_a_soup_is_never_worse_than_the_best_alone(worth: list[float], chance: Any) -> None:
     said: dict[tuple[str, ...], float] = {}

@@ -22,6 +22,9 @@ def soup(
         bool, typer.Option("--equal", help="A model also joins where the score stays the same.")
     ] = False,
     most: Annotated[int | None, typer.Option(min=1, help="Ingredients at most.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="Stop when so many in a row did not join.")
+    ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override a value: output.dtype=float16.")
     ] = None,
@@ -51,9 +54,9 @@ def soup(
 
     with output.Progress(quiet or json_) as progress:
         result, found = api.soup(
-            recipe, out, scores=scores, equal=equal, most=most, overrides=set_ or [],
-            options=Options(batch, device, cache=cache), hashes=hash_, force=force,
-            tell=progress.tell,
+            recipe, out, scores=scores, equal=equal, most=most, patience=patience,
+            overrides=set_ or [], options=Options(batch, device, cache=cache), hashes=hash_,
+            force=force, tell=progress.tell,
         )  # fmt: skip
     if json_:
         print(json.dumps({"version": 1, "path": str(result.path), **vars(found)}))

@@ -8,10 +8,10 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, wraps
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal, TypeVar, Union, cast
 
 from mowmerge.errors import RecipeError, did_you_mean
 from mowmerge.methods.contracts import (
@@ -22,6 +22,7 @@ from mowmerge.methods.contracts import (
     Range,
     Reduction,
 )
+from mowmerge.tensors import torch
 
 FAMILIES = ("static", "learned", "dynamic")
 LAWS = ("identity", "idempotent", "permutation", "scale", "propagates")
@@ -142,7 +143,7 @@ class MethodSpec:
             return scope, False
         table = role in ("embedding", "head") and not parameters["vocabulary"]
         matrix = len(shape) == 2 and not table
-        return scope if matrix or scope == "model" else "element", matrix
+        return scope if matrix or self.reduce else "element", matrix
 
     def holds(self, law: str, parameters: Mapping[str, Any]) -> bool:
         """Whether the method keeps a declared law with these parameters."""
@@ -189,7 +190,8 @@ def merge_method(
     dynamic: Dynamic | None = None,
     fit: str | None = None,
 ) -> Callable[[F], F]:
-    """Registers a function as a merge method and returns it unchanged.
+    """Registers a function as a merge method and returns it, for a notebook to call: it also takes
+    tensors of 16 bits, works on them in fp32 and casts once.
 
     Args:
         paper: arXiv id or other source.
@@ -234,10 +236,11 @@ def merge_method(
             )
         if decompositions and "vocabulary" not in parameters:
             raise TypeError(f"{name}: a method on matrices has the parameter vocabulary")
+        taken = function if dynamic else _in_full(function)
         _found[name] = MethodSpec(
             name=name,
             family=f"other.{function.__module__}".split(".")[-2],
-            function=function,
+            function=taken,
             paper=paper,
             inputs=inputs,
             base_optional=optional,
@@ -258,9 +261,27 @@ def merge_method(
             fit=fit,
             origin=function.__module__.partition(".")[0],
         )
-        return function
+        return taken
 
     return register
+
+
+def _in_full(function: F) -> F:
+    """The function, given fp32 in the place of 16 bits, and its result cast back."""
+
+    @wraps(function)
+    def called(*args: Any, **given: Any) -> Any:
+        kind = next((v.dtype for v in (*args, *given.values()) if torch.is_tensor(v)), None)
+        if kind not in (torch.bfloat16, torch.float16):
+            return function(*args, **given)
+
+        def wide(value: Any) -> Any:
+            return value.float() if torch.is_tensor(value) and value.dtype == kind else value
+
+        found = function(*map(wide, args), **{word: wide(value) for word, value in given.items()})
+        return tuple(f.to(kind) for f in found) if isinstance(found, tuple) else found.to(kind)
+
+    return cast(F, called)
 
 
 def names() -> list[str]:

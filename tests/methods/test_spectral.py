@@ -50,6 +50,17 @@ def test_thin_svd_of_any_shape(shape: tuple[int, int]) -> None:
     assert found.rank == least
 
 
+@pytest.mark.parametrize("rank", [1, 2, 40])
+def test_the_rounding_of_a_large_matrix_is_no_rank(rank: int) -> None:
+    """Of whole numbers, whose products fp32 has exactly."""
+    g = torch.Generator().manual_seed(0)
+    left, right = (torch.randint(-3, 4, (512, rank), generator=g).float() for _ in range(2))
+    found = svd(left @ right.T)
+    assert found.rank == rank
+    assert product_svd(left, right.T).rank == rank
+    assert rank > 1 or found.values[1] > 1e-6 * found.values[0]  # so that the size has to count
+
+
 def test_by_hand() -> None:
     matrix = torch.tensor([[0.0, 3.0], [-4.0, 0.0], [0.0, 0.0]])
     assert svd(matrix).values.tolist() == pytest.approx([4.0, 3.0])

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from mowmerge.methods.contracts import MethodError
 from mowmerge.tensors import Tensor, torch
 
+SHORT = 1e-30
 Elect = Literal["none", "mass", "count", "normfrac", "normmass"]
 
 
@@ -172,9 +173,11 @@ def restoring(before: Tensor, after: Tensor) -> list[float]:
 def directions(products: Tensor) -> tuple[Tensor, Tensor]:
     """The norms [N] of vectors and their cosines [N,N], from their inner products.
 
-    With a zero vector every cosine is 0; with itself that of any other is 1.
+    With a zero vector every cosine is 0; with itself that of any other is 1. One shorter than 1e-30
+    counts as zero: a length over its own overflows fp32.
     """
     norms = products.diagonal().sqrt()
+    norms = norms.where(norms >= SHORT, 0.0)
     length = norms.outer(norms)
     cosines = (products / length.where(length > 0, 1.0)).clamp(-1.0, 1.0)
     cosines.fill_diagonal_(1.0).mul_((length > 0).to(cosines))

@@ -46,8 +46,16 @@ class Svd:
 
     @property
     def rank(self) -> int:
-        """How many singular values are more than the rounding of none."""
-        return int((self.values > NOTHING * self.values.amax()).sum()) if len(self.values) else 0
+        """How many singular values are more than the rounding of none.
+
+        What LAPACK has in the place of 0 grows with the matrix: in fp32 up to 0.13 eps times its
+        longer side, of rank 1, and a twentieth of that of higher ranks.
+        """
+        if not len(self.values):
+            return 0
+        side = max(len(self.left), self.right.shape[1])
+        share = max(NOTHING, torch.finfo(self.values.dtype).eps * side / 4)
+        return int((self.values > share * self.values[0]).sum())
 
     def cut(self, rank: int) -> Svd:
         """The leading triplets, without the memory of the others."""

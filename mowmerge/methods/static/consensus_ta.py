@@ -89,7 +89,8 @@ def consensus_ta(
             none, 2 also what matters to one only.
         merge: M is the sum, or the task vectors trimmed, sign-elected and added up as TIES does.
         density: share of the whole model's entries that TIES keeps of each task vector.
-        scale: factor on the result; the paper chooses it from 0 to 1 on validation data.
+        scale: factor on the result; the paper chooses it from 0 to 1 on validation data, and has no
+            value without: 0.3 is one for about eight models.
 
     Raises:
         MethodError: merge is ties, and density is not the same for all tensors.

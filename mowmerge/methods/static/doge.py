@@ -37,6 +37,8 @@ def _statistics(extents: Sequence[Extent]) -> Reduction:
     p = extents[0].parameters
     if any(e.parameters["density"] != p["density"] for e in extents):
         raise MethodError("density must be the same for all tensors")
+    if p["density"] == 1:
+        return State([0.0] * len(p["weight"]))
 
     def of(block: Block) -> Tensor:
         flat = block.values.flatten(1)

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from mowmerge.methods.contracts import PerModel, Range, Unit
-from mowmerge.methods.ops import elect_sign, spread, weighted_sum
+from mowmerge.methods.contracts import Extent, PerModel, Range, Reduction, Unit
+from mowmerge.methods.ops import Sum, elect_sign, settle, spread, weighted_sum
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
@@ -36,6 +36,16 @@ def _trimmed(rows: Tensor, density: float) -> Tensor:
         return rows
     least = size.sort().values[min(at, len(size)) - 1]
     return rows * (rows.abs() >= least)
+
+
+def _balance(extents: Sequence[Extent]) -> Reduction:
+    """The sign that most entries of what is no matrix elect; a matrix has that of coordinates."""
+    (extent,) = extents
+    if extent.matrix or not extent.parameters["elect"]:
+        return 0.0
+    balance = yield Sum(lambda b: elect_sign(list(b.values), "mass", 0.0).sum(), exact=True)
+    total = float(balance.total)
+    return math.copysign(1.0, total) if total else 0.0
 
 
 def _merged(parts: Sequence[Tensor], weight: Sequence[float], sign: Any, mean: str) -> Tensor:
@@ -72,6 +82,7 @@ def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
     decompositions=_decomposed,
     laws=("permutation", "scale"),
     exempt={"float64": "entries near the trim's threshold move with the rounding of an fp32 SVD"},
+    reduce=_balance,
 )
 def drm(
     deltas: Tensor,
@@ -84,6 +95,7 @@ def drm(
     mean: Literal["agreeing", "all"] = "agreeing",
     vocabulary: bool = False,
     scale: float = 1.0,
+    state: float | None = None,
 ) -> Tensor:
     """The merge of the task vectors' coordinates in a basis that they share, times scale.
 
@@ -106,12 +118,14 @@ def drm(
 
     Source: Decom-Renorm-Merge, arXiv:2505.23117; reference code _decom_renorm_merge.py.
     Differs: density 1 runs every other step, where the code averages the task vectors. A model
-    without a share in a direction (below 1e-6), NaN or noise there, has a zero row. In what is no
-    matrix an even sum counts as plus: it is streamed.
+    without a share in a direction (below 1e-6), NaN or noise there, has a zero row. Fused matrices
+    are one, and what is no matrix is not trimmed: options of the code that are off by default.
     """
     each = [float(w) for w in spread(weight, len(deltas))]
     if deltas.dim() != 3 or not deltas.numel():
-        sign = elect_sign(list(deltas), "mass", 1.0) if elect else None
+        if state is None:
+            state = settle(_balance, deltas, {"elect": elect})
+        sign = elect_sign(list(deltas), "mass", state) if elect else None
         return _merged(list(deltas), each, sign, mean).mul_(scale)
     vertical = direction == "vertical"
     basis, rows, lengths = _coordinates(deltas.mT if vertical else deltas, tol)

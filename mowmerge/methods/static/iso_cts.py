@@ -33,7 +33,7 @@ def _ranks(rank: int, n: int, common: float) -> tuple[int, int]:
 def _leading(matrix: Tensor, rank: int, least: float) -> Svd:
     """The leading triplets, as many as that and none up to the least."""
     found = svd(matrix)
-    return found.cut(min(rank, int((found.values > least).sum())))
+    return found.cut(min(rank, found.rank, int((found.values > least).sum())))
 
 
 @merge_method(
@@ -62,7 +62,7 @@ def iso_cts(
         scale: factor on the result, the paper's alpha, which is tuned there.
 
     Source: Iso-CTS, arXiv:2502.04959, algorithm 2; reference code iso.py.
-    Differs: directions without a singular value (below 1e-6 of the largest, own ones below 1e-5 of
+    Differs: directions without a singular value (1e-6 of the largest, or rounding; own ones 1e-5 of
     the task vector) take no part, neither in P Q' nor in the mean, where the code has arbitrary
     ones. No more own directions than there are: the code's count can leave less than none to the
     sum. Vocabulary tables are not decomposed, where the code spares text_projection. Matrices are

@@ -53,7 +53,7 @@ def _mean(cosines: Tensor, share: Tensor, max_iter: int, tol: float) -> Tensor:
 @merge_method(
     paper="Karcher 1977, doi:10.1002/cpa.3160300502",
     scope="tensor",
-    laws=("idempotent", "permutation", "scale"),
+    laws={"idempotent": {}, "permutation": {}, "scale": {"eps": 0.0}},
     reduce=_inner_products,
     validate=_validate,
 )
@@ -63,6 +63,7 @@ def karcher(
     weight: PerModel[NonNegative] = 1.0,
     max_iter: Count = 10,
     tol: NonNegative = 1e-5,
+    eps: NonNegative = 0.0,
     state: Tensor | None = None,
 ) -> Tensor:
     """The Riemannian mean of the models' directions on the unit sphere, times their mean length.
@@ -77,21 +78,22 @@ def karcher(
         weight: share of each model in the mean.
         max_iter: the most steps taken; 0 gives the normalised mean direction.
         tol: a step or an angle below it is none, in radians.
+        eps: length up to which a tensor has no direction, as a vector of zeros has none.
 
     Raises:
         MethodError: every weight is 0.
 
     Source: Karcher 1977; mergekit's karcher.
     Differs: the steps are taken in the span of the models, from their inner products in fp64, so
-    that two passes will do whatever max_iter. Only a vector of length 0 has no direction (mergekit:
-    tol); it counts in the mean length. A direction opposite to the mean is left out of a step.
+    that two passes will do whatever max_iter. Its tol is eps too there, and where no tensor is
+    longer the result is 0, here their mean. A direction opposite to the mean is left out of a step.
     """
     if state is None:
         state = settle(_inner_products, models, {})
     norms, cosines = directions(state)
     given = torch.tensor([float(w) for w in spread(weight, len(models))], dtype=norms.dtype)
     given /= given.sum()
-    share = given.where(norms > 0, 0.0)
+    share = given.where(norms > eps, 0.0)
     if share.sum() <= 0:
         return weighted_sum(models, given.tolist())
     mean = _mean(cosines, share / share.sum(), max_iter, tol)

@@ -60,10 +60,10 @@ def tsv_m(
         scale: factor on the result, the paper's alpha.
 
     Source: Task Singular Vectors, arXiv:2412.00081, TSV-M; reference code TSVM_utils.py.
-    Differs: triplets without a singular value (below 1e-6 of the largest) take no part, and polar
-    is of the rank that there is: a task vector of zeros, of low rank, or there twice does not bend
-    the others' directions by arbitrary ones. More models than triplets keep one each, where the
-    code keeps none. Vocabulary tables are not decomposed, where the code spares text_projection.
+    Differs: triplets without a singular value (1e-6 of the largest, or rounding) take no part, and
+    polar is of the rank that there is: a task vector of zeros, of low rank, or there twice does not
+    bend the others' directions by arbitrary ones. More models than triplets keep one each, the code
+    none. Vocabulary tables are not decomposed, where the code spares text_projection.
     Adapters on the base are decomposed as the products that they are, all others whole, however few
     triplets are kept: a drawn basis has other directions near the cut, and they are all turned.
     """
@@ -71,7 +71,7 @@ def tsv_m(
     if deltas.dim() != 3 or not deltas.numel():
         return weighted_sum(deltas, [scale * w / n for w in each])
     rank = _rank(min(deltas.shape[1:]), n, density)
-    parts = [found.cut(rank) for found in svds(deltas, factors)]
+    parts = [found.cut(min(rank, found.rank)) for found in svds(deltas, factors)]
     values = torch.cat([part.values * w for part, w in zip(parts, each, strict=True)])
     used = values.abs() > NOTHING * values.abs().amax() if len(values) else values > 0
     left = polar(torch.cat([part.left for part in parts], 1)[:, used])[0]

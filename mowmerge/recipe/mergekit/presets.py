@@ -103,12 +103,17 @@ PRESETS: Mapping[str, Preset] = {
     ),
     "multislerp": Preset(
         "multislerp",
-        {"weight": WEIGHT, "normalize_weights": Word("normalize", default=True, flag=FLAG)},
-        "optional", {"mode": "mean_direction"}, idle=("eps",),
+        {
+            "weight": WEIGHT,
+            "normalize_weights": Word("normalize", default=True, flag=FLAG),
+            "eps": Word("eps", default=1e-8),
+        },
+        "optional", {"mode": "mean_direction"},
     ),
     "karcher": Preset(
         "karcher",
         {"max_iter": Word("max_iter", default=10), "tol": Word("tol", default=1e-5)}, "listed",
+        {"eps": 1e-5},
     ),
     "passthrough": Preset("passthrough", {"scale": Word("scale", each=True)}, "listed"),
     "task_arithmetic": Preset(

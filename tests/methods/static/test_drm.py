@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 from zoo import Zoo
 
+from mowmerge import planner
 from mowmerge.methods.static.drm import _trimmed, drm
+from mowmerge.plan import RUN
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -79,8 +81,27 @@ def test_a_model_without_a_share() -> None:
 def test_what_is_no_matrix_is_elected_as_it_is() -> None:
     deltas = torch.tensor([[1.0, -2.0, 0.0], [3.0, 1.0, 0.0]])
     assert drm(deltas).tolist() == [2.0, -2.0, 0.0]
-    # even votes count as plus
-    assert drm(torch.tensor([[1.0, -2.0], [-1.0, -2.0]])).tolist() == [1.0, -2.0]
+    # an even vote goes to the sign that most entries have, and to none where that is even too
+    assert drm(torch.tensor([[1.0, -2.0], [-1.0, -2.0]])).tolist() == [-1.0, -2.0]
+    assert drm(torch.tensor([[1.0, 2.0, 3.0], [-1.0, 2.0, -4.0]])).tolist() == [0.0, 2.0, -4.0]
+
+
+def test_an_even_vote_is_the_whole_tensors_however_it_is_cut(
+    zoo: Zoo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = 3 * RUN + 5
+    moved = torch.ones(size)
+    moved[: RUN + 7] = -1.0  # less than half of all, and all of the first block
+    even = torch.zeros(size)
+    even[:9], even[-9:] = 2.0, 2.0
+    moved *= even == 0
+    zoo.save("base", {"a": torch.zeros(size), "b": torch.zeros(2)})
+    zoo.save("a", {"a": moved + even, "b": torch.tensor([1.0, 0.0])})
+    zoo.save("b", {"a": moved - even, "b": torch.tensor([-1.0, -3.0])})
+    monkeypatch.setattr(planner, "BLOCK", RUN)
+    found, _ = zoo.merge({"method": "drm"}, workers=2)
+    assert torch.equal(found["a"], moved + even)
+    assert found["b"].tolist() == [-1.0, -3.0]
 
 
 def test_embeddings_and_heads_are_no_matrices(zoo: Zoo) -> None:

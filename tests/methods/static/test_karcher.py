@@ -62,6 +62,15 @@ def test_zero_vectors_count_in_the_length_only() -> None:
     assert tiny[1] / tiny[0] == pytest.approx(1.0, abs=1e-5)
 
 
+def test_what_is_no_longer_than_eps_has_no_direction() -> None:
+    a = torch.tensor([3.0, 4.0])
+    pair = torch.stack([a, 1e-6 * a.flip(0)])
+    assert torch.allclose(karcher(pair, eps=1e-5), a / 2)
+    assert torch.allclose(karcher(pair, eps=10.0), pair.mean(0))  # nothing has one
+    shortest = torch.stack([a, torch.tensor([1e-40, 0.0])])  # 5 over its length is no fp32 number
+    assert torch.allclose(karcher(shortest), a / 2)
+
+
 def test_opposite_models() -> None:
     a = torch.tensor([3.0, 4.0])
     # no mean is nearer than another: the direction of the first, the length of both

@@ -83,6 +83,17 @@ def test_a_zero_vector_counts_in_the_length_only() -> None:
     assert torch.allclose(multislerp(torch.stack([a, torch.zeros(2)])), a / 2)
 
 
+def test_eps_by_hand() -> None:
+    models = torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    # u = (3/3.25, 0) and (0, 1/1.25): direction (12/13, 4/5), length 2
+    length = math.hypot(12 / 13, 4 / 5)
+    out = multislerp(models, eps=0.25)
+    assert out.tolist() == pytest.approx([24 / 13 / length, 8 / 5 / length])
+    # u = (3/3.7, 0) and (0, 1/1.7): their mean has length 0.501, and cancels
+    assert multislerp(models, eps=0.7).tolist() == pytest.approx([1.5, 0.5])
+    assert multislerp(torch.zeros(3, 4), eps=0.25).tolist() == [0.0] * 4
+
+
 def test_weights_that_sum_to_zero_are_refused() -> None:
     spec = registry.get("multislerp")
     with pytest.raises(MethodError, match="sum to zero"):

@@ -62,6 +62,15 @@ def test_rounding_is_no_direction() -> None:
     assert int((torch.linalg.svdvals(out) > 1e-4).sum()) == 4
 
 
+def test_the_rounding_of_a_large_matrix_is_no_direction() -> None:
+    draws = torch.Generator().manual_seed(0)
+    rows = torch.randint(-3, 4, (2, 512, 1), generator=draws).float()
+    deltas = rows @ torch.randint(-3, 4, (2, 1, 512), generator=draws).float()
+    values = torch.linalg.svdvals(tsv_m(deltas).double())
+    assert values[1] > 0.5 * values[0]
+    assert values[2] < 1e-7 * values[0]
+
+
 def test_turned_inputs_and_outputs() -> None:
     deltas = normal(3, 6, 9)
     left, right = (torch.linalg.qr(normal(k, k, seed=k)).Q for k in (6, 9))
