@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mowmerge import scoring
+from mowmerge import launch, scoring
 from mowmerge.checkpoint.contents import contents
 from mowmerge.checkpoint.contents import planned as specs_of
 from mowmerge.checkpoint.dynamic import held
-from mowmerge.errors import RecipeError, ResourceError
+from mowmerge.errors import ResourceError
 from mowmerge.methods import registry
 from mowmerge.plan import Plan
 from mowmerge.planner import Options, build
-from mowmerge.ranks import Ranks, joined
+from mowmerge.ranks import Ranks
 from mowmerge.recipe import parse
 from mowmerge.recipe.model import Recipe
 from mowmerge.scoring import (
@@ -150,47 +148,25 @@ def merge(
             one, or `resume` was not asked for; another rank is gone, or is about to merge something
             else.
     """
-    from mowmerge import merging
+    from mowmerge import lora, merging
 
     began = time.perf_counter()
     parsed = recipe if isinstance(recipe, Recipe) else check(recipe, overrides)
     target = Path(out or parsed.output.path or Path("merged") / parsed.name)
-    with _joined(options or Options(), timeout) as (ranks, asked):
+    with launch.joined(options or Options(), timeout) as (ranks, asked):
         planned = _surveyed(parsed, asked, ranks)
-        if parsed.output.format != "adapter":
+        if not ranks.first:
+            begin, tell = (lambda plan: lambda nbytes: None), (lambda line: None)
+        if parsed.output.format == "adapter":
+            outlined = ranks.together(lambda: lora.plan(parsed, planned, asked.max_memory))
+            made = lora.merge(
+                parsed, outlined, target, hashes=hashes, force=force, resume=resume, locked=locked,
+                begin=begin, ranks=ranks,
+            )  # fmt: skip
+        else:
             how = merging.How(hashes, force, resume, locked)
-            if not ranks.first:
-                begin, tell = (lambda plan: lambda nbytes: None), (lambda line: None)
             made = merging.merge(parsed, planned, target, how, began, begin, tell, ranks)
-            return Result(*made, speaks=ranks.first)
-    from mowmerge import lora
-
-    if ranks.count > 1:
-        told = "ranks are for checkpoints, and output.format is adapter"
-        raise RecipeError(told, where=parsed.file, hint="run it in one process")
-    outlined = lora.plan(parsed, planned, asked.max_memory)
-    made = lora.merge(
-        parsed, outlined, target, hashes=hashes, force=force, resume=resume, locked=locked,
-        begin=begin,
-    )  # fmt: skip
-    return Result(*made)
-
-
-@contextmanager
-def _joined(options: Options, timeout: float) -> Iterator[tuple[Ranks, Options]]:
-    """The ranks that torchrun or accelerate started, and the options as they are for this one: its
-    device, and its share of the processors."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        yield Ranks(), options
-        return
-    from mowmerge.training import processes
-
-    one = processes.begin(options.device, "merge")
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))  # unknown: as on several hosts
-    workers = options.workers or max(1, min(8, (os.cpu_count() or 1) // max(1, here)))
-    device = options.device if options.device == "cpu" else str(one.device)
-    with joined(one.rank, one.count, here, timeout) as ranks:
-        yield ranks, replace(options, workers=workers, device=device)
+        return Result(*made, speaks=ranks.first)
 
 
 def soup(
@@ -327,11 +303,21 @@ def extract(
     return Result(found, content)
 
 
-def extract_lora(model: str | Path, base: str | Path, out: str | Path, **options: Any) -> Result:
-    """Writes what a model adds to its base as a LoRA into `out`; see `mowmerge.lora.extract`."""
+def extract_lora(
+    model: str | Path, base: str | Path, out: str | Path, *, workers: int | None = None,
+    timeout: float = 60.0, **options: Any,
+) -> Result:  # fmt: skip
+    """Writes what a model adds to its base as a LoRA into `out`; see `mowmerge.lora.extract`. Under
+    torchrun every rank calls this, and one waits for another `timeout` minutes."""
     from mowmerge import lora
 
-    return Result(*lora.extract(str(model), str(base), Path(out), **options))
+    with launch.joined(Options(workers), timeout, "extract-lora") as (ranks, asked):
+        if not ranks.first:
+            options["begin"] = lambda total: lambda nbytes: None
+        made = lora.extract(
+            str(model), str(base), Path(out), workers=asked.workers, ranks=ranks, **options
+        )
+        return Result(*made, speaks=ranks.first)
 
 
 def plan_training(

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mowmerge import __version__
 from mowmerge.checkpoint import modules, naming, source
-from mowmerge.checkpoint.peft import PREFIX
+from mowmerge.checkpoint.peft import PREFIX, WEIGHTS
+from mowmerge.checkpoint.writer import shard_of
 from mowmerge.errors import CheckpointError
 from mowmerge.known import Known, Unknown
-from mowmerge.plan import Stored
+from mowmerge.plan import Shard, Stored
 from mowmerge.tensors import DTYPES, Tensor, TensorReader, TensorSpec, torch
 
 PARTS = {"embedding": ("lora_embedding_A", "lora_embedding_B")}
@@ -110,14 +112,6 @@ class Difference:
         width = rank * self.stack(name)
         return TensorSpec(a, "F32", (width, columns)), TensorSpec(b, "F32", (rows, width))
 
-    def keys(self) -> list[str]:
-        """The name of every tensor that may come into the adapter."""
-        specs = self.base.specs
-        found = [key for n in self.targets for key in _keys(self, n)]
-        found += [f"{PREFIX}{self.memory.get(n, n)}" for n in (*specs, *self.extra)]
-        found += [key for n in specs for key in _copies(self, n)]
-        return found + [bias_key(self.memory[n]) for n in specs if n.endswith(".bias")]
-
     def delta(self, name: str) -> Tensor:
         """Model minus base in fp32, as a matrix [out, in], of experts a stack of them."""
         ours = self.held[name]
@@ -211,6 +205,11 @@ def _keys(difference: Difference, name: str) -> tuple[str, str]:
 def bias_key(memory: str) -> str:
     """The name of the bias of a module that has an update."""
     return f"{PREFIX}{memory.removesuffix('.bias')}.base_layer.bias"
+
+
+def placed(specs: Sequence[TensorSpec]) -> Shard:
+    """The adapter's file of these tensors: its header, and the place of each."""
+    return shard_of(WEIGHTS, specs, {"format": "pt", "mowmerge": __version__})
 
 
 def shown(origin: Stored) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -81,6 +82,15 @@ def denied(error: OSError, path: Path) -> ResourceError:
         where=str(path),
         hint=hints.get(error.errno or 0, "see the reason above"),
     )
+
+
+@contextmanager
+def refused(path: Path) -> Iterator[None]:
+    """What the system refuses meanwhile, as such an error."""
+    try:
+        yield
+    except OSError as error:
+        raise denied(error, path) from error
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

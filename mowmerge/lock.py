@@ -20,6 +20,7 @@ from mowmerge.tensors import torch
 
 HEAD = "# The recipe as it was run. `mowmerge merge recipe.lock.yaml OUT` runs it again.\n"
 Files = Mapping[str, Mapping[str, Digest]]
+Seen = Mapping[str, Mapping[str, list[int]]]
 
 
 def key(recipe: Recipe, plan: Plan) -> dict[str, Any]:
@@ -62,7 +63,7 @@ def device_type(plan: Plan) -> str:
     return devices.kind(plan.device)
 
 
-def seen(plan: Plan) -> dict[str, dict[str, list[int]]]:
+def seen(plan: Plan) -> Seen:
     """Size, time and inode of each input file, by model."""
     found: dict[str, dict[str, list[int]]] = {}
     for model, stored in plan.checkpoints:
@@ -71,11 +72,11 @@ def seen(plan: Plan) -> dict[str, dict[str, list[int]]]:
     return found
 
 
-def unchanged(before: Mapping[str, Any], plan: Plan) -> None:
+def unchanged(before: Seen, now: Seen) -> None:
     """CheckpointError where an input is no longer the file that the merge began with."""
-    for model, files in seen(plan).items():
+    for model, files in now.items():
         for name, facts in files.items():
-            if before["inputs"][model][name] != facts:
+            if before[model][name] != facts:
                 raise CheckpointError(
                     f"{name} was changed while the merge was running", where=f"model '{model}'",
                     hint="start again when the inputs are whole",

@@ -5,30 +5,38 @@ A merge that adds up low-rank deltas stays one without its dense form: the facto
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mowmerge import __version__, lock, replay
-from mowmerge.checkpoint import source, writer
-from mowmerge.checkpoint.peft import WEIGHTS
+from mowmerge.checkpoint import identity, source, writer
+from mowmerge.checkpoint.journal import changed
+from mowmerge.checkpoint.peft import CONFIG, WEIGHTS
 from mowmerge.checkpoint.reader import StoredReader
 from mowmerge.checkpoint.writer import Staging
 from mowmerge.difference import Difference, shown
 from mowmerge.engine import Engine, MergedReader, one_thread_each
+from mowmerge.errors import refused
 from mowmerge.known import Cut
 from mowmerge.memory import working_bytes
 from mowmerge.outline import Outline, outline
-from mowmerge.plan import Plan, config_source
+from mowmerge.plan import Plan, Stored, config_source
+from mowmerge.ranks import Ranks
 from mowmerge.recipe import parse
 from mowmerge.recipe.model import Digest, Recipe
 from mowmerge.sums import Sums
-from mowmerge.updates import length, write
+from mowmerge.tensors import torch
+from mowmerge.updates import lengths, write
 
+Advance = Callable[[int], None]
 RANK = 64  # of an extraction that names neither rank nor energy
 ENERGY = 0.99  # kept of a merge that is no sum of low-rank updates, where the recipe names none
 
@@ -45,37 +53,64 @@ def extract(
     allow_pickle: bool = False,
     hashes: bool = True,
     force: bool = False,
-    begin: Callable[[int], Callable[[int], None]] = lambda total: lambda nbytes: None,
+    resume: bool = False,
+    begin: Callable[[int], Advance] = lambda total: lambda nbytes: None,
+    ranks: Ranks | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Writes what a model adds to its base as an adapter into `out`; its path and report.
 
     Each matrix is cut to `rank` (64 where nothing is said), or to the least rank that keeps
     `energy`, a share of its squared norm. `begin` is given the bytes of the matrices and returns
     what is told of those done. A worker holds a matrix and its decomposition, up to eight times its
-    size in fp32; `max_memory` bytes make for fewer workers.
+    size in fp32; `max_memory` bytes make for fewer workers. With `resume` the work of one that was
+    cut off is taken up. Several ranks share the matrices.
 
     Raises:
         ValueError: both a rank and an energy.
-        CheckpointError: the two do not fit, are the same, or one cannot be read.
-        ResourceError: `out` cannot be written, or one matrix takes more than `max_memory`.
+        CheckpointError: the two do not fit, are the same, one cannot be read, or changes meanwhile.
+        ResourceError: `out` cannot be written, or one matrix takes more than `max_memory`; what was
+            cut off was something else.
     """
     if rank is not None and energy is not None:
         raise ValueError("give a rank or an energy, and not both")
     began, cut = time.perf_counter(), Cut(RANK if rank is energy is None else rank, energy)
-    ours, theirs = (source.find(where, allow_pickle=allow_pickle) for where in (model, base))
-    difference = Difference(StoredReader(ours), StoredReader(theirs), theirs)
-    planned = outline(
-        difference, cut, workers or min(8, os.cpu_count() or 1), max_memory, lambda name: 0
-    )
-    keep = [Path(stored.folder) for stored in (ours, theirs)]
+
+    def looked() -> tuple[Stored, Difference, Outline]:
+        ours, theirs = (source.find(where, allow_pickle=allow_pickle) for where in (model, base))
+        difference = Difference(StoredReader(ours), StoredReader(theirs), theirs)
+        count = workers or min(8, os.cpu_count() or 1)
+        return ours, difference, outline(difference, cut, count, max_memory, lambda name: 0)
+
+    ranks = ranks or Ranks()
+    ours, difference, planned = ranks.together(looked)
+    theirs, seen = difference.origin, partial(_seen, ours, difference.origin)
+    key: dict[str, Any] = {
+        "journal": 1, "mowmerge": __version__, "torch": str(torch.__version__),
+        "model": shown(ours), "base": shown(theirs), "revision": theirs.revision, **vars(cut),
+        "layout": hashlib.sha256(planned.file.header).hexdigest()[:16], "inputs": seen(),
+    }  # fmt: skip
     about = {
         "from": shown(ours), "base": shown(theirs), "cut": vars(cut), "workers": planned.workers,
         "peak_bytes": planned.peak_bytes,
     }  # fmt: skip
-    with Staging(out, force=force, keep=keep) as staging, one_thread_each():
+    keep = [Path(stored.folder) for stored in (ours, theirs)]
+    with _staged(out, key, keep, force=force, resume=resume, ranks=ranks) as staging:
         advance = begin(difference.nbytes)
-        told = write(difference, staging.path, cut, planned.workers, advance)
-        return _finish(staging, {**about, **told}, began, hashes)
+        config, told = write(difference, staging, cut, planned.workers, advance)
+        staging.ranks.together(lambda: lock.unchanged(key["inputs"], seen()))
+
+        def finish() -> dict[str, Any]:
+            return _finished(staging, config, {**about, **told}, began, hashes)
+
+        return staging.out, staging.ranks.from_first(finish, patient=True)
+
+
+def _seen(ours: Stored, theirs: Stored) -> lock.Seen:
+    """Size, time and inode of the files of a model and its base."""
+    config = Path(theirs.folder) / "config.json"
+    base = [*theirs.files, *([str(config)] if config.is_file() else [])]
+    files = {"model": ours.files, "base": base}
+    return {name: {Path(f).name: identity.of(f) for f in each} for name, each in files.items()}
 
 
 @dataclass(frozen=True)
@@ -134,37 +169,58 @@ def merge(
     force: bool = False,
     resume: bool = False,
     locked: bool = False,
-    begin: Callable[[Plan], Callable[[int], None]],
+    begin: Callable[[Plan], Advance],
+    ranks: Ranks,
 ) -> tuple[Path, dict[str, Any]]:
     """Writes a recipe's merge as an adapter of its base into `out`; its path and report. With
-    `resume` the work of one that was cut off is taken up.
+    `resume` the work of one that was cut off is taken up. Several ranks share the matrices.
 
     Raises:
         CheckpointError: an input that changes meanwhile, or is not what `locked` asks for.
     """
-    began, difference = time.perf_counter(), asked.difference
-    again = replay.begin(recipe, asked.plan, hashed=hashes, strict=locked)
-    key = lock.key(recipe, asked.plan)
+    began, difference, planned = time.perf_counter(), asked.difference, asked.plan
+
+    def replaying() -> replay.Replay | None:
+        return replay.begin(recipe, planned, hashed=hashes, strict=locked)
+
+    again = ranks.together(lambda: replaying() if ranks.first else None, patient=True)
+    key = lock.key(recipe, planned)
     key["layout"] += f" {asked.cut}"
     drift = again.drift if again else ()
-    keep = [Path(stored.folder) for _, stored in asked.plan.checkpoints]
+    keep = [Path(stored.folder) for _, stored in planned.checkpoints]
     about = {
         "recipe": recipe.name, "method": recipe.method, "base": shown(difference.origin),
         "cut": vars(asked.cut), "workers": asked.outline.workers,
-        "peak_bytes": asked.outline.peak_bytes, "warnings": [*asked.plan.warnings, *drift],
+        "peak_bytes": asked.outline.peak_bytes, "warnings": [*planned.warnings, *drift],
     }  # fmt: skip
-    staging = Staging(out, force=force, keep=keep, key=key, resume=resume)
+    with _staged(out, key, keep, force=force, resume=resume, ranks=ranks) as staging:
+        asked.engine.ranks = staging.ranks
+        advance = begin(planned)
+        asked.engine.prepare(staging.journal)
+        config, told = write(difference, staging, asked.cut, asked.outline.workers, advance)
+        staging.ranks.together(lambda: lock.unchanged(key["inputs"], lock.seen(planned)))
+
+        def finish() -> dict[str, Any]:
+            with refused(staging.path):
+                written = _seal(recipe, planned, staging, hashes)
+            if again:
+                told["replay"] = again.outcome(planned, staging.path, written)
+            return _finished(staging, config, {**about, **told}, began, hashes)
+
+        return staging.out, staging.ranks.from_first(finish, patient=True)
+
+
+@contextmanager
+def _staged(
+    out: Path, key: Mapping[str, Any], keep: Sequence[Path], *, force: bool, resume: bool,
+    ranks: Ranks,
+) -> Iterator[Staging]:  # fmt: skip
+    """The stage of an adapter with the journal begun; all ranks must be about to make the same."""
+    ranks.alike({part: key[part] for part in key if part != "inputs"}, changed)
+    staging = Staging(out, force=force, keep=keep, key=key, resume=resume, ranks=ranks)
     with staging, one_thread_each():
-        journal, workers = staging.journal, asked.outline.workers
-        staging.begin(WEIGHTS, length(difference, journal.done))
-        advance = begin(asked.plan)
-        asked.engine.prepare(journal)
-        told = write(difference, staging.path, asked.cut, workers, advance, journal)
-        lock.unchanged(key, asked.plan)
-        written = journal.finish(lambda: _seal(recipe, asked.plan, staging, hashes))
-        if again:
-            told["replay"] = again.outcome(asked.plan, staging.path, written)
-        return _finish(staging, {**about, **told}, began, hashes)
+        staging.wait(lengths(staging.journal.done))
+        yield staging
 
 
 def _seal(recipe: Recipe, planned: Plan, staging: Staging, hashes: bool) -> dict[str, Digest]:
@@ -173,31 +229,26 @@ def _seal(recipe: Recipe, planned: Plan, staging: Staging, hashes: bool) -> dict
     file = folder / WEIGHTS
     sha256 = writer.sha256(file) if hashes else None
     written = {WEIGHTS: Digest(bytes=file.stat().st_size, sha256=sha256)}
-    try:
-        (folder / "recipe.yaml").write_text(recipe.text, "utf-8")
-        text = lock.text(recipe, planned, folder, staging.out, read, written)
-        (folder / parse.LOCK).write_text(text, "utf-8")
-    except OSError as error:
-        raise writer.denied(error, folder) from error
+    (folder / "recipe.yaml").write_text(recipe.text, "utf-8")
+    text = lock.text(recipe, planned, folder, staging.out, read, written)
+    (folder / parse.LOCK).write_text(text, "utf-8")
     return written
 
 
-def _finish(
-    staging: Staging, told: dict[str, Any], began: float, hashes: bool
-) -> tuple[Path, dict[str, Any]]:
-    """Writes report, card and sums, and puts the folder in place."""
-    seconds = round(time.perf_counter() - began, 3)
+def _finished(
+    staging: Staging, config: Mapping[str, Any], told: Mapping[str, Any], began: float, hashes: bool
+) -> dict[str, Any]:
+    """Writes report, card, config and sums, and puts the folder in place; the report."""
+    seconds, folder = round(time.perf_counter() - began, 3), staging.path
     report = {"version": 1, "mowmerge": __version__, "seconds": seconds, **told}
-    try:
-        (staging.path / "report.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-        (staging.path / "README.md").write_text(_card(report), "utf-8")
+    with refused(folder):
+        (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        (folder / "README.md").write_text(_card(report), "utf-8")
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         if hashes:
-            lines = "\n".join(writer.sums(staging.path)) + "\n"
-            (staging.path / "SHA256SUMS").write_text(lines, "utf-8")
-    except OSError as error:
-        raise writer.denied(error, staging.path) from error
+            (folder / "SHA256SUMS").write_text("\n".join(writer.sums(folder)) + "\n", "utf-8")
     staging.commit()
-    return staging.out, report
+    return report
 
 
 def _card(report: Mapping[str, Any]) -> str:

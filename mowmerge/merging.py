@@ -112,7 +112,7 @@ def _written(planned: Plan, staging: Staging, key: Mapping[str, Any], advance: A
                 _write_heads(planned, engine, staging.path)
             else:
                 journal.finish(lambda: None)
-            lock.unchanged(key, planned)
+            lock.unchanged(key["inputs"], lock.seen(planned))
 
         ranks.together(lambda: _on(staging.path, rest))
     advance(sum(told["bytes"] for told in done.ranks[1:]))

@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from mowmerge.checkpoint import appender, lowrank
-from mowmerge.difference import STEP, Difference, kept, rest
+from mowmerge.checkpoint import lowrank
+from mowmerge.difference import STEP, Difference, bias_key, kept, placed, rest
 from mowmerge.errors import ResourceError
 from mowmerge.known import Cut
 from mowmerge.memory import RUNTIME
+from mowmerge.plan import Shard
 from mowmerge.tensors import TensorSpec
 
 LIBRARIES = 180 << 20  # bytes of transformers and the model's class, which names are asked of
@@ -52,7 +53,6 @@ class Outline:
     updates: tuple[Update, ...]
     whole: Mapping[str, TensorSpec]
     lost: Mapping[str, str]
-    header: int
     workers: int
     peak_bytes: int
 
@@ -61,11 +61,16 @@ class Outline:
         """Whether all of it is known: nothing is left to the values but updates of zero."""
         return not self.whole and not self.lost and all(u.exact for u in self.updates)
 
+    @cached_property
+    def file(self) -> Shard:
+        """adapter_model.safetensors, as large as it can be where it is not exact."""
+        whole = [TensorSpec(key, spec.dtype, spec.shape) for key, spec in self.whole.items()]
+        return placed([*(part for update in self.updates for part in update.parts), *whole])
+
     @property
     def nbytes(self) -> int:
-        """Bytes of adapter_model.safetensors; the most it can be where it is not exact."""
-        whole = sum(spec.nbytes for spec in self.whole.values())
-        return 8 + self.header + whole + sum(update.nbytes for update in self.updates)
+        """Bytes of that."""
+        return self.file.nbytes
 
 
 def outline(
@@ -86,15 +91,15 @@ def outline(
     specs = {
         key: difference.held.get(n) or difference.extra[n] for n, key in kept(difference, saved)
     }
-    specs |= {name: difference.base.specs[name] for name in biases}
+    memory, theirs = difference.memory, difference.base.specs
+    specs |= {bias_key(memory[name]): theirs[name] for name in biases}
     others = [
         reading(n) + 24 * min(spec.numel, STEP)
         for n, spec in difference.base.specs.items()
         if n not in targets and not same(n)
     ]
-    count, peak = _narrowed(found, max(others, default=0), workers, limit)
-    header = appender.room(difference.keys())
-    return Outline(tuple(found), specs, lost, header, count, peak)
+    count, peak = _narrowed(found, sorted(others, reverse=True), workers, limit)
+    return Outline(tuple(found), specs, lost, count, peak)
 
 
 def _update(difference: Difference, name: str, cut: Cut, reading: int) -> Update:
@@ -121,13 +126,12 @@ def _update(difference: Difference, name: str, cut: Cut, reading: int) -> Update
 
 
 def _narrowed(
-    updates: Sequence[Update], copying: int, workers: int, limit: int | None
+    updates: Sequence[Update], copying: Sequence[int], workers: int, limit: int | None
 ) -> tuple[int, int]:
     """How many workers there is memory for, and the peak with them."""
     held = sorted((update.held for update in updates), reverse=True)
-    waiting = 2 * max((update.nbytes for update in updates), default=0)
     for count in range(min(workers, max(1, len(held))), 0, -1):
-        peak = RUNTIME + LIBRARIES + max(sum(held[:count]) + waiting, copying)
+        peak = RUNTIME + LIBRARIES + max(sum(held[:count]), sum(copying[:count]))
         if limit is None or peak <= limit:
             return count, peak
     largest = max(updates, key=lambda update: update.held, default=None)

@@ -109,11 +109,25 @@ class Ranks:
             changes = differ(wanted, facts)
             if changes:
                 raise ResourceError(
-                    f"another merge than rank 0's is about to run: {'; '.join(changes[:4])}",
+                    f"this is not what rank 0 is about to do: {'; '.join(changes[:4])}",
                     hint="all ranks need the same recipe, inputs, options and versions",
                 )
 
         self.together(compare)
+
+
+@contextmanager
+def heard(minutes: float, again: str) -> Iterator[None]:
+    """Lost, where an exchange finds another rank gone, or hears nothing of it for that long."""
+    try:
+        yield
+    except RuntimeError as error:
+        late = "timed out" in str(error).lower()
+        raise Lost(
+            f"another rank has said nothing for {minutes:g} minutes" if late
+            else "the connection to another rank is gone",
+            hint=f"{again}: what is done is kept",
+        ) from error  # fmt: skip
 
 
 def _told(error: Exception | None) -> tuple[type[Exception], tuple[Problem, ...]] | None:
@@ -139,15 +153,8 @@ def joined(rank: int, count: int, here: int, minutes: float) -> Iterator[Ranks]:
 
     def send(value: Any, source: int, waiting: bool) -> Any:
         box = [value]
-        try:
+        with heard(minutes, "run it again with --resume"):
             distributed.broadcast_object_list(box, source, patient if waiting else hasty)
-        except RuntimeError as error:
-            late = "timed out" in str(error).lower()
-            raise Lost(
-                f"another rank has said nothing for {minutes:g} minutes" if late
-                else "the connection to another rank is gone",
-                hint="run it again with --resume: what is done is kept",
-            ) from error  # fmt: skip
         return box[0]
 
     try:

@@ -2,128 +2,227 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from mowmerge import __version__
-from mowmerge.checkpoint import appender, heads, lowrank
-from mowmerge.checkpoint.appender import Appender
-from mowmerge.checkpoint.journal import Journal
+from mowmerge.checkpoint import heads, lowrank, parts
 from mowmerge.checkpoint.lowrank import Factors
-from mowmerge.checkpoint.peft import CONFIG, PREFIX, WEIGHTS
-from mowmerge.difference import FUSED, Difference, bias_key, kept, rest, shown, within
-from mowmerge.errors import CheckpointError, denied
+from mowmerge.checkpoint.parts import Part
+from mowmerge.checkpoint.peft import PREFIX
+from mowmerge.checkpoint.writer import ShardSink, Staging
+from mowmerge.difference import FUSED, Difference, bias_key, kept, placed, rest, shown, within
+from mowmerge.errors import CheckpointError, refused
 from mowmerge.known import Cut
+from mowmerge.sharing import spread
 from mowmerge.tensors import TensorSpec, torch
 
 NO_TARGETS = "dummy-target-modules"  # peft's word for an adapter of saved modules alone
-Done = Mapping[str, Mapping[str, Any]]
+Entry = Mapping[str, Any]
+"""What the journal has of a tensor of the two models: its line in the report, and what waits of it,
+in which part and from which byte on."""
 Pieces = Iterable[memoryview]
+Made = tuple[Any, Sequence[tuple[TensorSpec, Pieces]]]
+"""A line, and tensors of the adapter."""
 
 
 def write(
     difference: Difference,
-    folder: Path,
+    staging: Staging,
     cut: Cut,
     workers: int,
     advance: Callable[[int], None],
-    journal: Journal | None = None,
-) -> dict[str, Any]:
-    """Writes adapter_model.safetensors and adapter_config.json; what the report says of them.
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Writes adapter_model.safetensors; what adapter_config.json says, and the report of it.
 
-    Tensors are appended in one order, so what a journal says is done is the first part of the file:
-    it stays, and what is added is told to the journal.
+    How large an update is only its values tell. So what ranks make, a share each, waits in parts,
+    in their journals, until all is there; then everything has its place, and is put there.
     """
-    specs, done = difference.base.specs, dict(journal.done) if journal else {}
-    found: dict[str, Mapping[str, Any]] = {}
-    lines: list[dict[str, Any]] = []
-    saved, biases, lost = _rest(difference, journal)
+    ranks, journal = staging.ranks, staging.journal
+    saved, biases, lost = _rest(difference, staging)
+
+    def moved(names: Iterable[str]) -> None:
+        advance(sum(difference.base.specs[name].nbytes for name in names))
+
+    targets = [n for n in difference.targets if not within(difference.module(n), saved)]
+    before = lengths(journal.done).get(staging.part.name, 0)
+    with ranks.together(lambda: Part(staging.part, before)) as part:
+        share = partial(_shared, staging, part, workers)
+        costs = {name: _cost(difference, name) for name in targets}
+        updates, work = share(costs, partial(_update, difference, cut=cut), moved)
+        found = {n: updates[n]["line"] for n in targets if updates[n]["line"]}
+        beside = {n for each in found for n in difference.beside(each)}
+        names = [n for n in targets if n in found or n in beside]
+        zeros = {n: f"{n}, zero" for n in names if n not in found}
+        makers = {key: partial(_zero, difference, n) for n, key in zeros.items()}
+        whole = kept(difference, saved)
+        own = [(n, _own_bias(difference, n, found)) for n in biases]
+        makers |= {key: partial(_whole, difference, n, key, "modules_to_save") for n, key in whole}
+        makers |= {key: partial(_whole, difference, n, key, "bias") for n, key in own}
+        costs = dict.fromkeys(zeros.values(), 0)
+        costs |= {key: _held(difference, n).nbytes for n, key in (*whole, *own)}
+        others, more = share(costs, lambda key: makers[key](), lambda keys: None)
+    if not found and not others:
+        raise CheckpointError(
+            "nothing differs from the base" if not lost else "all that differs would be lost",
+            where=difference.origin.origin, hint="an adapter would be empty",
+        )  # fmt: skip
+    updates |= {n: others[key] for n, key in zeros.items()}
+    found = {n: updates[n]["line"] for n in names}
+    entries = [others[key] for _, key in (*whole, *own)]
+    _place(staging, [*(updates[n] for n in names), *entries])
+    lines = [entry["line"] for entry in entries]
+    lines += [{"name": n, "action": "lost", "kept": 0.0, "rule": why} for n, why in lost.items()]
+    config = _config(difference, found, saved, bool(biases))
+    told = _report([*found.values(), *lines])
+    if ranks.count > 1:
+        told["processes"] = [_work([*one, *two]) for one, two in zip(work, more, strict=True)]
+    return config, told
+
+
+def lengths(done: Mapping[str, Entry]) -> dict[str, int]:
+    """How long each part is in which that waits, by its name."""
+    found: dict[str, int] = {}
+    for entry in done.values():
+        end = entry["at"] + sum(spec.nbytes for spec in _specs(entry))
+        found[entry["part"]] = max(end, found.get(entry["part"], 0))
+    return found
+
+
+def _shared(
+    staging: Staging,
+    part: Part,
+    workers: int,
+    costs: Mapping[str, int],
+    make: Callable[[str], Made],
+    moved: Callable[[Iterable[str]], None],
+) -> tuple[dict[str, Entry], list[list[Entry]]]:
+    """The entries of all that has a cost, and those of each rank: what the journal has is not made
+    again, of the rest each rank makes a share, the largest first."""
+    ranks, journal = staging.ranks, staging.journal
+    found = {key: journal.done[key] for key in costs if key in journal.done}
+    left = [key for key in costs if key not in found]
+    mine = spread(left, [costs[key] for key in left], ranks)
+    moved(found)
+
+    def one(key: str) -> None:
+        ranks.check()
+        line, tensors = make(key)
+        specs = [spec for spec, _ in tensors]
+        nbytes = sum(spec.nbytes for spec in specs)
+        at = part.append(nbytes, (piece for _, pieces in tensors for piece in pieces))
+        told = {"line": line, "specs": [asdict(spec) for spec in specs]}
+        journal.finished(key, {**told, "part": staging.part.name, "at": at}, nbytes)
+        moved([key])
+
+    def made() -> dict[str, Entry]:
+        pool = ThreadPoolExecutor(workers)
+        try:
+            for done in as_completed([pool.submit(one, k) for k in sorted(mine, key=largest)]):
+                done.result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+        return {key: journal.done[key] for key in mine}
+
+    def largest(key: str) -> int:
+        return -costs[key]
+
+    work = list(ranks.each(made))
+    for each in work:
+        found |= each
+    moved(set(left) - set(mine))
+    return found, [list(each.values()) for each in work]
+
+
+def _work(entries: Sequence[Entry]) -> dict[str, int]:
+    """What a rank has made: tensors of the models, and bytes of the adapter."""
+    nbytes = sum(spec.nbytes for entry in entries for spec in _specs(entry))
+    return {"tensors": len(entries), "bytes": nbytes}
+
+
+def _cost(difference: Difference, name: str) -> int:
+    """Bytes of a matrix, by which ranks share them; none where nothing is to be done."""
+    return 0 if difference.known.same(name) else difference.base.specs[name].nbytes
+
+
+def _place(staging: Staging, entries: Sequence[Entry]) -> None:
+    """Puts what waits into adapter_model.safetensors, in this order. On one host each rank a share
+    of it; across hosts the first alone, since it is one file."""
+    ranks, waiting = staging.ranks, [one for entry in entries for one in _waiting(entry)]
+    file = placed([spec for spec, _, _ in waiting])
+    ranks.from_first(lambda: staging.create([file]))
+    mine = spread(waiting, [spec.nbytes for spec, _, _ in waiting], ranks)
+    if ranks.across:
+        mine = waiting if ranks.first else []
+
+    def put() -> None:
+        with refused(staging.path), ShardSink(staging.path, [file], lambda nbytes: None) as sink:
+            for spec, name, at in mine:
+                for start, data in parts.pieces(staging.stage / name, at, spec.nbytes):
+                    sink.write(spec.name, start, data)
+
+    ranks.together(put, patient=ranks.across)
+
+
+def _waiting(entry: Entry) -> Iterator[tuple[TensorSpec, str, int]]:
+    """The tensors of an entry, each with its part and its first byte in that."""
+    at = entry["at"]
+    for spec in _specs(entry):
+        yield spec, entry["part"], at
+        at += spec.nbytes
+
+
+def _specs(entry: Entry) -> list[TensorSpec]:
+    return [TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in entry["specs"]]
+
+
+def _rest(difference: Difference, staging: Staging) -> tuple[set[str], list[str], dict[str, str]]:
+    """What differs and is no matrix: each rank reads a share; kept in the journal."""
+    ranks, facts = staging.ranks, staging.journal.facts
+    if "rest" not in facts:
+        specs, targets = difference.base.specs, set(difference.targets)
+        names = [name for name in specs if name not in targets]
+        mine = spread(names, [specs[name].nbytes for name in names], ranks)
+        told = ranks.each(lambda: {name: difference.differs(name) for name in mine})
+        differs = {name: it for each in told for name, it in each.items()}
+        saved, biases, lost = rest(difference, lambda name: differs[name])
+        staging.journal.keep("rest", [sorted(saved), biases, lost])
+    saved, biases, lost = facts["rest"]
     if fused := [name for name, rule in lost.items() if rule == FUSED]:
         raise CheckpointError(
             f"'{fused[0]}' and {len(fused) - 1} more differ: {FUSED}",
             where=difference.origin.origin, hint="merge to a checkpoint, or leave experts alone",
         )  # fmt: skip
-    metadata = {"format": "pt", "mowmerge": __version__}
-    with Appender(folder / WEIGHTS, difference.keys(), metadata, _specs(done)) as out:
-
-        def put(key: str, line: Any, tensors: Sequence[tuple[TensorSpec, Pieces]]) -> None:
-            for spec, pieces in tensors:
-                out.append(spec, pieces)
-            if journal:
-                entry = {"line": line, "specs": [asdict(spec) for spec, _ in tensors]}
-                journal.finished(key, entry, sum(spec.nbytes for spec, _ in tensors))
-
-        targets = [n for n in difference.targets if not within(difference.module(n), saved)]
-        found |= {n: done[n]["line"] for n in targets if n in done and done[n]["line"]}
-        advance(sum(specs[n].nbytes for n in targets if n in done))
-        left = [n for n in targets if n not in done]
-        for name, factors in _in_order(partial(_factors, difference, cut=cut), left, workers):
-            if factors is None:
-                put(name, None, [])
-            else:
-                found[name] = _line(difference, name, factors)
-                put(name, found[name], _tensors(difference, name, factors))
-            advance(specs[name].nbytes)
-        for name in [n for each in found for n in difference.beside(each) if n not in found]:
-            factors = _nothing(difference, name)
-            found[name] = _line(difference, name, factors)
-            if (key := f"{name}, zero") not in done:
-                put(key, found[name], _tensors(difference, name, factors))
-        whole = kept(difference, saved)
-        whole += [(n, _own_bias(difference, n, found)) for n in biases]
-        held = {n: difference.held.get(n) or difference.extra[n] for n, _ in whole}
-        for name, key in sorted(whole, key=lambda pair: -held[pair[0]].itemsize):
-            action = "bias" if name in biases else "modules_to_save"
-            lines.append({"name": name, "action": action, "kept": 1.0})
-            if key not in done:
-                spec = held[name]
-                pieces = (data for _, data in heads.pieces(difference.model, spec.name))
-                put(key, lines[-1], [(TensorSpec(key, spec.dtype, spec.shape), pieces)])
-    for name, why in lost.items():
-        lines.append({"name": name, "action": "lost", "kept": 0.0, "rule": why})
-    if not found and not whole:
-        raise CheckpointError(
-            "nothing differs from the base" if not lost else "all that differs would be lost",
-            where=difference.origin.origin, hint="an adapter would be empty",
-        )  # fmt: skip
-    config = _config(difference, found, saved, bool(biases))
-    try:
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    except OSError as error:
-        raise denied(error, folder / CONFIG) from error
-    return _report([*found.values(), *lines])
+    return set(saved), biases, lost
 
 
-def length(difference: Difference, done: Done) -> int:
-    """Bytes of the file in which that is done; 0 where it need not be there."""
-    specs = _specs(done)
-    return 8 + appender.room(difference.keys()) + sum(s.nbytes for s in specs) if specs else 0
+def _update(difference: Difference, name: str, cut: Cut) -> Made:
+    """A and B of a matrix; nothing where its update is zero."""
+    factors = _factors(difference, name, cut)
+    return (None, []) if factors is None else _low_rank(difference, name, factors)
 
 
-def _specs(done: Done) -> list[TensorSpec]:
-    """The tensors of what is done, in the order in which they lie."""
-    given = [spec for entry in done.values() for spec in entry["specs"]]
-    return [TensorSpec(s["name"], s["dtype"], tuple(s["shape"])) for s in given]
+def _zero(difference: Difference, name: str) -> Made:
+    """An update of zero, of rank 1, for experts whose module has another."""
+    stack, (rows, columns) = difference.stack(name), difference.matrix(name)
+    b, a = torch.zeros(stack, rows, 1), torch.zeros(stack, 1, columns)
+    return _low_rank(difference, name, Factors(b, a, 0.0, 0.0, "zero"))
 
 
-def _rest(
-    difference: Difference, journal: Journal | None
-) -> tuple[set[str], list[str], dict[str, str]]:
-    """What differs and is no matrix: found by reading, and kept in the journal."""
-    if journal and "rest" in journal.facts:
-        saved, biases, lost = journal.facts["rest"]
-        return set(saved), biases, lost
-    found = rest(difference, difference.differs)
-    if journal:
-        journal.keep("rest", [sorted(found[0]), *found[1:]])
-    return found
+def _whole(difference: Difference, name: str, key: str, action: str) -> Made:
+    """A tensor that goes along as it is, under its name in the adapter."""
+    spec = _held(difference, name)
+    pieces = (data for _, data in heads.pieces(difference.model, spec.name))
+    line = {"name": name, "action": action, "kept": 1.0}
+    return line, [(TensorSpec(key, spec.dtype, spec.shape), pieces)]
+
+
+def _held(difference: Difference, name: str) -> TensorSpec:
+    """The model's tensor under that name of the base, or of its own."""
+    return difference.held.get(name) or difference.extra[name]
 
 
 def _factors(difference: Difference, name: str, cut: Cut) -> Factors | None:
@@ -142,37 +241,25 @@ def _factors(difference: Difference, name: str, cut: Cut) -> Factors | None:
     return each[0] if delta.dim() == 2 else lowrank.stacked(each)
 
 
-def _nothing(difference: Difference, name: str) -> Factors:
-    """An update of zero, of rank 1, for experts whose module has another."""
-    stack, (rows, columns) = difference.stack(name), difference.matrix(name)
-    b, a = torch.zeros(stack, rows, 1), torch.zeros(stack, 1, columns)
-    return Factors(b, a, 0.0, 0.0, "zero")
-
-
 def _own_bias(difference: Difference, name: str, found: Mapping[str, Mapping[str, Any]]) -> str:
     updated = {difference.module(n) for n in found}
     memory = difference.memory[name]
     return bias_key(memory) if difference.module(name) in updated else f"{PREFIX}{memory}"
 
 
-def _tensors(
-    difference: Difference, name: str, factors: Factors
-) -> list[tuple[TensorSpec, Pieces]]:
+def _low_rank(difference: Difference, name: str, factors: Factors) -> Made:
     """A and B as the adapter has them."""
     a, b = factors.a, factors.b
     if b.dim() == 3:  # peft has A expert by expert, and of B the experts side by side
         b = b.permute(1, 2, 0)
     each = (part.contiguous().view(-1).view(torch.uint8).numpy().data for part in (a, b))
-    parts = difference.parts(name, factors.rank)
-    return [(spec, [data]) for spec, data in zip(parts, each, strict=True)]
-
-
-def _line(difference: Difference, name: str, factors: Factors) -> dict[str, Any]:
-    return {
+    specs = difference.parts(name, factors.rank)
+    line = {
         "name": name, "action": "low rank", "module": difference.path(name),
         "rank": factors.rank, "kept": factors.energy, "error": factors.error,
         "norm": factors.total**0.5, "how": factors.how,
     }  # fmt: skip
+    return line, [(spec, [data]) for spec, data in zip(specs, each, strict=True)]
 
 
 def _config(
@@ -218,18 +305,3 @@ def _report(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "lost": [line["name"] for line in lines if line["action"] == "lost"],
         "tensors": list(lines),
     }
-
-
-def _in_order(
-    function: Callable[[str], Factors | None], names: Sequence[str], workers: int
-) -> Iterator[tuple[str, Factors | None]]:
-    """Each name with what the function gives for it, a few ahead of time."""
-    with ThreadPoolExecutor(workers) as pool:
-        waiting: deque[tuple[str, Future[Factors | None]]] = deque()
-        for name in names:
-            waiting.append((name, pool.submit(function, name)))
-            if len(waiting) > workers:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        for name, future in waiting:
-            yield name, future.result()

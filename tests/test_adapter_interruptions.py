@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from test_resume import Cut, cut, folder
 from zoo import Zoo, left, llama
 
 from mowmerge import api, updates
+from mowmerge.checkpoint import journal
 from mowmerge.checkpoint.journal import Journal
 from mowmerge.checkpoint.peft import WEIGHTS
 from mowmerge.engine import Engine
@@ -180,14 +182,51 @@ def test_a_journal_without_its_file_counts_for_nothing(
     varied: Zoo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wanted = merge(varied, out="wanted")
-    for spoil in (lambda file: file.unlink(), lambda file: os.truncate(file, 20_000)):
+    for spoil in (lambda file: file.unlink(), lambda file: os.truncate(file, 1_000)):
         with monkeypatch.context() as patch:
             cut(patch, 9)
             with pytest.raises(Cut):
                 merge(varied, resume=True)
-        spoil(varied.folder / ".out.partial/checkpoint" / WEIGHTS)
+        part = varied.folder / ".out.partial/part-0"
+        assert part.stat().st_size > 1_000
+        spoil(part)
         assert merge(varied, resume=True) == wanted
         shutil.rmtree(varied.folder / "out")
+
+
+def test_after_a_loss_of_power_only_what_was_on_disk_counts(
+    varied: Zoo, made: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The boot id is another, and what was written to the part since the last sync is gone."""
+    wanted = merge(varied, out="wanted")
+    matrices, finished = set(made), Journal.finished
+
+    def waited(self: Journal, *args: Any) -> None:
+        finished(self, *args)
+        if self._syncing and len(self.done) == 5:
+            self._syncing.result()
+            monkeypatch.setattr(journal, "SYNC_BYTES", 1 << 40)
+
+    with monkeypatch.context() as patch:
+        monkeypatch.setattr(journal, "SYNC_BYTES", 1)
+        patch.setattr(Journal, "finished", waited)
+        cut(patch, 9)
+        with pytest.raises(Cut):
+            merge(varied, resume=True)
+    stage = varied.folder / ".out.partial"
+    lines = [json.loads(x[9:]) for x in (stage / "journal-0.jsonl").read_text().splitlines()]
+    synced = [line["synced"] for line in lines if "synced" in line][-1]
+    told = [line for line in lines if "tensor" in line or "fact" in line]
+    sure = {line["tensor"]: line["entry"] for line in told[:synced] if "tensor" in line}
+    assert 0 < len(sure) < 9
+    (length,) = updates.lengths(sure).values()
+    assert 0 < length < (stage / "part-0").stat().st_size
+    os.truncate(stage / "part-0", length)
+    (varied.folder / "boot_id").write_text("another")
+    monkeypatch.setattr(journal, "_BOOT", varied.folder / "boot_id")
+    made.clear()
+    assert merge(varied, resume=True) == wanted
+    assert set(made) == matrices - set(sure)
 
 
 TAKEN_UP = """

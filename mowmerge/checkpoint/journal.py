@@ -18,15 +18,15 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
 from zlib import crc32
 
-from mowmerge.errors import ResourceError, denied
+from mowmerge.errors import ResourceError, refused
 from mowmerge.tensors import torch
 
 T = TypeVar("T")
@@ -102,7 +102,7 @@ class Journal:
             more = len(changes) - LISTED
             listed = "; ".join([*changes[:LISTED], *([f"{more} more"] if more > 0 else [])])
             raise ResourceError(
-                f"the unfinished merge cannot be taken up, for something has changed: {listed}",
+                f"the unfinished work cannot be taken up, for something has changed: {listed}",
                 where=str(self._folder),
                 hint="change it back, or start afresh with --force instead of --resume",
             )
@@ -120,7 +120,7 @@ class Journal:
         self.key = key
         told = [{"key": key}, {"boot": _boot()}, *self._held, {"synced": self._sure}]
         staged = self._file.with_suffix(".new")
-        with _refused(self._file):
+        with refused(self._file):
             staged.write_bytes(b"".join(map(_line, told)))
             sync(staged)
             staged.replace(self._file)
@@ -159,7 +159,7 @@ class Journal:
     def keep_state(self, group: int, state: Any) -> None:
         """Keeps what a reduction over the whole model returned."""
         staged = self._folder / f"state-{group}.new"
-        with _refused(staged):
+        with refused(staged):
             torch.save(state, staged)
             sync(staged)
             staged.replace(staged.with_suffix(".pt"))
@@ -193,7 +193,7 @@ class Journal:
 
     def _append(self, content: Mapping[str, Any]) -> None:
         data = memoryview(_line(content))
-        with _refused(self._file):
+        with refused(self._file):
             while data:
                 data = data[os.write(self._fd, data) :]
 
@@ -211,11 +211,11 @@ class Journal:
         self._force(self._files)
         with self._lock:
             self._append({"synced": lines})
-            with _refused(self._file):
+            with refused(self._file):
                 _to_disk(self._fd)
 
     def _force(self, files: Sequence[Path]) -> None:
-        with _refused(self._folder):
+        with refused(self._folder):
             for file in files:
                 sync(file)
             for folder in {self._folder, *(file.parent for file in files)}:
@@ -254,15 +254,6 @@ def _flat(value: Any, at: str = "") -> dict[str, Any]:
 def _shown(value: Any) -> str:
     text = "nothing" if value is None else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else f"{text[:39]}…"
-
-
-@contextmanager
-def _refused(file: Path) -> Iterator[None]:
-    """What the system refuses, as a ResourceError."""
-    try:
-        yield
-    except OSError as error:
-        raise denied(error, file) from error
 
 
 def _line(content: Mapping[str, Any]) -> bytes:

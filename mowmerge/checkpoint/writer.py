@@ -21,7 +21,7 @@ from typing import Any
 
 from mowmerge.checkpoint import fp8
 from mowmerge.checkpoint.journal import Journal, sync, sync_folder
-from mowmerge.errors import ResourceError
+from mowmerge.errors import ResourceError, refused
 from mowmerge.errors import denied as denied
 from mowmerge.plan import Packing, Shard
 from mowmerge.ranks import Lost, Ranks
@@ -30,7 +30,7 @@ from mowmerge.tensors import TensorSpec
 ALIGN = 64  # the data section of a shard starts at a multiple of this
 _SEEKING = Lock()  # held between seek and write where there is no pwrite
 NOT_HASHED = ("report.json", "README.md")
-KEPT = ("journal-", "state-")  # what starts so in a stage says what is done
+KEPT = ("journal-", "state-", "part-")  # what starts so in a stage is what is done
 SPARE = 16 << 20  # bytes left free beside the weights, for config, tokenizer and report
 
 
@@ -168,7 +168,7 @@ class Staging:
         held, done = self.journal.holds, len(self.journal.done)
         if held and not self._resume and not self._force:
             raise ResourceError(
-                f"a merge to {self.out} was cut off when {done} tensor(s) were done",
+                f"what is written to {self.out} was cut off when {done} tensor(s) were done",
                 where=str(self.stage), hint="--resume takes it up, --force starts afresh",
             )  # fmt: skip
         if held and self._resume:
@@ -213,42 +213,57 @@ class Staging:
         What is there already from a merge that is taken up stays; without all of it none counts.
         """
 
-        def begin() -> tuple[Any, ...]:
-            self._allocate(shards)
+        def prepare() -> None:
+            stands = self.journal.holds and all(self._stands(shard) for shard in shards)
+            if not stands:
+                self.journal.forget()
+            self.create(() if stands else shards)
+
+        self._begin(prepare, lambda: [self.path / shard.file for shard in shards])
+
+    @property
+    def part(self) -> Path:
+        """The file in which this rank's tensors wait whose places are not known yet."""
+        return self.stage / f"part-{self.ranks.rank}"
+
+    def wait(self, lengths: Mapping[str, int]) -> None:
+        """Begins the journal of tensors in parts. What is done counts for nothing where the parts
+        that hold it, by name, are not there at those lengths."""
+        held = {self.stage / name: length for name, length in lengths.items()}
+
+        def prepare() -> None:
+            if not all(f.is_file() and f.stat().st_size >= n for f, n in held.items()):
+                self.journal.forget()
+            with refused(self.part):
+                self.part.touch()
+
+        self._begin(prepare, lambda: [*{self.part, *filter(Path.is_file, held)}])
+
+    def _begin(self, prepare: Callable[[], None], files: Callable[[], Sequence[Path]]) -> None:
+        """Begins the journals of all ranks, when the first has prepared their files."""
+
+        def first() -> tuple[Any, ...]:
+            prepare()
+            if self._key:
+                self.journal.begin(self._key, files())
             return self.journal.key, self.journal.done, self.journal.facts
 
-        key, done, facts = self.ranks.from_first(begin)
+        key, done, facts = self.ranks.from_first(first)
         if self._key and not self.ranks.first:
-            self.journal.join(key, done, facts, [self.path / shard.file for shard in shards])
+            self.journal.join(key, done, facts, files())
 
-    def begin(self, name: str, nbytes: int) -> None:
-        """Begins the journal of a file that grows as it is written. What is done counts for nothing
-        where `nbytes` of it are not there."""
-        file = self.path / name
-        if nbytes and not (file.is_file() and file.stat().st_size >= nbytes):
-            self.journal.forget()
-        try:
-            file.touch()
-        except OSError as error:
-            raise denied(error, file) from error
-        self.journal.begin(self._key, [file])
-
-    def _allocate(self, shards: Sequence[Shard]) -> None:
-        if self.journal.holds and all(self._stands(shard) for shard in shards):
-            lacking: Sequence[Shard] = ()
-        else:
-            self.journal.forget()
-            lacking = shards
-        needed = sum(s.nbytes for s in lacking) + SPARE
+    def create(self, shards: Sequence[Shard]) -> None:
+        """Creates files at full size, with their headers; ResourceError if there is no room."""
+        needed = sum(s.nbytes for s in shards) + SPARE
         free = shutil.disk_usage(self.path).free
         if needed > free:
             raise ResourceError(
                 f"the disk is too small: {needed:,} bytes are needed, {free:,} are free",
                 where=str(self.out.parent), hint="free some space, or write to another disk",
             )  # fmt: skip
-        for shard in lacking:
+        for shard in shards:
             file = self.path / shard.file
-            try:
+            with refused(file):
                 file.parent.mkdir(exist_ok=True)
                 fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
                 try:
@@ -256,10 +271,6 @@ class Staging:
                     write_at(fd, memoryview(shard.header), 0)
                 finally:
                     os.close(fd)
-            except OSError as error:
-                raise denied(error, file) from error
-        if self._key:
-            self.journal.begin(self._key, [self.path / shard.file for shard in shards])
 
     def _stands(self, shard: Shard) -> bool:
         """Whether the shard is there, whole but for its data."""
@@ -345,10 +356,8 @@ class ShardSink:
         file, offset = self._places[name]
         if not self._ours(file):
             return
-        try:
+        with refused(self._folder / file):
             write_at(self._fds[file], data, offset + start)
-        except OSError as error:
-            raise denied(error, self._folder / file) from error
         self._advance(len(data))
 
 

@@ -20,7 +20,16 @@ def extract_lora(
         typer.Option(min=0.0, max=1.0, help="Or keep this share of each update's squared norm."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the folder.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Take up one that was cut off; leave the work if this one is."
+        ),
+    ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Tensors worked on at once.")] = None,
+    timeout: Annotated[
+        float, typer.Option(min=0.01, help="Under torchrun: minutes a rank waits for another.")
+    ] = 60.0,
     max_memory: Annotated[str | None, typer.Option(help="Peak memory, such as 2GB.")] = None,
     hash_: Annotated[bool, typer.Option("--hash/--no-hash", help="Write SHA256SUMS.")] = True,
     allow_pickle: Annotated[
@@ -36,6 +45,8 @@ def extract_lora(
       mowmerge extract-lora ./math lora/math --base ./base --rank 32
 
       mowmerge extract-lora org/math lora/math --base org/base --energy 0.95
+
+      torchrun --nproc_per_node 2 -m mowmerge extract-lora ./math lora/math --base ./base --resume
     """
     from mowmerge import api
 
@@ -47,6 +58,7 @@ def extract_lora(
         result = api.extract_lora(
             model, base, out, rank=rank, energy=energy, workers=workers,
             max_memory=output.limit(max_memory), allow_pickle=allow_pickle,
-            hashes=hash_, force=force, begin=progress.start,
+            hashes=hash_, force=force, resume=resume, timeout=timeout, begin=progress.start,
         )  # fmt: skip
-    results.show(result, as_json=json_, quiet=quiet)
+    if result.speaks:
+        results.show(result, as_json=json_, quiet=quiet)

@@ -37,6 +37,9 @@ def train_router(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1; a GPU where there is one if absent.")
     ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=0.01, help="Under torchrun: minutes a process waits for another.")
+    ] = 10.0,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
 ) -> None:
@@ -59,7 +62,7 @@ def train_router(
         )
     if lr is not None and not lr > 0:
         raise typer.BadParameter("must be above 0", param_hint="--lr")
-    options = Options(objective, steps, batch, lr, seed, bf16, accumulate, resume, device)
+    options = Options(objective, steps, batch, lr, seed, bf16, accumulate, resume, device, timeout)
     if dry_run:
         output.show_training(api.plan_training(out, recipe, options), as_json=json_)
         return

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import atexit
 import os
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
 
 from mowmerge.errors import ResourceError, SourceError
+from mowmerge.ranks import heard
 from mowmerge.tensors import Tensor, torch
+
+TIMEOUT = 30.0  # minutes; where the user has no say, as torch's own
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's rank, how many there are, and the device that it computes on."""
+    """This process's rank, how many there are, the device that it computes on; how many minutes it
+    waits for the others, and what the user may do when one of them is gone."""
 
     rank: int
     count: int
     device: Any
+    minutes: float = TIMEOUT
+    again: str = "run it again"
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum over all processes."""
@@ -26,7 +34,9 @@ class Processes:
             return tensor
         from accelerate.utils import reduce
 
-        found: Tensor = reduce(tensor.to(self.device), "sum")
+        mine = tensor.to(self.device)
+        with self._heard():
+            found: Tensor = reduce(mine, "sum")
         return found.to(tensor.device)
 
     def gathered(self, value: Any) -> list[Any]:
@@ -35,7 +45,8 @@ class Processes:
             return [value]
         from accelerate.utils import gather_object
 
-        found: list[Any] = gather_object([value])
+        with self._heard():
+            found: list[Any] = gather_object([value])
         return found
 
     def wait(self) -> None:
@@ -43,17 +54,24 @@ class Processes:
         if self.count > 1:
             from accelerate import PartialState
 
-            PartialState().wait_for_everyone()
+            with self._heard():
+                PartialState().wait_for_everyone()
+
+    def _heard(self) -> AbstractContextManager[None]:
+        return heard(self.minutes, self.again)
 
 
-def begin(device: str | None = None, verb: str = "train-router") -> Processes:
+def begin(
+    device: str | None = None, verb: str = "train-router", minutes: float = TIMEOUT
+) -> Processes:
     """Joins the processes that torchrun or accelerate started; gloo on CPUs.
 
-    `device` is cpu, cuda or cuda:1; None is a GPU where there is one.
+    `device` is cpu, cuda or cuda:1; None is a GPU where there is one. They wait for each other that
+    many minutes, to meet and then at each exchange.
 
     Raises:
-        ResourceError: no such device, or fewer processes in sight than WORLD_SIZE says: each of
-            them would believe that it is the only one.
+        ResourceError: no such device; the processes do not meet in time, or are fewer than
+            WORLD_SIZE says: each of them would believe that it is the only one.
         SourceError: several processes, and accelerate is not installed.
     """
     gpu = torch.cuda.is_available()
@@ -75,11 +93,11 @@ def begin(device: str | None = None, verb: str = "train-router") -> Processes:
     from accelerate import PartialState
 
     try:
-        state = PartialState(cpu=device == "cpu" or not gpu)
+        state = PartialState(cpu=device == "cpu" or not gpu, timeout=timedelta(minutes=minutes))
     except (ValueError, RuntimeError) as error:
         raise ResourceError(
             f"WORLD_SIZE says {told} processes, and they do not meet: {str(error).splitlines()[0]}",
-            hint=f"start them with `torchrun --nproc_per_node {told} -m mowmerge {verb} ...`",
+            hint=hint,
         ) from error
     if state.num_processes > 1:
         atexit.register(_leave)
@@ -90,7 +108,8 @@ def begin(device: str | None = None, verb: str = "train-router") -> Processes:
         )
     alone = state.num_processes == 1
     chosen = torch.device(device or ("cuda" if gpu else "cpu")) if alone else state.device
-    return Processes(state.process_index, state.num_processes, chosen)
+    again = "run it again" if verb == "eval" else "run it again with --resume"
+    return Processes(state.process_index, state.num_processes, chosen, minutes, again)
 
 
 def _leave() -> None:

@@ -16,7 +16,8 @@ SCOPES = ("sample", "block")  # of gates whose router has parameters to train
 
 @dataclass(frozen=True)
 class Options:
-    """What may be asked; None takes the objective's default. `device` is cpu, cuda or cuda:1."""
+    """What may be asked; None takes the objective's default. `device` is cpu, cuda or cuda:1; of
+    several processes one waits for another `timeout` minutes."""
 
     objective: str | None = None
     steps: int | None = None
@@ -27,6 +28,7 @@ class Options:
     accumulate: int = 1
     resume: bool = False
     device: str | None = None
+    timeout: float = 10.0
 
 
 @dataclass(frozen=True)

@@ -53,9 +53,10 @@ def train(
         CheckpointError: no dynamic checkpoint, no router in it, a router file from other experts, a
             loss that is not finite, a collapse.
         RecipeError: see `data.samples`.
-        ResourceError: another training of the folder is running; fewer processes than WORLD_SIZE.
+        ResourceError: another training of the folder is running; fewer processes than WORLD_SIZE,
+            or one that does not come, or is gone.
     """
-    here = processes.begin(options.device)
+    here = processes.begin(options.device, "train-router", options.timeout)
     held, asked, given = _prepared(folder, recipe, options)
     model = checkpoint.model(folder, held, bf16=asked.bf16).to(here.device)
     for name in asked.routers:

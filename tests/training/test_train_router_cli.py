@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,21 +21,31 @@ ROOT = Path(__file__).parents[2]
 Make = Callable[..., Made]
 
 
-def environment(made: Made) -> dict[str, str]:
+def environment(made: Made, **more: object) -> dict[str, str]:
     cache = str(made.out.parent / "cache")
     return {
         **os.environ, "HF_DATASETS_CACHE": cache, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+        **{name: str(value) for name, value in more.items()},
     }  # fmt: skip
 
 
 def run(
-    made: Made, *options: str, before: tuple[str, ...] = ()
+    made: Made, *options: str, before: tuple[str, ...] = (), **more: object
 ) -> subprocess.CompletedProcess[str]:
     command = [*(before or (sys.executable, "-m")), "mowmerge", "train-router", str(made.out)]
     return subprocess.run(
-        [*command, *options], capture_output=True, text=True, env=environment(made), check=False,
-        timeout=300,
+        [*command, *options], capture_output=True, text=True, env=environment(made, **more),
+        check=False, timeout=300,
     )  # fmt: skip
+
+
+def one_of_two(rank: int) -> dict[str, object]:
+    """What a launcher would tell a process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
 
 
 def test_a_dry_run_tells_and_touches_nothing(make: Make) -> None:
@@ -105,3 +116,46 @@ def test_two_processes_do_what_one_does(make: Make, which: str) -> None:
     assert json.loads(done.stdout)["processes"] == 2
     for name, value in routers(one.out).items():
         torch.testing.assert_close(routers(two.out)[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_whose_others_do_not_come_waits_for_so_long_and_says_so(
+    make: Make, rank: int
+) -> None:
+    made = make("linear")
+    before = made.bytes()
+    done = run(made, "--timeout", "0.03", "--device", "cpu", **one_of_two(rank))
+    assert done.returncode == 6, done.stderr
+    error = done.stderr[done.stderr.index("error: ") :]
+    assert error.startswith("error: WORLD_SIZE says 2 processes, and they do not meet: ")
+    assert "torchrun --nproc_per_node 2 -m mowmerge train-router" in error
+    assert "Traceback" not in done.stderr
+    assert made.bytes() == before
+
+
+@pytest.mark.slow
+def test_a_process_that_is_gone_ends_the_other_with_a_word(make: Make) -> None:
+    """As on another host, whose launcher does not know: the connection tells."""
+    made = make("wemoe")
+    before, told = made.bytes(), one_of_two(0)
+    each = [environment(made, **told | {"RANK": r, "LOCAL_RANK": r}) for r in range(2)]
+    command = [sys.executable, "-m", "mowmerge", "train-router", str(made.out), "--timeout", "2"]
+    options = ["--batch", "9", "--steps", "2000", "--device", "cpu", "--recipe", str(made.recipe)]
+    two = [
+        subprocess.Popen([*command, *options], env=env, stderr=subprocess.PIPE, text=True)
+        for env in each
+    ]
+    try:
+        state = made.out.with_name(".out.training") / "state.pt"
+        while not state.exists() and two[0].poll() is None:
+            time.sleep(0.05)
+        two[1].kill()
+        _, err = two[0].communicate(timeout=200)
+    finally:
+        for one in two:
+            one.kill()
+            one.communicate()
+    assert two[0].returncode == 6, err
+    assert "error: the connection to another rank is gone" in err and "--resume" in err
+    assert "Traceback" not in err
+    assert made.bytes() == before and state.exists()
