@@ -156,6 +156,10 @@ def _pinned(recipe: Recipe, plan: Plan, relative: Callable[[str], str]) -> dict[
                 told["source"] = _revision(found) or relative(told["source"])
     if recipe.encoder is not None and plan.encoder:
         data["encoder"] = _revision(plan.encoder) or relative(recipe.encoder)
+    if recipe.vocabulary and recipe.vocabulary.outside and plan.vocabulary:
+        outside = plan.vocabulary.outside
+        named = outside and _revision(outside)
+        data["vocabulary"]["source"] = {"tokenizer": named or relative(recipe.vocabulary.outside)}
     if recipe.coefficients is not None:
         data["coefficients"] = relative(recipe.coefficients)
     return data

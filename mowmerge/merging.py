@@ -248,15 +248,14 @@ def _write_config(planned: Plan, folder: Path) -> None:
     known = [job.output for job in plain if job.output.name in before]
     changed = any(spec.dtype != before[spec.name].dtype for spec in known)
     dtype = DTYPES[next(iter(dtypes))].torch_name if changed and len(dtypes) == 1 else None
+    donor, settings, tokens = _donor(planned), layers.settings(planned), planned.vocabulary
     if planned.manifest:
-        tokens = planned.vocabulary
-        sidecars.write_dynamic_config(_donor(planned), folder, dtype, planned.manifest, tokens)
+        sidecars.write_dynamic_config(donor, folder, dtype, planned.manifest, settings, tokens)
     else:
-        donor = _donor(planned)
         quantised = fp8.quantization_config(planned, config(donor))
         sidecars.write_config(
             donor, folder, dtype, headless=bool(planned.heads), quantised=quantised,
-            planned=layers.settings(planned), vocabulary=planned.vocabulary,
+            planned=settings, vocabulary=tokens,
         )  # fmt: skip
 
 

@@ -89,9 +89,10 @@ class Share:
 class Vocabulary:
     """The output's tokens: whose they are, how many, in how many rows, and what each model does.
 
-    The tokenizer's files are those of `folder`, but for `files`, which are written as they stand
-    here; where tokens were added (`extended`) what else says them is left out. `config` holds what
-    is changed in the config, by path. The tokenizers took `parsed` bytes of memory.
+    The tokenizer's files are those of `folder`, which is that of `outside` where it is no model's,
+    but for `files`, which are written as they stand here; where tokens were added (`extended`) what
+    else says them is left out. `config` holds what is changed in the config, by path. The
+    tokenizers took `parsed` bytes of memory.
     """
 
     source: str
@@ -106,6 +107,7 @@ class Vocabulary:
     extended: bool = False
     config: Mapping[tuple[str, ...], Any] = field(default_factory=dict)
     parsed: int = 0
+    outside: Stored | None = None
 
     def told(self) -> dict[str, Any]:
         """The mapping as plain data, for the plan and the report."""

@@ -69,7 +69,7 @@ class Patch:
     """What an adapter does to one tensor: adds scale * B A, takes its place, or (DoRA) scales rows.
 
     `parts` names tensors of the adapter's file: a and b, with m where there is a magnitude, or the
-    value. The tensor is a stack of `stack` matrices; `across` says that they are stored [in, out].
+    value, with `rows` of those alone. The tensor is a stack of `stack` matrices, `across` [in,out].
     """
 
     adapter: int
@@ -78,6 +78,7 @@ class Patch:
     weight: float = 1.0
     across: bool = False
     stack: int = 1
+    rows: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Packing:
-    """How an output tensor is stored in fp8: the weight, its scales, and the rows and columns that
-    share one."""
+    """An output tensor in fp8: the weight, its scales, the rows and columns that share one."""
 
     weight: TensorSpec
     scale: TensorSpec
@@ -227,8 +227,8 @@ class Fit:
 
 @dataclass(frozen=True)
 class Algebra:
-    """What a merge decomposes: how many matrices, how often, at about how many operations; which
-    shape costs most; how many bytes lie on the disk until the statistics are known."""
+    """What a merge decomposes: how many matrices, how often, at about how many operations; the
+    costliest shape; how many bytes lie on the disk until the statistics are known."""
 
     matrices: int
     decompositions: int
@@ -244,12 +244,11 @@ class Plan:
     `sources` holds, for each model, a checkpoint or another plan; `heads` the file of each model
     whose head is kept as it is. A dynamic merge has a manifest, files of codes and one of routers;
     `head_names` says of a head's tensor among the codes which model's it is; `surveyed` what was
-    measured before, and while the plan is `undecided` it is still to be: more is planned than will
-    be written; `rest` is the static method of the rest, and why it is that one; `encoder` is what
-    classifiers look at, copied whole; `config` is what the output's config has other than the
-    donor's, `chat_template` the text of the one that takes the place of the donor's; `fit` is
-    what is to be fitted first, `algebra` what is decomposed; `vocabulary` is there where rows are
-    placed by token. Workers take the `devices` in turn; `device_bytes` is the peak on each GPU.
+    measured; while that is `undecided` more is planned than will be written; `rest` is the static
+    method of the rest, and why; `encoder` is what classifiers look at, copied whole; `config` is
+    what the output's config has other than the donor's; `fit` is what is to be fitted first,
+    `algebra` what is decomposed; `vocabulary` is there where rows are placed by token. Workers take
+    the `devices` in turn; `device_bytes` is the peak on each GPU.
     """
 
     name: str
@@ -301,7 +300,9 @@ class Plan:
     def checkpoints(self) -> list[tuple[str, Stored]]:
         """Every checkpoint that is read, by model: adapters, nested ones and the encoder too."""
         found = [pair for name, source in self.sources.items() for pair in _stored(name, source)]
-        return [*found, ("encoder", self.encoder)] if self.encoder else found
+        outside = self.vocabulary.outside if self.vocabulary else None
+        beside = ("encoder", self.encoder), ("tokenizer", outside)
+        return found + [(name, stored) for name, stored in beside if stored]
 
     @property
     def static(self) -> Plan:
@@ -310,8 +311,7 @@ class Plan:
         for model, name in self.head_names.values():
             heads.setdefault(model, {})[name] = 0
         kept = {model: Shard("", b"", names, 0) for model, names in heads.items()}
-        jobs = tuple(job.anchor or job for job in self.jobs)
-        return replace(self, jobs=jobs, heads=self.heads or kept)
+        return replace(self, jobs=tuple(j.anchor or j for j in self.jobs), heads=self.heads or kept)
 
     def anchored(self, static: Plan) -> Plan:
         """The plan with the jobs of its static merge replaced by another's."""

@@ -75,10 +75,14 @@ class _Planner:
         search = Search(self.recipe, self.options.download, self.options.allow_pickle, self._nested)
         base = "base" if self.recipe.base is not None else None
         donor = base or next(iter(self.recipe.models))
-        sources, tokens, told = vocabulary.placed(self.recipe, search.sources(), donor)
+        read = search.sources()
+        sources, tokens, told = vocabulary.placed(self.recipe, read, donor, search.tokenizer())
         self.sources, self.warnings = sources, [*self.warnings, *search.warnings, *told]
         where = self.recipe.where("output", "chat_template")
-        template = chat.chosen(self.recipe.output.chat_template, sources, where)
+        asked = self.recipe.output.chat_template
+        template = chat.chosen(asked, sources, where)
+        if asked and template is None:
+            self.warnings.append(f"{where}: no model has a chat template, nor has the output")
         specs, heads = self._bodies(donor, {name: s.specs for name, s in sources.items()})
         if registry.get(self.recipe.method).dynamic:
             folder, found = config_source(sources[donor]).folder, self.options.surveyed
@@ -90,7 +94,7 @@ class _Planner:
             held = config_source(sources[donor])
             self.packings = fp8.packings(cut.specs, held, source.config(held.folder))
         jobs = self._jobs(base, cut.pieces)
-        told, permuted = vocabulary.compared(self.recipe, sources, donor, jobs)
+        told, permuted = vocabulary.compared(self.recipe, sources, donor, jobs, tokens)
         self.warnings, self.problems = [*self.warnings, *told], [*self.problems, *permuted]
         self.problems += algebra.faults(self.recipe, jobs, sources)
         self._raise_problems()

@@ -9,9 +9,9 @@ from typing import Any
 
 from mowmerge import lock
 from mowmerge.checkpoint import heads, lowrank
+from mowmerge.checkpoint.header import read_header
 from mowmerge.checkpoint.peft import WEIGHTS
 from mowmerge.checkpoint.reader import StoredReader
-from mowmerge.checkpoint.source import read_header
 from mowmerge.errors import CheckpointError, Problem, RecipeError
 from mowmerge.plan import Location, Plan, Stored
 from mowmerge.recipe.model import Digest, Lock, Recipe

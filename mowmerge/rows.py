@@ -90,8 +90,8 @@ class Lines:
         self._mean(rows)
 
     def _mean(self, rows: NDArray[bool_]) -> None:
-        """The mean over the models that have a row; the base's where none has; or that of all the
-        model's own rows where nobody has one."""
+        """The mean over the models that have a row; the base's where none has; where nobody has one
+        that of all the model's own rows, or for a token what `unseen` says."""
         left = rows.copy()
         everyone = [name for name in self._having if name in self._work.recipe.models]
         for name in everyone:
@@ -104,6 +104,9 @@ class Lines:
             has = left & (theirs > NONE)
             self.lines["base"][has], self.rules[has] = theirs[has], "base"
             left &= ~has
+        if self._work.asked.unseen == "zero":
+            self.rules[left & self._work.worded] = "zero"
+            left &= ~self._work.worded
         self.lines[self._model.name][left], self.rules[left] = MEAN, "own"
 
     def _lacks(self, what: str, name: str, loc: tuple[str, ...]) -> None:

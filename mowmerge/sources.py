@@ -57,6 +57,17 @@ class Search:
         except (CheckpointError, SourceError) as error:
             raise type(error)(_placed(self.recipe.where("encoder"), error.problems)) from error
 
+    def tokenizer(self) -> Stored | None:
+        """The files of a tokenizer that is none of the models', where `vocabulary` names one."""
+        asked = self.recipe.vocabulary and self.recipe.vocabulary.outside
+        if not asked:
+            return None
+        try:
+            return self._find(asked, "tokenizer")
+        except SourceError as error:
+            at = self.recipe.where("vocabulary", "source", "tokenizer")
+            raise SourceError(_placed(at, error.problems)) from error
+
     def on_base(self, ref: ModelRef) -> bool:
         """Whether a model is adapters on the recipe's base, which `source: base` then means."""
         return bool(ref.adapter) and ref.source == "base" and self.recipe.base is not None
@@ -69,16 +80,14 @@ class Search:
         source.refuse_dynamic(stored)
         return stored
 
-    def _find(self, origin: str, *, adapter: bool = False) -> Stored:
+    def _find(self, origin: str, kind: source.Kind = "checkpoint") -> Stored:
         where = self.recipe.locate(origin)
-        return source.find(
-            where, download=self.download, allow_pickle=self.allow_pickle, adapter=adapter
-        )
+        return source.find(where, download=self.download, allow_pickle=self.allow_pickle, kind=kind)
 
     def adapted(self, name: str, model: Stored | Plan, refs: Iterable[AdapterRef]) -> Adapted:
         """The model with the adapters that the recipe puts on it."""
         try:
-            adapters = [peft.read(self._find(r.source, adapter=True), r.weight) for r in refs]
+            adapters = [peft.read(self._find(r.source, "adapter"), r.weight) for r in refs]
             wide = self.recipe.output.format == "adapter"
             found, told = peft.adapted(model, adapters, wide=wide)
         except (CheckpointError, SourceError) as error:
@@ -94,6 +103,7 @@ def here(recipe: Recipe) -> bool:
     named = [recipe.base, recipe.encoder]
     named += [ref.source for ref in refs if not (ref.adapter and ref.source == "base")]
     named += [each.source for ref in refs for each in ref.adapter]
+    named += [recipe.vocabulary.outside] if recipe.vocabulary else []
     return all(
         here(each) if isinstance(each, Recipe) else each is None or existing(each, recipe.folder)
         for each in named

@@ -15,7 +15,7 @@ from mowmerge.checkpoint.tokens import Holder, after, axis, height, home, of
 from mowmerge.checkpoint.union import Addition
 from mowmerge.errors import CheckpointError, Problem, did_you_mean
 from mowmerge.placement import NONE, Placed, Rows, Share, Vocabulary
-from mowmerge.plan import Adapted, Source, TensorJob, config_source
+from mowmerge.plan import Adapted, Source, Stored, TensorJob, config_source
 from mowmerge.recipe.model import Recipe
 from mowmerge.recipe.vocabulary import Row
 from mowmerge.rows import Lines, counted
@@ -59,33 +59,50 @@ def holders(recipe: Recipe, sources: Mapping[str, Source], donor: str) -> dict[s
 
 
 def placed(
-    recipe: Recipe, sources: Mapping[str, Source], donor: str
+    recipe: Recipe, sources: Mapping[str, Source], donor: str, outside: Stored | None
 ) -> tuple[Mapping[str, Source], Vocabulary | None, list[str]]:
     """The sources with vocabulary rows placed as the recipe asks, the vocabulary, and warnings;
     where it asks for none the sources, and what a nested recipe among them gives its result.
+    `outside` are the files of the tokenizer that it names, where that is no model's.
 
     Raises:
         CheckpointError: a model has no tokenizer.json; tokenizers that cannot be reconciled; a
             token of the recipe that no model has; all of them at once.
     """
     if recipe.vocabulary is None:
-        return sources, of(sources[donor]), []
-    work = Placing(recipe, holders(recipe, sources, donor), donor)
+        nested = of(sources[donor])
+        return sources, nested and replace(nested, outside=None), []
+    work = Placing(recipe, holders(recipe, sources, donor), donor, outside)
     return work.sources(), work.vocabulary(), work.warnings
 
 
+def _lender(recipe: Recipe, stored: Stored) -> Holder:
+    """A tokenizer that is no model's."""
+    folder, named = Path(stored.folder), recipe.vocabulary and recipe.vocabulary.outside
+    try:
+        held = tokenizers.content(folder)
+        tokenizer = tokenizers.understood(folder, held)
+        return Holder(str(named), stored, folder, tokenizer, len(held), {}, config(folder))
+    except CheckpointError as error:
+        at = recipe.where("vocabulary", "source", "tokenizer")
+        told = [Problem(p.message, f"{at}: {p.where}", p.hint) for p in error.problems]
+        raise CheckpointError(told) from error
+
+
 def compared(
-    recipe: Recipe, sources: Mapping[str, Source], donor: str, jobs: Sequence[TensorJob]
-) -> tuple[list[str], list[Problem]]:
+    recipe: Recipe, sources: Mapping[str, Source], donor: str, jobs: Sequence[TensorJob],
+    tokens: Vocabulary | None,
+) -> tuple[list[str], list[Problem]]:  # fmt: skip
     """Models that read texts otherwise than the tokenizer that is written: a warning where that
     does no harm to weights, a problem where rows of different tokens would be merged."""
     asked, warnings, problems = recipe.vocabulary, [], []
-    written = sources[donor if asked is None or asked.source == "union" else asked.source]
+    written = sources[donor]
+    here = Path(tokens.folder) if asked and tokens else home(written)
     for model, source in sources.items():
         if asked is None and model == donor and isinstance(source, Adapted) and source.resized:
             problems.append(_resized(recipe, model, source))
             continue
-        here, folder = home(written), home(source)
+        folder = home(source)
         same = tokenizers.alike(here / tokenizers.FILE, folder / tokenizers.FILE)
         if asked is not None or (same and of(written) is None and of(source) is None):
             told = [*tokenizers.retold(here, folder)]
@@ -148,10 +165,14 @@ def _resized(recipe: Recipe, model: str, source: Adapted) -> Problem:
 class Placing:
     """One recipe's vocabulary as it is worked out: tokens first, then each model's rows."""
 
-    def __init__(self, recipe: Recipe, models: Mapping[str, Holder], donor: str) -> None:
+    def __init__(
+        self, recipe: Recipe, models: Mapping[str, Holder], donor: str, outside: Stored | None
+    ) -> None:
         assert recipe.vocabulary is not None
         self.recipe, self.asked, self.models, self.donor = recipe, recipe.vocabulary, models, donor
-        self.lender = models[donor if self.asked.source == "union" else self.asked.source]
+        named = donor if self.asked.source == "union" else str(self.asked.source)
+        self.outside = outside
+        self.lender = _lender(recipe, outside) if outside else models[named]
         self.problems: list[Problem] = [*self._apart()]
         self.warnings = [
             f"the tokenizer of '{name}' changes or splits texts otherwise than that of"
@@ -171,7 +192,9 @@ class Placing:
                 f"it gives a token the id {least - 1}, far beyond its {len(self.ids)} tokens",
                 where=str(self.lender.folder / tokenizers.FILE), hint="save the tokenizer again",
             )  # fmt: skip
-        self.rows = -(-least // multiple) * multiple if multiple else max(least, self.lender.rows)
+        tall = [self.lender.rows, *sorted(special.sizes(self.lender.settings))]
+        rows = next((n for n in (tall if outside else tall[:1]) if n >= least), least)
+        self.rows = -(-least // multiple) * multiple if multiple else rows
         self.at: list[str | None] = [None] * self.rows
         for token, i in self.ids.items():
             self.at[i] = token
@@ -331,6 +354,7 @@ class Placing:
             file = special.generation(donor.folder, moved)
             if file and not (lender.folder / special.GENERATION).is_file():
                 files[special.GENERATION] = file
+        read = {id(m.tokenizer): m.size for m in (*self.models.values(), lender)}
         return Vocabulary(
             source=lender.name,
             tokens=len(self.ids),
@@ -346,7 +370,8 @@ class Placing:
             files=files,
             extended=bool(self.additions) or bool(nested and nested.extended),
             config=changes,
-            parsed=PARSED * sum({id(m.tokenizer): m.size for m in self.models.values()}.values()),
+            parsed=PARSED * sum(read.values()),
+            outside=self.outside,
         )
 
     def _share(self, model: Holder, added: int) -> Share:

@@ -343,6 +343,8 @@ def test_saved_modules_and_magnitudes_go_along(zoo: Zoo) -> None:
     [
         ({"output": {"rank": 4}}, "output.rank is for output.format: adapter"),
         ({"base": None}, "an adapter needs a base"),
+        ({"base": {"models": {"x": "./base"}, "method": "linear"}}, "this one is itself a recipe"),
+        ({"slices": [{"layers": 0}]}, "slices are other layers than the base's"),
         ({"output": {"format": "adapter", "rank": 4, "energy": 0.5}}, "two ways to say one"),
         ({"heads": {"match": "lm_head*"}}, "heads cannot go into an adapter"),
         ({"output": {"format": "adapter", "dtype": "bfloat16"}}, "factors are float32"),

@@ -208,6 +208,7 @@ def test_layers_past_the_depth_are_named(zoo: Zoo, models: dict[str, Any]) -> No
     ({"layers": {"a": 0}, "methud": "linear"}, "unknown key 'slices.0.methud'"),
     ({"layers": {"a": 0}, "method": "ties"}, "'ties' needs a base"),
     ({"layers": {"a": 0}, "method": "mow"}, "slices stack layers anew"),
+    ({"layers": {"a": 0}, "method": "adamerging"}, "'adamerging' is fitted on models as they are"),
     ({}, "'slices.0.layers' is missing"),
     ({"layers": {"base": 0}}, "names the base alone"),
 ])  # fmt: skip

@@ -24,6 +24,7 @@ class AdaptedReader:
     low rank    W + weight * scale * B A, transposed where W is stored [in, out]
     magnitude   m * V / |V| by output row, V = W0 + scale * B A, |V| without earlier adapters
     value       the adapter's own tensor; W + weight * (value - W) for another weight than 1
+    rows        the same for the rows of single tokens
     """
 
     def __init__(self, model: TensorReader, adapted: Adapted) -> None:
@@ -40,12 +41,15 @@ class AdaptedReader:
     def open(self, name: str) -> TensorHandle:
         """A handle that adapts what is read from it."""
         patches = self._adapted.patches.get(name, ())
+        model, below = self._model, name
         if name in self._adapted.added:
-            return self.adapters[patches[-1].adapter].open(patches[-1].parts["value"])
+            whole = next(p for p in reversed(patches) if not p.rows)
+            model, below = self.adapters[whole.adapter], whole.parts["value"]
+            patches = tuple(patch for patch in patches if patch.rows)
         if not patches:
-            return self._model.open(name)
-        stored = self._model.specs[name].dtype
-        return _AdaptedHandle(self._model.open(name), self.specs[name], stored, patches, self)
+            return model.open(below)
+        stored = model.specs[below].dtype
+        return _AdaptedHandle(model.open(below), self.specs[name], stored, patches, self)
 
     def updates(self, name: str) -> list[tuple[Tensor, Tensor]] | None:
         """(B [E, out, r], A [E, r, in]) of each adapter on a tensor, which is one matrix (E is 1)
@@ -96,6 +100,15 @@ class _LowRank:
     across: bool
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of single tokens: their numbers [n], rising, and values [n, C]; the patch's weight."""
+
+    numbers: Tensor
+    values: Tensor
+    weight: float
+
+
 class _AdaptedHandle:
     """Adapts one run of rows at a time; keeps the last, since what is read next continues it."""
 
@@ -114,10 +127,12 @@ class _AdaptedHandle:
         self._first, self._last = 0, 0
         with ExitStack() as stack:
             self._model = stack.enter_context(closing(model))
-            self._patches: list[_LowRank | tuple[TensorHandle, TensorSpec, float]] = []
+            self._patches: list[_LowRank | _Rows | tuple[TensorHandle, TensorSpec, float]] = []
             for patch in patches:
                 adapter = reader.adapters[patch.adapter]
-                if "value" in patch.parts:
+                if patch.rows:
+                    self._patches.append(_rows(adapter, patch, self._wide))
+                elif "value" in patch.parts:
                     name = patch.parts["value"]
                     value = stack.enter_context(closing(adapter.open(name)))
                     self._patches.append((value, adapter.specs[name], patch.weight))
@@ -175,8 +190,15 @@ class _AdaptedHandle:
         return self._values[:length].copy_(raw).view(-1, self._columns)
 
     def _replace(
-        self, value: Tensor, patch: tuple[TensorHandle, TensorSpec, float], matrix: int, first: int
-    ) -> None:
+        self, value: Tensor, patch: _Rows | tuple[TensorHandle, TensorSpec, float], matrix: int,
+        first: int,
+    ) -> None:  # fmt: skip
+        if isinstance(patch, _Rows):
+            inside = (patch.numbers >= first) & (patch.numbers < first + len(value))
+            at, theirs = patch.numbers[inside] - first, patch.values[inside]
+            moved = value[at] + patch.weight * (theirs - value[at])
+            value[at] = theirs if patch.weight == 1 else moved
+            return
         handle, spec, weight = patch
         start = (matrix * self._rows + first) * self._columns
         raw = torch.empty(value.numel(), dtype=DTYPES[spec.dtype].torch)
@@ -228,6 +250,11 @@ def _low_rank(stored: StoredReader, patch: Patch, wide: Any) -> _LowRank:
     )
 
 
+def _rows(stored: StoredReader, patch: Patch, wide: Any) -> _Rows:
+    """The rows of a patch, read whole."""
+    return _Rows(torch.tensor(patch.rows), _whole(stored, patch.parts["value"], wide), patch.weight)
+
+
 def _whole(stored: StoredReader, name: str, wide: Any) -> Tensor:
     """A tensor of the adapter in the wide dtype."""
     spec = stored.specs[name]
@@ -260,9 +287,11 @@ def matrices(spec: TensorSpec, patches: Sequence[Patch]) -> tuple[int, int, int]
 def held_bytes(adapted: Source, name: str) -> int:
     """Bytes that an open handle on a tensor takes: the factors, and its run of rows; none where no
     adapter is on it."""
-    if not isinstance(adapted, Adapted) or name in adapted.added or name not in adapted.patches:
+    patches = adapted.patches.get(name, ()) if isinstance(adapted, Adapted) else ()
+    if isinstance(adapted, Adapted) and name in adapted.added:
+        patches = tuple(patch for patch in patches if patch.rows)
+    if not isinstance(adapted, Adapted) or not patches:
         return 0
-    patches = adapted.patches[name]
     spec = adapted.specs[name]
     wide = 8 if spec.dtype == "F64" else 4
     _, rows, columns = matrices(spec, patches)
@@ -271,7 +300,7 @@ def held_bytes(adapted: Source, name: str) -> int:
         adapted.adapters[patch.adapter].specs[part].numel
         for patch in patches
         for key, part in patch.parts.items()
-        if key != "value"
+        if key != "value" or patch.rows
     ]
     temporary = 4 if any("m" in p.parts or "value" in p.parts for p in patches) else 0
     return run * (spec.itemsize + wide * (1 + temporary)) + sum(parts) * wide

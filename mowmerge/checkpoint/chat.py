@@ -16,20 +16,22 @@ from mowmerge.plan import Source
 def chosen(asked: str | None, sources: Mapping[str, Source], where: str) -> str | None:
     """The text of the template that is asked for; None where none is, and the donor's stays.
 
-    `auto` is the text that most models have, the first of those that as many have.
+    `auto` is the text that most models have, the first of those that as many have; None where no
+    model has one.
 
     Raises:
-        CheckpointError: the model that is named has none, or with auto no model has.
+        CheckpointError: the model that is named has none.
     """
     if asked is None or "{" in asked:
         return asked
     names = [asked] if asked != "auto" else list(sources)
     held = [template(home(sources[name])) for name in names]
     texts = [text.strip() for text in held if isinstance(text, str) and text.strip()]
+    if not texts and asked == "auto":
+        return None
     if not texts:
-        told = f"model '{asked}' has no chat template" if asked != "auto" else (
-            "no model has a chat template")  # fmt: skip
-        raise CheckpointError(told, where=where, hint="write the template itself, or leave it out")
+        told, hint = f"model '{asked}' has no chat template", "write the template itself"
+        raise CheckpointError(told, where=where, hint=f"{hint}, or leave it out")
     return Counter(texts).most_common(1)[0][0]
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mowmerge.checkpoint import naming
-from mowmerge.checkpoint.source import config, find, metadata
+from mowmerge.checkpoint.header import metadata
+from mowmerge.checkpoint.source import config, find
 from mowmerge.dynamic.format import HEADS, ROUTER, FormatError, Manifest
 from mowmerge.errors import CheckpointError, SourceError
 from mowmerge.plan import Stored

@@ -15,9 +15,10 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-from mowmerge.checkpoint import modules, naming, source
+from mowmerge.checkpoint import modules, naming
+from mowmerge.checkpoint.aliases import Aliases
 from mowmerge.errors import CheckpointError
-from mowmerge.plan import Adapted, Patch, Plan, Stored, config_source
+from mowmerge.plan import Adapted, Patch, Plan, Stored
 from mowmerge.tensors import TensorSpec
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -27,6 +28,8 @@ _LORA = re.compile(
     r"^(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B"
     r"|lora_magnitude_vector(?:\.weight)?)$"
 )
+_TOKENS = "token_adapter"
+_ROWS = re.compile(rf"^(?P<module>.+)\.{_TOKENS}\.trainable_tokens_delta$")
 _COPY = re.compile(r"^(?P<module>.+)\.(?:modules_to_save|original_module)\.(?P<parameter>\w+)$")
 _PART = {"lora_A.weight": "a", "lora_embedding_A": "a", "lora_B.weight": "b",
          "lora_embedding_B": "b"}  # fmt: skip
@@ -34,7 +37,8 @@ _FOREIGN = re.compile(r"(?:^|[._])(?:lora|hada|lokr|vera|ia3|oft|boft|hra|adalor
                       r"|token_adapter|trainable_tokens|modules_to_save)(?:_|\.|$)")  # fmt: skip
 
 _USED = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
-         "fan_in_fan_out", "modules_to_save", "target_parameters", "init_lora_weights"}  # fmt: skip
+         "fan_in_fan_out", "modules_to_save", "target_parameters", "init_lora_weights",
+         "trainable_token_indices"}  # fmt: skip
 _SAID_BY_NAMES = {  # what they decide shows in the names of the file's tensors
     "bias", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "ensure_weight_tying",
@@ -102,8 +106,9 @@ def adapted(
     Raises:
         CheckpointError: an adapter fits another model, or its tensors are not understood.
     """
-    base = _Base(model)
+    base = Aliases(model)
     values: dict[str, list[Patch]] = {}
+    rows: dict[str, list[Patch]] = {}
     deltas: dict[str, list[Patch]] = {}
     for number, adapter in enumerate(adapters):
         fitted = _Fit(adapter, number, base)
@@ -116,49 +121,21 @@ def adapted(
                     hint="name them as two models, and merge those",
                 )  # fmt: skip
             replaced.append(patch)
+        for name, patch in fitted.rows():
+            here = rows.setdefault(name, [])
+            if taken := {n for other in here for n in other.rows} & {*patch.rows}:
+                raise CheckpointError(
+                    f"the row {min(taken)} of '{name}' is replaced twice", where=fitted.origin,
+                    hint="name adapters that change one token as two models, and merge those",
+                )  # fmt: skip
+            here.append(patch)
         for name, patch in fitted.deltas():
             deltas.setdefault(name, []).append(patch)
-    names = dict.fromkeys([*values, *deltas])
-    patches = {name: (*values.get(name, ()), *deltas.get(name, ())) for name in names}
+    every = values, rows, deltas
+    names = dict.fromkeys(name for kind in every for name in kind)
+    patches = {name: tuple(p for kind in every for p in kind.get(name, ())) for name in names}
     stored = tuple(adapter.stored for adapter in adapters)
     return Adapted(model, stored, patches, base.added, wide), list(dict.fromkeys(base.warnings))
-
-
-class _Base:
-    """The model's tensors by the names that adapters may have for them."""
-
-    def __init__(self, model: Stored | Plan) -> None:
-        self._specs = model.specs
-        self._config = source.config(config_source(model).folder)
-        self._views: list[Mapping[str, TensorSpec]] = [self._specs]
-        self._in_memory: Mapping[str, TensorSpec] | None = None
-        self.added: dict[str, TensorSpec] = {}
-        self.warnings: list[str] = []
-
-    @property
-    def kinds(self) -> set[str]:
-        """The model types that config.json names."""
-        return modules.model_types(self._config)
-
-    def align(self, names: Sequence[str]) -> None:
-        """Takes in an adapter's names, so that a class prefix does not set them apart."""
-        self._views = [self._specs, naming.aligned(self._specs, names)]
-        if any(self.find(name) is None for name in names):
-            self._views.append(self._memory_names())
-
-    def find(self, name: str) -> TensorSpec | None:
-        """The model's tensor of that name, if there is one."""
-        return next((view[name] for view in self._views if name in view), None)
-
-    def tied(self, name: str) -> TensorSpec | None:
-        """The tensor that an absent one is tied to."""
-        return next((t for v in self._views if (t := naming.tied_to(name, v))), None)
-
-    def _memory_names(self) -> Mapping[str, TensorSpec]:
-        """The tensors by their names in memory, asked only where those on disk do not fit."""
-        if self._in_memory is None:
-            self._in_memory = modules.of(self._config, self._specs).names
-        return self._in_memory
 
 
 @dataclass
@@ -171,15 +148,17 @@ class _Module:
 class _Fit:
     """One adapter on one model."""
 
-    def __init__(self, adapter: Adapter, number: int, base: _Base) -> None:
+    def __init__(self, adapter: Adapter, number: int, base: Aliases) -> None:
         self._adapter, self._number, self._base = adapter, number, base
         self.origin, self._config = adapter.stored.origin, adapter.config
         self._specs = adapter.stored.specs
         self._modules: dict[str, _Module] = {}
         self._values: dict[str, str] = {}
+        self._rows: dict[str, str] = {}
         for key in self._specs:
             self._sort(key)
-        wanted = [f"{module}.weight" for module in self._modules] + list(self._values)
+        wanted = [f"{module}.weight" for module in (*self._modules, *self._rows)]
+        wanted += list(self._values)
         base.align([*wanted, *(n for m in self._modules for n in self._parameters(m))])
 
     def _sort(self, key: str) -> None:
@@ -194,7 +173,9 @@ class _Fit:
             level = module.count(".base_layer")
             held = self._modules.setdefault(module.replace(".base_layer", ""), _Module())
             held.levels.setdefault(level, {})[part] = key
-        elif _FOREIGN.search(name):
+        elif tokens := _ROWS.match(name):
+            self._rows[tokens["module"]] = key
+        elif _FOREIGN.search(name := name.replace(f".{_TOKENS}.base_layer.", ".")):
             raise self._wrong(f"tensor '{key}' is not understood", MERGE)
         else:
             self._values[name.replace(".base_layer.", ".")] = key
@@ -222,6 +203,33 @@ class _Fit:
                 self._adapter.weight)  # fmt: skip
             patch = Patch(self._number, {"value": key}, weight=weight)
             yield (ours.name if ours else name), patch
+
+    def rows(self) -> Iterator[tuple[str, Patch]]:
+        """Rows that take the place of those of single tokens: trainable_token_indices."""
+        for module, key in self._rows.items():
+            path, spec, numbers = f"{module}.weight", self._specs[key], self._numbers(module)
+            ours = self._base.find(path) or self._tied(path)
+            if ours is None:
+                raise self._stranger(path)
+            tall, *wide = self._base.added.get(ours.name, ours).shape
+            fitting = {number for number in numbers if number in range(tall)}
+            if spec.shape != (len(fitting), *wide) or len(fitting) < len(numbers):
+                raise self._wrong(
+                    f"'{key}' is {list(spec.shape)}, and {CONFIG} names {len(numbers)} tokens,"
+                    f" {len(fitting)} of them among the {tall} rows of '{path}'", "save it again",
+                )  # fmt: skip
+            yield (
+                ours.name,
+                Patch(self._number, {"value": key}, weight=self._adapter.weight, rows=numbers),
+            )
+
+    def _numbers(self, module: str) -> tuple[int, ...]:
+        """The rows that trainable_token_indices names of a module."""
+        given = self._config.get("trainable_token_indices")
+        if isinstance(given, Mapping):
+            fits = [name for name in given if f".{module}".endswith(f".{name}")]
+            given = given[max(fits, key=len)] if fits else ()
+        return tuple(given or ())
 
     def deltas(self) -> Iterator[tuple[str, Patch]]:
         """The low-rank updates."""
@@ -332,7 +340,8 @@ class _Fit:
 
     def _resized(self, key: str, spec: TensorSpec, ours: TensorSpec) -> bool:
         """Whether it is the model's embedding or head with another number of tokens, and whole."""
-        whole = self._adapter.weight == 1 and ".base_layer." not in key
+        tuned = ".base_layer." in key and f".{_TOKENS}." not in key
+        whole = self._adapter.weight == 1 and not tuned
         return whole and naming.by_token(ours.name) and ours.shape[1:] == spec.shape[1:]
 
     def _saved(self, name: str) -> bool:

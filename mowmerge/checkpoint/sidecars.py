@@ -121,11 +121,11 @@ def front(donor: Path, manifest: Manifest) -> str:
 
 
 def write_dynamic_config(
-    donor: Path, out: Path, dtype: str | None, manifest: Manifest,
+    donor: Path, out: Path, dtype: str | None, manifest: Manifest, planned: Mapping[str, Any],
     vocabulary: Vocabulary | None = None,
 ) -> None:  # fmt: skip
-    """Writes the config of a dynamic checkpoint, with the donor's whole in it."""
-    base = {k: v for k, v in config(donor).items() if k != "quantization_config"}
+    """Writes the config of a dynamic checkpoint, with that which is `planned` whole in it."""
+    base = {k: v for k, v in planned.items() if k != "quantization_config"}
     base = vocabulary.changed(base) if vocabulary else base
     settings = {
         "architectures": [front(donor, manifest)],

@@ -8,12 +8,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mowmerge.checkpoint import fp8
+from mowmerge.checkpoint.header import locations, pickle_header, read_header
 from mowmerge.errors import CheckpointError, MowmergeError, SourceError
 from mowmerge.plan import Location, Scale, Stored
-from mowmerge.tensors import DTYPES, TensorSpec
 
 SIDECARS = (
     "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "LICENCE*", "NOTICE*",
@@ -26,21 +26,21 @@ _QUANTISED = re.compile(
     r"|nested_absmax|quant_state\..*|input_scale)$"
 )
 _ADAPTER = "adapter_model.safetensors"
-_MAX_HEADER = 100_000_000
+Kind = Literal["checkpoint", "adapter", "tokenizer"]
 
 
 def find(
-    origin: str, *, download: bool = True, allow_pickle: bool = False, adapter: bool = False
+    origin: str, *, download: bool = True, allow_pickle: bool = False, kind: Kind = "checkpoint"
 ) -> Stored:
     """The checkpoint at a path, or at `org/name[@revision]` on the Hub or in its cache.
 
-    With adapter=True what is looked for is an adapter, as peft saves it.
+    An adapter is looked for as peft saves it; of a tokenizer the files beside the weights alone.
     With download=False the Hub is asked for headers only. Raises SourceError where there is
     nothing, CheckpointError where what is there cannot be merged.
     """
     if os.path.exists(origin):
         try:
-            return _stored(origin, Path(origin), None, allow_pickle, adapter)
+            return _stored(origin, Path(origin), None, allow_pickle, kind)
         except OSError as error:
             raise SourceError(
                 f"cannot be read: {error.strerror}", where=str(error.filename or origin),
@@ -54,7 +54,7 @@ def find(
         )
     repo, _, revision = origin.partition("@")
     try:
-        return _from_hub(origin, repo, revision or None, download, allow_pickle, adapter)
+        return _from_hub(origin, repo, revision or None, download, allow_pickle, kind)
     except MowmergeError:
         raise
     except Exception as error:  # the Hub's own error types vary by version: told apart by name
@@ -62,14 +62,15 @@ def find(
 
 
 def _from_hub(
-    origin: str, repo: str, revision: str | None, download: bool, allow_pickle: bool, adapter: bool
+    origin: str, repo: str, revision: str | None, download: bool, allow_pickle: bool, kind: Kind
 ) -> Stored:
     from huggingface_hub import snapshot_download
 
     beside = [*SIDECARS, CARD]
     folder = Path(snapshot_download(repo, revision=revision, allow_patterns=beside))
-    _refuse_quantised(origin, folder)
-    wanted = _wanted(origin, repo, folder, allow_pickle, adapter)
+    if kind != "tokenizer":
+        _refuse_quantised(origin, folder)
+    wanted = _wanted(origin, repo, folder, allow_pickle, kind)
     missing = [name for name in wanted if not (folder / name).exists()]
     if missing and not download and not missing[0].endswith(".bin"):
         return _remote_headers(origin, repo, folder, wanted)
@@ -80,15 +81,16 @@ def _from_hub(
         raise SourceError(
             f"of '{origin}' the Hub cache lacks {absent[0]}", hint=_download_hint(repo, revision)
         )
-    return _stored(origin, folder, folder.name, allow_pickle, adapter)
+    return _stored(origin, folder, folder.name, allow_pickle, kind)
 
 
-def _wanted(origin: str, repo: str, folder: Path, allow_pickle: bool, adapter: bool) -> list[str]:
+def _wanted(origin: str, repo: str, folder: Path, allow_pickle: bool, kind: Kind) -> list[str]:
     """The weight files of a repository, as a folder with all its files would be read."""
     from huggingface_hub import HfApi
 
-    if adapter:
-        return [_ADAPTER] if (folder / "adapter_config.json").exists() else []
+    if kind != "checkpoint":
+        named = kind == "adapter" and (folder / "adapter_config.json").exists()
+        return [_ADAPTER] if named else []
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if indexes:
         return sorted(set(_index(indexes[0]).values()))
@@ -126,7 +128,7 @@ def _remote_headers(origin: str, repo: str, folder: Path, names: Sequence[str]) 
             key: {"dtype": str(i.dtype), "shape": i.shape, "data_offsets": list(i.data_offsets)}
             for key, i in header.tensors.items()
         }
-        found, _ = _locations(folder / name, entries, 0)
+        found, _ = locations(folder / name, entries, 0)
         tensors |= {location.spec.name: location for location in found}
     _check_index(origin, folder, tensors)
     tensors, scales = fp8.paired(tensors, config(folder))
@@ -155,16 +157,18 @@ def _download_hint(repo: str, revision: str | None) -> str:
 
 
 def _stored(
-    origin: str, path: Path, revision: str | None, allow_pickle: bool, adapter: bool
+    origin: str, path: Path, revision: str | None, allow_pickle: bool, kind: Kind
 ) -> Stored:
     folder = path if path.is_dir() else path.parent
-    find_files = _adapter_files if adapter else _weight_files
+    if kind == "tokenizer":
+        return Stored(origin, str(folder), revision, {})
+    find_files = _adapter_files if kind == "adapter" else _weight_files
     files = find_files(origin, path, allow_pickle)
     _refuse_quantised(origin, folder)
     tensors: dict[str, Location] = {}
     pickled = bool(files) and files[0].suffix in (".bin", ".pt", ".pth")
     for file in files:
-        for location in _pickle_header(file) if pickled else read_header(file):
+        for location in pickle_header(file) if pickled else read_header(file):
             name = location.spec.name
             if name in tensors:
                 raise CheckpointError(
@@ -174,7 +178,7 @@ def _stored(
                     hint="remove the file that does not belong to this checkpoint",
                 )
             tensors[name] = location
-    if path.is_dir() and not adapter:
+    if path.is_dir() and kind == "checkpoint":
         _check_index(origin, path, tensors)
     tensors, scales = fp8.paired(tensors, config(folder))
     _refuse_packed(origin, tensors.values(), scales)
@@ -271,86 +275,6 @@ def _check_index(origin: str, folder: Path, tensors: dict[str, Location]) -> Non
                 where=str(index),
                 hint="the index and the shards belong to different saves: download both again",
             )
-
-
-def read_header(file: Path) -> list[Location]:
-    """Every tensor of a safetensors file, in file order; CheckpointError where it is not whole."""
-    again = "download it again"
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 2 <= length <= min(_MAX_HEADER, max(2, size - 8)):
-                raise CheckpointError(
-                    f"not a safetensors file, or a truncated one ({size} bytes)",
-                    where=str(file),
-                    hint=again,
-                )
-            header: dict[str, Any] = json.loads(stream.read(length))
-        found, end = _locations(file, header, 8 + length)
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"the shard {file.name} that the index names is not there",
-            where=str(file.parent),
-            hint=again,
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"the header is corrupt: {error}", where=str(file), hint=again
-        ) from error
-    if size != 8 + length + end:
-        what = "truncated" if size < 8 + length + end else "longer than its header says"
-        raise CheckpointError(
-            f"the file is {what}: {8 + length + end} bytes expected, {size} there",
-            where=str(file),
-            hint=again,
-        )
-    return found
-
-
-def metadata(file: Path) -> dict[str, str]:
-    """What a safetensors file says of itself beside its tensors; `read_header` looked it over."""
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    held: dict[str, str] = header.get("__metadata__", {})
-    return held
-
-
-def _locations(file: Path, header: dict[str, Any], data: int) -> tuple[list[Location], int]:
-    """A header's tensors in file order, and the length of the data that starts at byte `data`."""
-    found, end = [], 0
-    header.pop("__metadata__", None)
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        start, stop = entry["data_offsets"]
-        spec = TensorSpec(name, entry["dtype"], tuple(entry["shape"]))
-        if spec.dtype not in DTYPES:
-            raise CheckpointError(
-                f"tensor '{name}' has the unknown dtype '{spec.dtype}'", where=str(file),
-                hint="is mowmerge older than this file?",
-            )  # fmt: skip
-        whole = all(type(n) is int and n >= 0 for n in spec.shape)
-        if not whole or start != end or stop - start != spec.nbytes:
-            raise CheckpointError(
-                f"the header is corrupt at tensor '{name}'", where=str(file),
-                hint="download it again",
-            )  # fmt: skip
-        found.append(Location(spec, str(file), data + start))
-        end = stop
-    return found, end
-
-
-def _pickle_header(file: Path) -> list[Location]:
-    from mowmerge.checkpoint.reader import load_pickle
-
-    codes = {d.torch_name: d.code for d in DTYPES.values() if d.kind != "packed"}
-    return [
-        Location(
-            TensorSpec(name, codes[str(t.dtype).removeprefix("torch.")], tuple(t.shape)),
-            str(file),
-            0,
-        )
-        for name, t in load_pickle(str(file)).items()
-    ]
 
 
 def config(folder: str | Path) -> dict[str, Any]:

@@ -11,8 +11,9 @@ from pathlib import Path, PurePosixPath
 
 from mowmerge.checkpoint import heads
 from mowmerge.checkpoint.dynamic import held
+from mowmerge.checkpoint.header import read_header
 from mowmerge.checkpoint.reader import StoredReader
-from mowmerge.checkpoint.source import config, find, read_header
+from mowmerge.checkpoint.source import Kind, config, find
 from mowmerge.checkpoint.writer import NOT_HASHED
 from mowmerge.errors import MowmergeError, Problem, SourceError
 from mowmerge.plan import Stored
@@ -174,7 +175,8 @@ def _weights(folder: Path) -> tuple[Stored | None, Stored | None, list[Problem]]
             whole = held(folder)
             stored, encoder = whole.stored, whole.encoder
         else:
-            stored, encoder = find(str(folder), adapter=_is_adapter(folder)), None
+            kind: Kind = "adapter" if _is_adapter(folder) else "checkpoint"
+            stored, encoder = find(str(folder), kind=kind), None
     except MowmergeError as error:
         return None, None, [*problems, *error.problems]
     for index in sorted(folder.glob("*.safetensors.index.json")):

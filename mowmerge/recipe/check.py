@@ -41,9 +41,15 @@ from mowmerge.recipe.task import Asking, Splits, Task
 from mowmerge.recipe.task_types import TYPES
 from mowmerge.recipe.text import dotted
 
-NESTED = (
-    "slice base and models before: each a nested recipe, {source: {models: ..., method:"
-    " passthrough, slices: ...}}"
+APART = "merge the slices of base and models first (method: passthrough), each to a folder"
+ALIKE = (
+    "have every slice take layers of every model, without a method or parameters of its own (rules"
+    " know the output's layers); or slice base and models before: each a nested recipe, {source:"
+    " {models: ..., method: passthrough, slices: ...}}"
+)
+FIRST = (
+    "merge the slices of each model first (method: passthrough), and fit on those; or replay an"
+    " earlier fit, `coefficients:`"
 )
 WANTED = {
     "string_type": "text",
@@ -122,6 +128,8 @@ def _model(loc: Loc) -> type[BaseModel]:
             return Output
         case ("vocabulary",):
             return vocabulary.Vocabulary
+        case ("vocabulary", "source"):
+            return vocabulary.Outside
         case ("vocabulary", "tokens", _):
             return vocabulary.Token
         case ("vocabulary", *_):
@@ -184,7 +192,7 @@ def _slices(data: Mapping[str, Any]) -> Iterator[Fault]:
         return
     if as_map(data.get("output")).get("format") == "adapter":
         message = "slices are other layers than the base's, and an adapter is a difference from it"
-        yield Fault(("output", "format"), message, NESTED)
+        yield Fault(("output", "format"), message, APART)
     used: dict[Loc, Any] = {("method",): data.get("method")}
     for section in ("slices", "rules"):
         for i, part in enumerate(map(as_map, as_list(data.get(section)))):
@@ -194,7 +202,7 @@ def _slices(data: Mapping[str, Any]) -> Iterator[Fault]:
         if spec and (spec.dynamic or spec.fit):
             what = "codes models" if spec.dynamic else "is fitted on models"
             message = f"'{method}' {what} as they are, and slices stack layers anew"
-            yield Fault(loc, message, NESTED)
+            yield Fault(loc, message, ALIKE if spec.dynamic else FIRST)
 
 
 def _vocabulary(data: Mapping[str, Any]) -> Iterator[Fault]:
@@ -204,11 +212,16 @@ def _vocabulary(data: Mapping[str, Any]) -> Iterator[Fault]:
     based = data.get("base") is not None
     known = {**as_map(data.get("models")), **({"base": None} if based else {})}
     source = given.get("source", "union")
+    if isinstance(source, Mapping) and "tokenizer" in known:
+        message = "a model cannot be named 'tokenizer' where vocabulary.source names one"
+        yield Fault(("models", "tokenizer"), message, "give it another name")
     if source == "base" and "base" not in known:
         message = "vocabulary.source is base, and the recipe names none"
         yield Fault((*at, "source"), message, "add base:, or name a model, or union")
-    elif isinstance(source, str) and source != "union":
-        yield from unknown_model(source, (*at, "source"), known)
+    elif isinstance(source, str) and source not in ("union", *known):
+        message = f"vocabulary.source: there is no model '{source}'"
+        hint = f"{did_you_mean(source, list(known))}; {{tokenizer: SOURCE}} for one not merged"
+        yield Fault((*at, "source"), message, hint)
     rows: dict[Loc, Any] = {(*at, "missing"): given.get("missing")}
     for token, about in as_map(given.get("tokens")).items():
         loc: Loc = (*at, "tokens", token)
@@ -307,6 +320,9 @@ def _output(data: Mapping[str, Any]) -> Iterator[Fault]:
     loc: Loc = ("output", "format")
     if data.get("base") is None:
         yield Fault(loc, "an adapter needs a base, and the recipe names none", "add base:")
+    if isinstance(data.get("base"), Recipe):
+        message = "an adapter is for a base that others have too, and this one is itself a recipe"
+        yield Fault(("base",), message, "merge the base first, and name its folder")
     if output.get("rank") is not None and output.get("energy") is not None:
         yield Fault(("output", "energy"), "output.rank and output.energy are two ways to say one")
     for key in ("heads", "rest", "coefficients", "vocabulary"):

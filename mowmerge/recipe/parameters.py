@@ -305,8 +305,8 @@ class Parameters:
         elif all(isinstance(item, Mapping) for item in value):
             for i, item in enumerate(value):
                 yield from self._filtered(p, item, (*loc, i), mapped)
-        elif p.kind != "number":
-            yield Fault(loc, f"{path}: '{p.name}' is not a fraction, so it takes no gradient")
+        elif p.kind == "integer":
+            yield Fault(loc, f"{path}: '{p.name}' is a whole number, so it takes no gradient")
         else:
             for i, item in enumerate(value):
                 if fault := p.fault(item):

@@ -13,7 +13,8 @@ from mowmerge.errors import Problem, RecipeError, did_you_mean
 from mowmerge.recipe import mergekit
 from mowmerge.recipe.check import check
 from mowmerge.recipe.model import Loc, Origin, Recipe, existing
-from mowmerge.recipe.text import Document, dump, override, read, read_all
+from mowmerge.recipe.stacking import stacked
+from mowmerge.recipe.text import Document, alone, dump, override, read_all
 
 SUFFIXES = (".yaml", ".yml")
 LOCK = "recipe.lock.yaml"
@@ -70,6 +71,7 @@ def loads(
     document, ignored, changed = _document(text, file, overrides)
     if changed:
         text = dump(document.data)
+    document = stacked(document)
     origin = Origin(
         name, folder or Path(), text, file, document.lines, bool(overrides), tuple(ignored)
     )
@@ -90,7 +92,7 @@ def _document(
     mergekit's is ignored; and whether it was one, or is changed."""
     documents = read_all(text, file)
     if not mergekit.recognised(documents):
-        document = documents[0] if len(documents) == 1 else read(text, file)
+        document = alone(documents)
         override(document, overrides)
         return document, [], bool(overrides)
     if overrides and len(documents) > 1:

@@ -126,7 +126,7 @@ def _definitions(spec: MethodSpec) -> Iterator[tuple[str, Node]]:
     for p in spec.parameters.values():
         name = f"{spec.name}.{p.name}"
         one: list[Node] = [_scalar(p)]
-        if p.kind == "number":
+        if p.kind != "integer":
             one.append({"type": "array", "items": _scalar(p), "minItems": 1})
         yield f"{name}.one", {"anyOf": [*one, _filtered(f"{name}.one")]}
         if p.per_model:

@@ -55,12 +55,14 @@ for _name, _pattern, _first in SCALARS:
 
 @dataclass
 class Document:
-    """A text's data, the line of each key or list item, and what is wrong with the text."""
+    """A text's data, the line of each key or list item, what is wrong with the text, and the keys
+    in it that are `repeated`, of which the last holds."""
 
     file: str
     data: Any = None
     lines: dict[Loc, int | str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    repeated: list[Problem] = field(default_factory=list)
 
 
 def dotted(loc: Loc) -> str:
@@ -78,10 +80,15 @@ def dump(data: Any) -> str:
 
 def read(text: str, file: str) -> Document:
     """Text to data; a syntax error is a RecipeError with its line, other faults are collected."""
-    documents = read_all(text, file)
+    return alone(read_all(text, file))
+
+
+def alone(documents: Sequence[Document]) -> Document:
+    """The document of a text that has to be the only one, and has to have each key once."""
     if len(documents) > 1:
-        where = f"{file}:{documents[1].lines.get((), 1)}"
+        where = f"{documents[1].file}:{documents[1].lines.get((), 1)}"
         raise RecipeError("not a recipe: several documents in one file", where=where)
+    documents[0].problems += documents[0].repeated
     return documents[0]
 
 
@@ -147,7 +154,7 @@ def _mapping(
             continue
         if key in first:
             message = f"the key '{dotted((*loc, key))}' is already on line {first[key]}"
-            _fault(key_node, document, message)
+            document.repeated.append(Problem(message, f"{document.file}:{line}"))
         if key in own or key in merged:
             _forget(document, (*loc, key))
         first[key] = line

@@ -74,10 +74,13 @@ def rest_setting(recipe: Recipe, place: Place, default: Callable[[], Rest]) -> S
     return _rests(recipe, recipe.rest or default()).at(place)
 
 
-def gradient(points: Sequence[float], depth: float) -> float:
-    """The points' linear interpolation at depth * (len - 1), never outside its two neighbours."""
+def gradient(points: Sequence[Any], depth: float) -> Any:
+    """The points' linear interpolation at depth * (len - 1), never outside its two neighbours; of
+    words and booleans the point before it."""
     x = min(max(depth, 0.0), 1.0) * (len(points) - 1)
     i = min(int(x), len(points) - 1)
+    if isinstance(points[i], str | bool):
+        return points[i]
     low, high = float(points[i]), float(points[min(i + 1, len(points) - 1)])
     value = low * (1.0 - (x - i)) + high * (x - i)
     return min(max(value, min(low, high)), max(low, high))

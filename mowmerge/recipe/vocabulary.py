@@ -18,7 +18,12 @@ from pydantic import (
 from mowmerge.recipe.fields import Count, Strict
 
 Rule = Literal["base", "mean", "zero"]
-TAGS = ("<rule>", "<row>")  # stand in the places of pydantic's findings, and in no recipe
+TAGS = (
+    "<rule>",
+    "<row>",
+    "<name>",
+    "<tokenizer>",
+)  # stand in the places of pydantic's findings, and in no recipe
 
 
 def _rule_or_row(value: Any) -> Any:
@@ -61,6 +66,25 @@ Choice = Annotated[
 ]
 
 
+class Outside(Strict):
+    """The tokenizer of a checkpoint that is not merged; its rows are not read."""
+
+    tokenizer: str = Field(min_length=1, description="Hub id (org/name@revision) or path.")
+
+
+def _name_or_outside(value: Any) -> Any:
+    if not isinstance(value, Mapping | Outside) and not (isinstance(value, str) and value):
+        raise ValueError("must be union, base, a model's name, or {tokenizer: SOURCE}")
+    return value
+
+
+Whose = Annotated[
+    Annotated[str, Tag(TAGS[2])] | Annotated[Outside, Tag(TAGS[3])],
+    Discriminator(lambda value: TAGS[2 + (not isinstance(value, str))]),
+    BeforeValidator(_name_or_outside),
+]
+
+
 class Token(Strict):
     """What is different for one token: where models that lack it take its row from."""
 
@@ -87,16 +111,21 @@ class Vocabulary(Strict):
     the base lacks it too; `mean` is the mean over the models that have it; `zero` is zeros.
     """
 
-    source: str = Field(
+    source: Whose = Field(
         default="union",
-        min_length=1,
         description="union: the base's tokens (without a base the first model's), then those that"
-        " other models add; base, or the name of a model: that one's tokens.",
+        " other models add; base, or the name of a model: that one's tokens; {tokenizer: SOURCE}:"
+        " those of a tokenizer that is no model's.",
     )
     missing: Choice = Field(
         default="base",
         description="The row of a token that a model lacks: base | mean | zero, or {token: STRING}:"
         " the model's own row of that token.",
+    )
+    unseen: Literal["mean", "zero"] = Field(
+        default="mean",
+        description="Where `missing` finds no model that has the token: the mean of all the model's"
+        " own rows, or zeros.",
     )
     tokens: Mapping[str, Token] = Field(
         default_factory=dict,
@@ -106,3 +135,8 @@ class Vocabulary(Strict):
         default=None,
         description="Rows are a multiple of this; absent as many as the source has, or more.",
     )
+
+    @property
+    def outside(self) -> str | None:
+        """The source of a tokenizer that is no model's."""
+        return self.source.tokenizer if isinstance(self.source, Outside) else None

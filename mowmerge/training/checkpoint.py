@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mowmerge.checkpoint.source import config, find, metadata
+from mowmerge.checkpoint.header import metadata
+from mowmerge.checkpoint.source import config, find
 from mowmerge.dynamic.format import ROUTER, FormatError, Manifest
 from mowmerge.errors import CheckpointError, SourceError
 from mowmerge.tasks import heads

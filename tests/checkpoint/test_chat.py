@@ -39,6 +39,14 @@ def test_the_output_has_the_template(models: Zoo, asked: str, text: str) -> None
     assert api.verify(out).problems == ()
 
 
+def test_where_no_model_has_one_there_is_none(models: Zoo) -> None:
+    content = {"method": "linear", "base": None, "models": {"base": "./base", "d": "./base"},
+               "output": {"chat_template": "auto"}}  # fmt: skip
+    _, report = models.merge(content)
+    assert any("no model has a chat template" in each for each in report["warnings"])
+    assert not (models.folder / "out/chat_template.jinja").exists()
+
+
 def test_a_model_without_one_is_told_before_the_merge(models: Zoo) -> None:
     content = {"method": "linear", "output": {"chat_template": "base"}}
     with pytest.raises(CheckpointError, match="model 'base' has no chat template"):

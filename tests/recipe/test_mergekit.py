@@ -113,6 +113,33 @@ def test_words_for_true_and_false(tmp_path: Path, given: str, ours: bool) -> Non
     assert native(text, tmp_path)["parameters"]["rescale"] is ours
 
 
+STEPS = {"match": {"layers": "0.."}, "value": ["mean", "sum"]}
+
+
+def test_a_gradient_of_true_and_false_is_in_steps(tmp_path: Path) -> None:
+    found = native(TIES.replace("normalize: false", "normalize: [yes, 0]"), tmp_path)
+    assert found["parameters"]["aggregate"] == [STEPS, {"value": "mean"}]
+    text = TIES.replace("normalize: false", "normalize: [{filter: mlp, value: [true, false]}]")
+    step = {**STEPS, "match": {"tensors": "*mlp*", "layers": "0.."}}
+    assert native(text, tmp_path)["parameters"]["aggregate"] == [
+        step, {"match": {"tensors": "*mlp*"}, "value": "mean"}, {"value": "mean"},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "ours"), [
+    ("nuslerp_flatten: [true, false], nuslerp_row_wise: true",
+     [{"match": {"layers": "0.."}, "value": ["all", "columns"]}, {"value": "all"}]),
+    ("nuslerp_flatten: [{filter: mlp, value: false}]",
+     [{"match": {"tensors": "*mlp*"}, "value": "rows"}, {"value": "all"}]),
+    ("nuslerp_flatten: false, nuslerp_row_wise: [{filter: mlp, value: true}]",
+     [{"match": {"tensors": "*mlp*"}, "value": "columns"}, {"value": "rows"}]),
+    ("nuslerp_row_wise: [{filter: mlp, value: true}]", "all"),
+])  # fmt: skip
+def test_two_flags_of_nuslerp_are_one_word(tmp_path: Path, given: str, ours: Any) -> None:
+    text = "merge_method: nuslerp\nmodels: [{model: a}, {model: b}]\nparameters: {weight: 1, %s}\n"
+    assert native(text % given, tmp_path)["parameters"]["axis"] == ours
+
+
 def test_a_share_of_more_than_all_is_all(tmp_path: Path) -> None:
     found = native(TIES.replace("density: 0.6", "density: 1.5"), tmp_path)
     assert found["models"]["math"]["density"] == 1
@@ -412,6 +439,14 @@ def test_tokenizers_and_templates(tmp_path: Path) -> None:
     legacy = TIES + "tokenizer_source: %s\n"
     for asked, ours in (("union", "union"), ("base", "base"), ("org/math", "math")):
         assert native(legacy % asked, tmp_path)["vocabulary"] == {"source": ours}
+    for asked in ("org/other@r", "org/math+org/lora", "org/code"):
+        source = {"tokenizer": asked.partition("+")[0]}
+        assert native(legacy % asked, tmp_path)["vocabulary"] == {
+            "source": source, "unseen": "zero",
+        }  # fmt: skip
+    plain = "merge_method: karcher\nmodels: [{model: x}, {model: y}]\n"
+    for more, ours in (("tokenizer_source: base", "x"), ("tokenizer: {}", "union")):
+        assert native(f"{plain}{more}\n", tmp_path)["vocabulary"] == {"source": ours}
 
 
 # --- what is ignored
@@ -425,6 +460,15 @@ def test_tokenizers_and_templates(tmp_path: Path) -> None:
 def test_unknown_keys_are_named(more: str, key: str, line: int) -> None:
     (told,) = ignored(TIES + more)
     assert told.startswith(f"k.yml:{line}: mergekit ignores '{key}'")
+
+
+def test_of_a_key_that_is_repeated_the_last_holds(tmp_path: Path) -> None:
+    text = TIES.replace("density: 0.6", "density: 0.6, density: 0.7")
+    assert native(text, tmp_path)["models"]["math"]["density"] == 0.7
+    (told,) = ignored(text)
+    assert told.startswith(
+        "k.yml:5: the key 'models.0.parameters.density' is already on line 5; the last holds"
+    )
 
 
 @pytest.mark.parametrize(("old", "new", "key"), [
@@ -500,8 +544,6 @@ def test_a_native_recipe_converts_to_itself(zoo: Zoo) -> None:
     ("merge_method: linear\nmodels: [{model: a, parameters: {weight: x}}]\n", "must be a number"),
     ("merge_method: linear\nmodels: [{model: a, parameters: {weight: [1, {value: 2}]}}]\n",
      "mixes values and filters"),
-    ("merge_method: linear\nparameters: {weight: 1, normalize: [true, false]}\n"
-     "models: [{model: a}]\n", "gradient of true and false"),
     ("merge_method: karcher\nmodels: [{model: a}]\ndtype: bf16\n", "dtype must be one of"),
     ("merge_method: passthrough\nslices: [{sources: [{model: a, layer_range: [0, -1]}]}]\n",
      "the first below the end"),
@@ -512,8 +554,14 @@ def test_a_native_recipe_converts_to_itself(zoo: Zoo) -> None:
     ("merge_method: ties\nparameters: {weight: 1}\nmodels: [{model: a}]\n", "needs a base"),
     ("merge_method: ties\nbase_model: b\nparameters: {weight: 1}\n"
      "slices: [{sources: [{model: a, layer_range: [0, 2]}]}]\n", "not among the sources of the"),
-    ("merge_method: karcher\nmodels: [{model: o/a}]\ntokenizer_source: o/z\n",
+    ("merge_method: karcher\nmodels: [{model: o/a}]\n"
+     "tokenizer: {tokens: {x: {source: o/z}}}\n",
      "'o/z' is none of the models that are merged\n  -> its tokens are read of a model that"),
+    ("merge_method: karcher\nmodels: [{model: o/a}]\n"
+     "tokenizer: {tokens: {x: {source: {kind: model_token, token: y}}}}\n", "names no model"),
+    ("merge_method: nuslerp\nparameters: {weight: 1, nuslerp_flatten: [true, false],"
+     " nuslerp_row_wise: [true, false]}\nmodels: [{model: a}, {model: b}]\n",
+     "nuslerp_flatten and nuslerp_row_wise both depend on the tensor"),
     ("merge_method: ties\nbase_model: b\nparameters: {weight: 1}\nmodels: [{model: b}]\n",
      "nothing but the base is merged here"),
     ("merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\ntokenizer: union\n",

@@ -121,7 +121,7 @@ PARAMETERS = [
      "parameters.scale: 'scale' is one value for all models, so it takes no map", ""),
     ("trim: globl", "parameters.trim must be one of global, tensor, not 'globl'",
      "did you mean 'global'?"),
-    ("trim: [1, 2]", "parameters.trim: 'trim' is not a fraction, so it takes no gradient", ""),
+    ("trim: [global, 2]", "parameters.trim.1 must be one of global, tensor, not 2", ""),
     ("rescale: on", "parameters.rescale must be true or false, not 'on'", ""),
     ("lambda: 1", "parameters.lambda is not a parameter of 'ties'",
      "mergekit's 'lambda' is 'scale' here"),

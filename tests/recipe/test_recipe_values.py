@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -116,6 +117,21 @@ def test_gradients(points: list[float], depth: float, value: float) -> None:
     assert gradient(points, depth) == pytest.approx(value, abs=1e-15)
     found = at(f"parameters: {{scale: {points}}}", depth=depth)
     assert found.parameters["scale"] == gradient(points, depth)
+
+
+@pytest.mark.parametrize(("points", "steps"), [
+    ([True, False], [True, True, True, True, False]),
+    (["mean", "sum", "mean"], ["mean", "mean", "sum", "sum", "mean"]),
+])  # fmt: skip
+def test_a_gradient_of_words_is_in_steps(points: list[Any], steps: list[Any]) -> None:
+    assert [gradient(points, depth / 4) for depth in range(5)] == steps
+
+
+def test_words_may_be_a_gradient() -> None:
+    head = "base: b\nmodels: {a: x}\nmethod: ties\nparameters: {aggregate: [mean, sum]}\n"
+    recipe = loads(head)
+    found = [setting(recipe, Place("w", "mlp", n, n / 3)).parameters["aggregate"] for n in range(4)]
+    assert found == ["mean", "mean", "mean", "sum"]
 
 
 finite = st.floats(-1e308, 1e308)

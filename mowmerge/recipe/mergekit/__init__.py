@@ -46,12 +46,16 @@ def converted(documents: Sequence[Document]) -> tuple[Document, list[Problem]]:
                 f"this is a file of {kind}, which is not merged here", where=_at(document),
                 hint=REFUSED[kind],
             )  # fmt: skip
+    ignored = [
+        Problem(f"{p.message}; the last holds, as in mergekit", p.where, "leave the others away")
+        for document in documents
+        for p in document.repeated
+    ]
     names = [str(document.data.get("name")) for document in documents]
     documents = [each for document in documents for each in rebasing.split(document, names)]
     named = _named(documents)
     final = _final(documents, named)
     made: dict[str, Document] = {}
-    ignored: list[Problem] = []
     for document in _in_order(final, named):
         reader = Reader(document, several=len(documents) > 1)
         found = Converter(reader, made).convert()

@@ -9,6 +9,7 @@ from mowmerge.recipe.mergekit.presets import DTYPES
 from mowmerge.recipe.mergekit.reading import Reader, Reference, as_map
 from mowmerge.recipe.mergekit.templates import TEMPLATES
 from mowmerge.recipe.model import Loc
+from mowmerge.recipe.text import dotted
 
 Names = Mapping[tuple[Reference, int], str]
 Found = dict[str, tuple[Any, Loc]]  # what a key of the recipe holds, and where it comes from
@@ -43,21 +44,16 @@ def _vocabulary(reader: Reader, names: Names) -> Found:
     given = reader.document.data
     block, at = given.get("tokenizer"), ("tokenizer",)
     if given.get("tokenizer_source"):
-        if block:
+        if block is not None:
             reader.fault(("tokenizer_source",), "tokenizer and tokenizer_source are two for one")
         block, at = {"source": given["tokenizer_source"]}, ("tokenizer_source",)
-    if not block:
+    if block is None:
         return {}
     if not isinstance(block, Mapping):
         reader.fault(at, "tokenizer must be a mapping: {source: union}")
         return {}
     reader.known(at, block, ("source", "tokens", "pad_to_multiple_of"))
-    source = block.get("source") or "union"
-    if source == "base":
-        source = _named(reader, names, at, given.get("base_model"))
-    elif source != "union":
-        source = _named(reader, names, at, source)
-    told: dict[str, Any] = {"source": source}
+    told = _source(reader, names, at, block.get("source") or "union")
     based = given.get("base_model") and _named(reader, names, at, given["base_model"])
     if based and based != "base":  # whose rows stand in for those that lack, as a base's would
         told["missing"] = {"model": based}
@@ -71,11 +67,23 @@ def _vocabulary(reader: Reader, names: Names) -> Found:
     return {"vocabulary": (told, at)}
 
 
+def _source(reader: Reader, names: Names, loc: Loc, given: Any) -> dict[str, Any]:
+    """Whose tokens the output has; of one that is not merged some may have no row, then zeros."""
+    top = reader.document.data.get("base_model")
+    if given == "union" or (given == "base" and top is None):
+        return {"source": given if given == "union" else next(iter(names.values()), "base")}
+    named = top if given == "base" else given
+    reference, base = reader.reference(loc, named), reader.reference(loc, top)
+    if reference is None or reference == base or (reference, 0) in names:
+        return {"source": _named(reader, names, loc, named)}
+    return {"source": {"tokenizer": reference.model}, "unseen": "zero"}
+
+
 def _named(reader: Reader, names: Names, loc: Loc, given: Any) -> str:
     """What a model is called in the recipe: base, or its name."""
     reference = reader.reference(loc, given)
     if reference is None:
-        reader.fault(loc, "there is no base_model whose tokens these could be")
+        reader.fault(loc, f"{dotted(loc)} names no model")
         return "base"
     if (reference, 0) in names:
         return names[reference, 0]

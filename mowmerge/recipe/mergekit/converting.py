@@ -14,7 +14,7 @@ from mowmerge.recipe.layers import written
 from mowmerge.recipe.mergekit import beside
 from mowmerge.recipe.mergekit.presets import MODULES, Preset, Word
 from mowmerge.recipe.mergekit.reading import Reader, Reference, Slice, Source
-from mowmerge.recipe.mergekit.values import Range, Unsaid, value
+from mowmerge.recipe.mergekit.values import Range, Unsaid, replaced, value
 from mowmerge.recipe.model import Loc
 from mowmerge.recipe.text import Document
 
@@ -225,16 +225,19 @@ class Converter:
 
     def _axis(self, preset: Preset, piece: Slice) -> dict[str, Any]:
         """nuslerp's two flags are one word here."""
-        found = {}
-        for theirs in ("nuslerp_flatten", "nuslerp_row_wise"):
-            at = Range(piece.start, piece.length, piece.final)
-            given = self._value(theirs, preset.words[theirs], piece.levels, at, piece.loc)
-            if isinstance(given, list):
-                self.reader.fault(piece.loc, f"{theirs} must be true or false for all tensors")
-            found[theirs] = given
-        if found["nuslerp_flatten"] != "rows":
+        at = Range(piece.start, piece.length, piece.final)
+        flat, across = (
+            self._value(theirs, preset.words[theirs], piece.levels, at, piece.loc)
+            for theirs in ("nuslerp_flatten", "nuslerp_row_wise")
+        )
+        if flat in (None, "all"):
             return {}
-        return {"axis": found["nuslerp_row_wise"] or "rows"}
+        if not isinstance(across, list):
+            return {"axis": replaced(flat, {"rows": across or "rows"})}
+        if isinstance(flat, list):
+            told = "nuslerp_flatten and nuslerp_row_wise both depend on the tensor"
+            self.reader.fault(piece.loc, told, "one of them is to hold for all tensors")
+        return {"axis": [*across, *([{"value": "rows"}] if "match" in across[-1] else [])]}
 
     def _value(
         self, theirs: str, word: Word, levels: Sequence[Mapping[str, Any]], at: Range, loc: Loc

@@ -1,7 +1,7 @@
 """A parameter of mergekit's, as it stands at every level, as one value of ours.
 
 There, levels are asked from the source's to the top's, a filter is a substring of a tensor's name,
-and a list of numbers a gradient over the slice: its first value holds outside the layers too, and
+and a list of values a gradient over the slice: its first value holds outside the layers too, and
 its last where the slice is one layer. Here the same is one list of filtered values.
 """
 
@@ -92,8 +92,6 @@ def _graded(setting: Any, word: Word, at: Range, match: Mapping[str, Any]) -> It
     if not values:
         return
     if any(each != values[0] for each in values):
-        if word.flag is not None:
-            raise Unsaid("is a gradient of true and false: use filters")
         inside = values if at.length != 1 else values[-1]
         yield {**match, "layers": at.layers}, inside
     yield {**match}, values[0]
@@ -116,6 +114,15 @@ def plain(setting: Any, word: Word) -> Any:
     if not isinstance(setting, int | float):
         raise Unsaid("must be a number, a gradient or a list of filters")
     return setting
+
+
+def replaced(given: Any, words: Mapping[str, str]) -> Any:
+    """A value of ours with other words in it, filtered and in gradients too."""
+    if isinstance(given, list):
+        return [replaced(each, words) for each in given]
+    if isinstance(given, Mapping):
+        return {**given, "value": replaced(given["value"], words)}
+    return words.get(given, given)
 
 
 def _match(given: str, at: Range) -> dict[str, Any] | None:
