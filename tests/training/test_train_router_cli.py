@@ -140,7 +140,7 @@ def test_a_process_that_is_gone_ends_the_other_with_a_word(make: Make) -> None:
     before, told = made.bytes(), one_of_two(0)
     each = [environment(made, **told | {"RANK": r, "LOCAL_RANK": r}) for r in range(2)]
     command = [sys.executable, "-m", "mowmerge", "train-router", str(made.out), "--timeout", "2"]
-    options = ["--batch", "9", "--steps", "2000", "--device", "cpu", "--recipe", str(made.recipe)]
+    options = ["--lr", "1e-6", "--steps", "2000", "--device", "cpu", "--recipe", str(made.recipe)]
     two = [
         subprocess.Popen([*command, *options], env=env, stderr=subprocess.PIPE, text=True)
         for env in each
