@@ -84,6 +84,19 @@ def test_the_output_has_its_files(five: Zoo) -> None:
     assert api.verify(out).problems == ()
 
 
+def test_mergekit_s_tokenizer_source(five: Zoo) -> None:
+    """What no model has is zero there."""
+    text = """
+merge_method: linear
+models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: 3}}]
+tokenizer_source: ./other
+"""
+    got, _ = five.merge(text)
+    assert firsts(got[EMBED]) == [232.5, 77.5, 387.5, 600, 0]
+    assert firsts(got[HEAD]) == [23250, 7750, 38750, 60000, 0]
+    assert written(five.folder / "out") == listed(TOKENS)
+
+
 @pytest.mark.parametrize(("config", "multiple", "count"), [
     ({}, None, 5), ({"vocab_size": 7}, None, 7), ({"vocab_size": 4}, None, 5),
     ({"text_config": {"vocab_size": 6}}, None, 6), ({"vocab_size": 7}, 1, 5),
