@@ -136,11 +136,12 @@ def _pinned(recipe: Recipe, plan: Plan, relative: Callable[[str], str]) -> dict[
         found = unplaced(plan.sources[name])
         if isinstance(found, Adapted):
             found = found.model
-        if isinstance(found, Plan):
-            assert isinstance(source, Recipe)
+        if isinstance(found, Plan) and isinstance(source, Recipe):
             inner = _pinned(source, found, lambda path: relative(_absolute(path, source)))
             del inner["tasks"], inner["output"]["path"]
             return inner
+        if isinstance(found, Plan):  # an adapter on the base, which is a recipe
+            return source
         return _revision(found) or relative(str(source))
 
     data = completed(recipe)

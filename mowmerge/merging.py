@@ -244,7 +244,7 @@ def _write_config(planned: Plan, folder: Path) -> None:
     """Writes the config, with the dtype of the weights where that is not the donor's."""
     plain = [job for job in planned.jobs if not job.packing]
     dtypes = {job.output.dtype for job in plain if job.output.kind == "float"}
-    before = planned.sources[planned.donor].specs
+    before = config_source(planned.sources[planned.donor]).specs
     known = [job.output for job in plain if job.output.name in before]
     changed = any(spec.dtype != before[spec.name].dtype for spec in known)
     dtype = DTYPES[next(iter(dtypes))].torch_name if changed and len(dtypes) == 1 else None

@@ -378,11 +378,10 @@ class _Planner:
         return grouped
 
     def _warn(self) -> None:
-        for i in range(len(self.recipe.rules)):
-            if i not in self.rules_used:
-                self.warnings.append(
-                    f"{self.recipe.where('rules', i)}: this rule matches no tensor"
-                )
+        for i, rule in enumerate(self.recipe.rules):
+            if i not in self.rules_used and not (rule.drop and rule.match == Match()):
+                where = self.recipe.where("rules", i)
+                self.warnings.append(f"{where}: this rule matches no tensor")
 
     def _layout(self, jobs: Sequence[TensorJob]) -> list[Shard]:
         stored = [spec for job in jobs for spec in job.stored]

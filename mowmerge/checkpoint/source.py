@@ -46,6 +46,12 @@ def find(
                 f"cannot be read: {error.strerror}", where=str(error.filename or origin),
                 hint="check who may read it",
             ) from error  # fmt: skip
+    path, at, revision = origin.rpartition("@")
+    if at and os.path.exists(path):
+        raise SourceError(
+            f"'{path}' is a folder, which has no revisions", where=origin,
+            hint=f"leave '@{revision}' away",
+        )  # fmt: skip
     if origin.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(origin):
         near = "; '~' is not expanded here" if origin.startswith("~") else ""
         raise SourceError(

@@ -13,12 +13,10 @@ _KEPT = ("license", "license_name", "license_link", "language", "datasets", "pip
 
 
 def inputs(plan: Plan, within: str = "") -> list[dict[str, Any]]:
-    """A row for each model and what else is read: name, source, revision where it is the Hub's, and
-    licence, languages, data sets and pipeline of its card. No row names a folder of this
+    """A row for each model and adapter that is read: name, source, revision where it is the Hub's,
+    and licence, languages, data sets and pipeline of its card. No row names a folder of this
     machine."""
-    outside = plan.vocabulary.outside if plan.vocabulary else None
-    beside = {"encoder": plan.encoder, "tokenizer": outside}
-    sources = [*plan.sources.items(), *((n, stored) for n, stored in beside.items() if stored)]
+    sources = [*plan.sources.items(), *([("encoder", plan.encoder)] if plan.encoder else [])]
     return [row for name, origin in sources for row in _rows(f"{within}{name}", origin)]
 
 

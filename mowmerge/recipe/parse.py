@@ -97,8 +97,12 @@ def _document(
         return document, [], bool(overrides)
     if overrides and len(documents) > 1:
         raise RecipeError("--set is for a file of one document", where=file)
+    documents = read_all(text, file, old=True)  # as mergekit reads it
     override(documents[0], overrides)
-    return (*mergekit.converted(documents), True)
+    document, ignored = mergekit.converted(documents)
+    if document.problems and "models" not in document.data:
+        raise RecipeError(sorted(document.problems, key=by_line))
+    return document, ignored, True
 
 
 def _recipe(

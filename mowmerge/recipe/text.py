@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,22 @@ CONVERT: dict[str, Callable[[str], Any]] = {
 }
 
 
+def _old(kind: str) -> Callable[[str], Any]:
+    """What PyYAML makes of a scalar by YAML 1.1."""
+
+    def convert(text: str) -> Any:
+        made = getattr(yaml.SafeLoader(""), f"construct_yaml_{kind}")
+        return made(yaml.ScalarNode(TAG + kind, text))
+
+    return convert
+
+
+CONVERT_OLD: dict[str, Callable[[str], Any]] = {
+    **CONVERT, "timestamp": str, "value": str,
+    **{kind: _old(kind) for kind in ("bool", "int", "float")},
+}  # fmt: skip
+
+
 class Loader(yaml.SafeLoader):
     """SafeLoader with YAML 1.2's scalars."""
 
@@ -62,6 +78,7 @@ class Document:
     data: Any = None
     lines: dict[Loc, int | str] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    convert: Mapping[str, Callable[[str], Any]] = field(default_factory=lambda: CONVERT, repr=False)
     repeated: list[Problem] = field(default_factory=list)
 
 
@@ -92,12 +109,13 @@ def alone(documents: Sequence[Document]) -> Document:
     return documents[0]
 
 
-def read_all(text: str, file: str) -> list[Document]:
-    """The same of every document that is not empty; of an empty text the empty one."""
+def read_all(text: str, file: str, *, old: bool = False) -> list[Document]:
+    """The same of every document that is not empty; of an empty text the empty one. What is `old`
+    is YAML 1.1: on, 010 and 0x8 are true, 8 and 8."""
     found = []
     try:
-        for node in yaml.compose_all(text, Loader):
-            document = Document(file)
+        for node in yaml.compose_all(text, yaml.SafeLoader if old else Loader):
+            document = Document(file, convert=CONVERT_OLD if old else CONVERT)
             document.data = _build(node, (), document, ())
             found.append(document)
     except yaml.MarkedYAMLError as error:
@@ -188,7 +206,7 @@ def _scalar(node: yaml.ScalarNode, document: Document) -> Any:
     if "\0" in text:
         return _fault(node, document, "a text holds a NUL character, which no name or path may")
     try:
-        return CONVERT[kind](text)
+        return document.convert[kind](text)
     except KeyError:
         return _fault(node, document, f"the tag '{node.tag}' is not known")
     except ValueError:

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from zoo import Ran, Zoo, load, raw, rewrite
 
+from tests.tokenized import EMBED, firsts, listed, rows, save, words
+
 # --- the Hub's cache
 
 
@@ -76,6 +78,22 @@ def test_models_are_taken_from_the_cache_without_network(zoo: Zoo, shards: int) 
         assert line in lock
     zoo.recipe(lock)
     assert hub(zoo, "again", "-q", "--locked", **OFFLINE) == Ran(0, "", "")
+
+
+def test_of_a_tokenizer_the_cache_needs_no_weights(zoo: Zoo) -> None:
+    said = words(listed(["<unk>", "x", "y"]))
+    save(zoo, "a", said, rows(1, 2, 3))
+    save(zoo, "other", words(listed(["y", "<unk>"])), rows(0, 0))
+    (zoo.folder / "other/model.safetensors").unlink()
+    cached(zoo, zoo.folder / "other", "org/other", {"v1": SHA})
+    vocabulary = {"source": {"tokenizer": "org/other@v1"}}
+    zoo.recipe({"models": {"a": "./a"}, "method": "passthrough", "vocabulary": vocabulary})
+    assert hub(zoo, "out", "-q", **OFFLINE) == Ran(0, "", "")
+    assert firsts(load(zoo.folder / "out")[EMBED]) == [3, 1]
+    lock = (zoo.folder / "out/recipe.lock.yaml").read_text()
+    assert f"tokenizer: org/other@{SHA}" in lock
+    card = (zoo.folder / "out/README.md").read_text()
+    assert "base_model:" not in card
 
 
 def test_a_commit_names_a_snapshot(zoo: Zoo) -> None:

@@ -235,6 +235,8 @@ def test_other_formats_are_refused_with_advice(zoo: Zoo) -> None:
 def test_paths_to_nothing(zoo: Zoo) -> None:
     for path in ("./nowhere", "/nowhere/at/all", "~/nowhere", "a b", "x/y/z", "no-such-name"):
         refused(path, "there is no folder or file", kind=SourceError)
+    path = f"{zoo.folder}@main"
+    refused(path, f"'{zoo.folder}' is a folder, which has no revisions", kind=SourceError)
 
 
 # --- pickles

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from zoo import Zoo, llama, raw
 
 from mowmerge import api
@@ -89,6 +90,10 @@ WEIGHTED = "merge_method: linear\nmodels:\n  - {model: a, parameters: {weight: %
     ("0.3", 0.3),
     ("'1e-3'", 1e-3),
     ("true", 1.0),
+    ("on", 1.0),
+    ("010", 8),
+    ("0x8", 8),
+    ("1:30", 90),
     ("[0.2]", 0.2),
     ("[0.5, 0.5]", 0.5),
     ("[0, 1]", [{"match": {"layers": "0.."}, "value": [0, 1]}, {"value": 0}]),
@@ -311,7 +316,8 @@ modules:
       - sources: [{model: b, layer_range: [0, 3], parameters: {scale: [1, 2]}}]
   shared: {models: [{model: a}]}
 """
-    found, _ = zoo.merge(text)
+    found, report = zoo.merge(text)
+    assert not any("matches no tensor" in each for each in report["warnings"])
     layers = {"encoder": [("a", 0, 1.0), ("b", 0, 1.0), ("b", 1, 1.5), ("b", 2, 2.0)],
               "decoder": [("b", 1, 3.0), ("b", 2, 3.0)]}  # fmt: skip
     wanted = {
@@ -385,6 +391,70 @@ dtype: float32
     (zoo.folder / "k.yml").write_text(text.replace("{model: c, layer", "{modl: c, layer"))
     with pytest.raises(RecipeError, match=r"k.yml:12: 'slices.0.sources.1.model' is missing"):
         parse.load(zoo.folder / "k.yml")
+
+
+def test_flags_that_are_a_gradient(zoo: Zoo) -> None:
+    """The second point is reached by the last layer alone; outside the layers the first holds."""
+    made = zoo.family(llama(4), 2)
+    text = """
+merge_method: linear
+models: [{model: a, parameters: {weight: 3}}, {model: b, parameters: {weight: 1}}]
+parameters:
+  normalize: [{filter: mlp, value: [false, yes]}, {value: [1, 0]}]
+"""
+    found, _ = zoo.merge(text)
+    for name, tensor in found.items():
+        whole = 3 * made["a"][name] + made["b"][name]
+        summed = ("layers.3" in name) != ("mlp" in name)
+        torch.testing.assert_close(tensor, whole if summed else whole / 4)
+
+
+def test_a_folder_named_base_is_not_the_base(zoo: Zoo) -> None:
+    """base_model is base+lora; what takes another LoRA takes it on the folder."""
+    base = zoo.save("base", {"x.q_proj.weight": torch.zeros(2, 2)})
+    for name, value in (("one", 1.0), ("two", 10.0)):
+        folder = zoo.folder / name
+        folder.mkdir()
+        save_file(
+            {
+                "base_model.model.x.q_proj.lora_A.weight": torch.ones(1, 2),
+                "base_model.model.x.q_proj.lora_B.weight": torch.full((2, 1), value),
+            }, folder / "adapter_model.safetensors",
+        )  # fmt: skip
+        (folder / "adapter_config.json").write_text('{"r": 1, "lora_alpha": 1}')
+    text = (
+        f"merge_method: task_arithmetic\nbase_model: {base.name}+one\n"
+        "models: [{model: base+two, parameters: {weight: 1}}]\n"
+    )
+    found, _ = zoo.merge(text, hashes=True)
+    assert found["x.q_proj.weight"].tolist() == [[10, 10], [10, 10]]  # 1 + (10 - 1)
+    native = {
+        "base": {"models": {"m": {"source": "./base", "adapter": "./one"}}, "method": "linear"},
+        "models": {"on": {"source": "base", "adapter": "./two"}}, "method": "linear",
+    }  # fmt: skip
+    found, _ = zoo.merge(native, "native", hashes=True)
+    assert found["x.q_proj.weight"].tolist() == [[11, 11], [11, 11]]
+    again = api.merge(zoo.folder / "native/recipe.lock.yaml", zoo.folder / "again", locked=True)
+    assert again.report["replay"]["outcome"] == "same bytes"
+
+
+def test_the_dtype_of_a_document_that_gives_the_config(zoo: Zoo) -> None:
+    zoo.family("llama", 2)
+    text = """
+name: half
+merge_method: linear
+models: [{model: a, parameters: {weight: 1}}]
+dtype: bfloat16
+---
+merge_method: slerp
+base_model: half
+models: [{model: half}, {model: b}]
+parameters: {t: 0.5}
+dtype: bfloat16
+"""
+    found, _ = zoo.merge(text)
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    assert json.loads((zoo.folder / "out/config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_documents_are_nested_recipes(zoo: Zoo) -> None:
@@ -571,6 +641,11 @@ def test_what_is_wrong_is_said_with_its_line(text: str, says: str) -> None:
     told = faults(text)
     assert any(says in each for each in told), told
     assert all(each.startswith("k.yml:") for each in told), told
+
+
+def test_what_cannot_be_converted_is_no_empty_recipe() -> None:
+    (told,) = faults("merge_method: linear\nmodels: {a: b}\n")
+    assert "models must be a list" in told
 
 
 def test_faults_of_the_recipe_have_the_file_s_lines() -> None:

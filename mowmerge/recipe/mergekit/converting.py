@@ -111,6 +111,8 @@ class Converter:
         made = self.made.get(path) if not revision else None
         source: Any = deepcopy(made.data) if made else reference.model
         if reference.lora:
+            if source == "base" and self.data.get("base") != "base":
+                source = "./base"  # a folder of that name, and not the base that the recipe has
             return {"source": source, "adapter": reference.lora}
         return {"source": source} if made else source
 
