@@ -13,8 +13,8 @@ def block_length(block: int, job: TensorJob, *, whole: bool) -> int:
     numel, shape = job.output.numel, job.output.shape
     if job.method and (job.matrix or (job.scope == "tensor" and whole)):
         return max(numel, 1)
-    if job.code is not None:
-        whole = job.code.codec in WHOLE or _gets_all(job.anchor)
+    if job.code is not None and job.scope != "row":
+        whole = job.code.codec in WHOLE or gets_all(job.anchor)
         rows = 1 if whole or len(shape) < 2 else shape[0]
         row = max(1, numel // max(1, rows))
         return max(1, block // row) * row
@@ -24,6 +24,6 @@ def block_length(block: int, job: TensorJob, *, whole: bool) -> int:
     return max(1, min(block, numel))
 
 
-def _gets_all(job: TensorJob | None) -> bool:
+def gets_all(job: TensorJob | None) -> bool:
     """Whether the job that makes an anchor needs the whole tensor at once."""
     return job is not None and (job.matrix or job.scope == "tensor")

@@ -17,6 +17,7 @@ from threading import Event, Lock
 from typing import Any, Protocol
 
 from mowmerge import devices
+from mowmerge.anchor import Anchor, Give
 from mowmerge.buffers import Desk, keep_freed_memory
 from mowmerge.checkpoint import naming
 from mowmerge.checkpoint.adapter import AdaptedReader
@@ -34,7 +35,7 @@ from mowmerge.report import TensorReport
 from mowmerge.room import fitting
 from mowmerge.scratch import FULL, Scratch
 from mowmerge.sharing import share, spread
-from mowmerge.streaming import Give, OpenJob
+from mowmerge.streaming import OpenJob
 from mowmerge.tensors import TensorHandle, TensorReader, TensorSpec, torch
 
 BUNCH = 32 * RUN  # elements of small tensors that one worker writes in a row
@@ -239,17 +240,12 @@ class Engine:
         began = time.perf_counter()
         with ExitStack() as stack:
             opened = stack.enter_context(self.open(job, plan))
-            self.settle(opened)
-            give = None
             if job.anchor is not None:
-                below = OpenJob(
-                    plan, job.anchor, self.readers, self.stopped, self._desks, opened.block,
-                    self.scratch,
-                )  # fmt: skip
-                give = self.settled(stack.enter_context(below))
+                below = stack.enter_context(self.open(job.anchor, plan))
+                opened.below = Anchor(self.settled(below), below.block, job.output.dtype)
+            self.settle(opened)
             for start, stop in opened.blocks():
-                anchor = give(start, stop)() if give else None
-                for name, at, data in opened.coded(start, stop, anchor):
+                for name, at, data in opened.coded(start, stop):
                     sink.write(name, at, data)
             figures = (opened.stats.figures() if opened.stats else {}) | opened.told
         return TensorReport(
@@ -280,8 +276,9 @@ class Engine:
             opened.state = self._states[job.group]
         elif job.scope in ("row", "tensor") and opened.spec.reduce and job.output.numel:
             numel, codec = job.output.numel, job.code.codec if job.code else ""
-            role = naming.role(job.output.name)
-            rounds = opened.spec.reduce([Extent(job.output.shape, job.parameters, codec, role)])
+            role, rows = naming.role(job.output.name), job.scope == "row"
+            extent = Extent(job.output.shape, job.parameters, codec, role, rows)
+            rounds = opened.spec.reduce([extent])
             opened.state = driven(rounds, lambda fold: opened.observe(fold.fresh(), 0, numel))
 
     def prepare(self, journal: Journal) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from mowmerge.blocks import gets_all
 from mowmerge.checkpoint import modules, naming
 from mowmerge.checkpoint.encoder import Named
 from mowmerge.checkpoint.writer import layout, shard_of
@@ -14,7 +15,7 @@ from mowmerge.dynamic.format import HEADS, ROUTER, Code, Gate, Head, Manifest, R
 from mowmerge.errors import RecipeError
 from mowmerge.methods import registry
 from mowmerge.methods.contracts import Dynamic, MethodError, Routing, Site
-from mowmerge.plan import Plan
+from mowmerge.plan import Plan, TensorJob
 from mowmerge.recipe.model import Recipe, Rest
 from mowmerge.recipe.values import Place, Setting, default_rest, rest_setting
 from mowmerge.tensors import TensorSpec
@@ -61,6 +62,12 @@ class Upcycling:
             self.skipped.append(spec.name)
             return None
         return code
+
+    def coded(self, job: TensorJob, code: Code, anchor: TensorJob | None) -> TensorJob:
+        """The job with its code and the one that makes its anchor; by rows, where the method can
+        and the anchor is not made of the whole tensor at once."""
+        by_rows = self.dynamic.by_rows(code) and not gets_all(anchor)
+        return replace(job, code=code, anchor=anchor, scope="row" if by_rows else job.scope)
 
     def site(self, spec: TensorSpec) -> Site:
         """The tensor, and where it stands."""

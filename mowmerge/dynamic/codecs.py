@@ -319,8 +319,7 @@ def bands(code: Code, parts: Parts, height: int) -> Iterator[tuple[slice, Code, 
 
 def _axes(code: Code) -> dict[str, int]:
     """Along which axis the tensor's rows lie, for the parts that have them."""
-    found = {name: part.axis for name, part in code.parts.items() if part.axis is not None}
-    return {**found, "u": 0} if code.codec == "low_rank" else found
+    return {name: part.axis for name, part in code.parts.items() if part.axis is not None}
 
 
 def _starts(code: Code, parts: Parts) -> list[list[int]]:

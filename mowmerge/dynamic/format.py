@@ -83,7 +83,7 @@ class Code:
             "full": {"delta": Part(self.dtype, (n, *self.shape), each)},
             "full_abs": {"abs": Part(self.dtype, (n, *self.shape), each)},
             "low_rank": {
-                "u": Part(self.dtype, (rows, n * self.rank)),
+                "u": Part(self.dtype, (rows, n * self.rank), 0),
                 "v": Part(self.dtype, (n * self.rank, columns)),
                 "slot": Part("I32", (n * self.rank,)),
             },

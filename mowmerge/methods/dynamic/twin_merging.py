@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mowmerge.dynamic.format import Code
-from mowmerge.methods.contracts import Dynamic, Routing, Seed, Site, Unit
+from mowmerge.methods.contracts import Dynamic, Extent, Reduction, Routing, Seed, Site, Unit
 from mowmerge.methods.gating import Classifier, Features, by_choice
 from mowmerge.methods.ops.spectral import truncated
+from mowmerge.methods.ops.tall import Turn, by_rows, cut, from_anchor, workspace
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor
 
@@ -16,8 +17,12 @@ from mowmerge.tensors import Tensor
 def _code(site: Site, p: Mapping[str, Any], found: Any) -> Code | None:
     if site.rank < 2:
         return Code(site.name, site.shape, "full", site.models, "0", site.dtype)
-    rank = max(1, int(p["density"] * site.rank))
+    rank = _rank(site.rank, p)
     return Code(site.name, site.shape, "low_rank", site.models, "0", site.dtype, rank=rank)
+
+
+def _rank(most: int, p: Mapping[str, Any]) -> int:
+    return max(1, int(p["density"] * most))
 
 
 def _routing(sites: Sequence[Site], codes: Sequence[Code], p: Mapping[str, Any]) -> Routing:
@@ -28,7 +33,18 @@ def _rest(p: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     return "task_arithmetic", {"scale": 0.3}
 
 
-@merge_method(paper="arXiv:2406.15479", scope="tensor", dynamic=Dynamic(_code, _routing, _rest))
+def _turns(extents: Sequence[Extent]) -> Reduction:
+    one = extents[0]
+    return (yield from from_anchor(extents, _rank(min(one.shape, default=0), one.parameters)))
+
+
+@merge_method(
+    paper="arXiv:2406.15479",
+    scope="tensor",
+    reduce=_turns,
+    workspace=lambda shape, n, p: workspace(shape, n, _rank(min(shape, default=0), p)),
+    dynamic=Dynamic(_code, _routing, _rest, by_rows=by_rows),
+)
 def twin_merging(
     models: Tensor,
     anchor: Tensor,
@@ -39,6 +55,7 @@ def twin_merging(
     prefix: Unit = 0.33,
     features: Features = "statistics",
     seed: Seed = 0,
+    state: Sequence[Turn] | None = None,
 ) -> dict[str, Tensor]:
     """W(x) = W_shared + sum_k w_k(x) SVD_density(W_k - W_shared), w a classifier's softmax.
 
@@ -64,10 +81,10 @@ def twin_merging(
     costs a third (the paper's: prefix 1, features mean). Few pairs of a large matrix are found in a
     randomised basis; report.json has what they lose.
     """
-    deltas = models - anchor
     if code.codec == "full":
-        return {"delta": deltas}
+        return {"delta": models - anchor}
     from mowmerge.dynamic import codecs
 
-    pairs, told = truncated(deltas.view(-1, *code.matrix), code.rank)
+    deltas = ((model - anchor).flatten(1) for model in models)
+    pairs, told = cut(deltas, state) if state else truncated(deltas, code.rank)
     return {**codecs.low_rank(pairs), **told}
