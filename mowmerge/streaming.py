@@ -214,6 +214,8 @@ class OpenJob:
             given["rng"] = self._draws(start)
         if "role" in spec.inputs:
             given["role"] = naming.role(job.output.name)
+        if "start" in spec.inputs:
+            given["start"] = start
         if "base" in spec.inputs:
             given["base"] = base.view(shape) if base is not None else None
         if "factors" in spec.inputs:

@@ -73,6 +73,8 @@ def call(
     """The method on a tensor; a base, where it reads one, that scales, cuts and permutes along."""
     if "rng" in spec.inputs:
         more["rng"] = rng or draws(len(values))
+    if "start" in spec.inputs:
+        more["start"] = rng.start if rng else 0
     if "base" in spec.inputs:
         more["base"] = base_of(values)
     return spec.function(values, **given, **more)

@@ -7,6 +7,7 @@ A method is a plain function. It asks for what it needs by reserved parameter na
     factors         B [m,r], A [r,k] of each delta, where all are known as such a product; else None
     rng             random draws that depend on nothing but seed, model, tensor and element
     role            what the tensor is for: embedding, attention, mlp, norm, head, router, other
+    start           the index in the tensor, as a vector, of the block's first element
     once            keeps what is worked out for a matrix from one pass over the model to the next
     anchor [*S]     what the static method for the rest gave, as stored (dynamic methods)
     code            how this tensor is to be coded (dynamic methods)
@@ -48,7 +49,8 @@ Positive = Annotated[int, Range(1)]
 Seed = Annotated[int, Range(0, 2**63 - 1)]
 
 RESERVED = frozenset({
-    "models", "base", "deltas", "state", "factors", "rng", "role", "once", "anchor", "code",
+    "models", "base", "deltas", "state", "factors", "rng", "role", "start", "once", "anchor",
+    "code",
 })  # fmt: skip
 SCOPES = ("element", "row", "tensor", "model")
 

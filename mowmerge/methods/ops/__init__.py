@@ -18,10 +18,12 @@ from mowmerge.methods.ops.blocks import (
     spread,
     weighted_sum,
 )
+from mowmerge.methods.ops.edges import Edge, edges, keep_beyond
 from mowmerge.methods.ops.folds import Listed, Most, Sum, gram, inner_products, majority, settle
-from mowmerge.methods.ops.selection import kth_largest, trim_thresholds
+from mowmerge.methods.ops.selection import kth_largest, trim_ranks, trim_thresholds
 
 __all__ = [
+    "Edge",
     "Elect",
     "Listed",
     "Most",
@@ -29,11 +31,13 @@ __all__ = [
     "added",
     "agree",
     "directions",
+    "edges",
     "elect_sign",
     "fused",
     "gram",
     "inner_products",
     "keep_above",
+    "keep_beyond",
     "kth_largest",
     "l1_norms",
     "majority",
@@ -41,6 +45,7 @@ __all__ = [
     "settle",
     "shares",
     "spread",
+    "trim_ranks",
     "trim_thresholds",
     "weighted_sum",
 ]

@@ -27,6 +27,29 @@ def kth_largest(
 ) -> Reduction:
     """Returns, for each model i, the ranks[i]-th largest of `total` magnitudes; inf for rank 0.
 
+    See `ranked`.
+    """
+    found = yield from ranked(ranks, total, of, signed=signed)
+    return [one.value for one in found]
+
+
+class Ranked(NamedTuple):
+    """A number, how many are larger than it, and how many equal it, itself among them."""
+
+    value: float = math.inf
+    larger: int = 0
+    equal: int = 0
+
+
+def ranked(
+    ranks: Sequence[int],
+    total: int,
+    of: Scores = lambda block: block.values,
+    *,
+    signed: bool = False,
+) -> Reduction:
+    """Returns, for each model i, the ranks[i]-th largest of `total` magnitudes as Ranked.
+
     of: whose magnitudes count: the values', or what it makes of a block. signed: numbers, not
     magnitudes.
 
@@ -40,11 +63,11 @@ def kth_largest(
     share = max(min(SAMPLE_SHARE, SAMPLE_MOST / max(total, 1)), SAMPLE_LEAST / max(total, 1))
     sample = yield _Sample(len(ranks), share, of, _Order(signed))
     if share >= 1:  # it is all there is
-        return [sample.largest(i, rank) if rank else math.inf for i, rank in enumerate(ranks)]
+        return [sample.largest(i, rank) if rank else Ranked() for i, rank in enumerate(ranks)]
     spans = [sample.bracket(i, rank / max(total, 1)) for i, rank in enumerate(ranks)]
     order = sample.order
     del sample  # up to gigabytes, for the largest models
-    found = [math.inf if rank == 0 else None for rank in ranks]
+    found = [None if rank else Ranked() for rank in ranks]
     while None in found:
         open_spans = [span if f is None else None for span, f in zip(spans, found, strict=True)]
         count = yield _Count(open_spans, of, order)
@@ -67,8 +90,12 @@ def trim_thresholds(
     """
     if all(d == 1 for d in density):
         return [0.0] * len(density)
-    ranks = [min(total, max(1, int(total * d) + extra)) if d > 0 else 0 for d in density]
-    return (yield from kth_largest(ranks, total, of))
+    return (yield from kth_largest(trim_ranks(density, total, extra), total, of))
+
+
+def trim_ranks(density: Sequence[float], total: int, extra: int = 0) -> list[int]:
+    """How many of `total` entries trimming keeps of each model."""
+    return [min(total, max(1, int(total * d) + extra)) if d > 0 else 0 for d in density]
 
 
 @dataclass(frozen=True)
@@ -140,13 +167,14 @@ class _Sample:
 
         return self.order.codes(np.concatenate([np.zeros(0, "f4"), *self.kept[i]]))
 
-    def largest(self, i: int, rank: int) -> float:
+    def largest(self, i: int, rank: int) -> Ranked:
         """The rank-th largest of the numbers kept."""
         import numpy as np
 
         codes = self._codes(i)
-        place = len(codes) - rank
-        return self.order.number(int(np.partition(codes, place)[place]))
+        code = np.partition(codes, len(codes) - rank)[len(codes) - rank]
+        larger, equal = (int(np.count_nonzero(found)) for found in (codes > code, codes == code))
+        return Ranked(self.order.number(int(code)), larger, equal)
 
     def bracket(self, i: int, share: float) -> _Span:
         """Codes between which the number that a `share` of all exceed should lie."""
@@ -191,14 +219,14 @@ class _Count:
             if mine and theirs:
                 mine.merge(theirs)
 
-    def locate(self, i: int, rank: int) -> tuple[_Span, float | None]:
-        """The span in which the rank-th largest lies, and its value once that is one code."""
+    def locate(self, i: int, rank: int) -> tuple[_Span, Ranked | None]:
+        """The span in which the rank-th largest lies, and that once the span is one code."""
         tally = self.tallies[i]
         assert tally is not None
         low, high = tally.locate(rank)
         if low != high or not tally.low <= low <= tally.high:
             return _Span(low, high, low), None
-        return _Span(low, low, low), self.order.number(low)
+        return _Span(low, low, low), Ranked(self.order.number(low), *tally.counts(low))
 
 
 class _Tally:
@@ -271,3 +299,8 @@ class _Tally:
         if self.shift:
             return int(self.least[place]), int(self.most[place])
         return self.low + place, self.low + place
+
+    def counts(self, code: int) -> tuple[int, int]:
+        """How many codes are above that one, which has its bin to itself, and how many it."""
+        place = (code - self.low) >> self.shift
+        return self.above + int(self.bins[place + 1 :].sum()), int(self.bins[place])

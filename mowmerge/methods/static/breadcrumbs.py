@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from math import ceil, inf
 from typing import Any, Literal
 
-from mowmerge.methods.contracts import Extent, PerModel, Reduction, Unit
+from mowmerge.methods.contracts import Block, Extent, PerModel, Reduction, Unit
 from mowmerge.methods.ops import (
+    Edge,
     Sum,
+    edges,
     fused,
-    keep_above,
-    kth_largest,
+    keep_beyond,
     l1_norms,
     restoring,
     settle,
@@ -20,7 +21,7 @@ from mowmerge.methods.ops import (
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
-Band = tuple[Sequence[float], Sequence[float]]  # the least and the largest magnitude kept
+Band = tuple[Sequence[Edge], Sequence[Edge]]  # where what is kept, and what is dropped above, ends
 State = tuple[Band, Sequence[float]]
 
 
@@ -31,53 +32,53 @@ def _counts(density: float, gamma: float, total: int) -> tuple[int, int]:
     return keep, min(int(gamma * total), total - keep)
 
 
-def _by_tensor(deltas: Tensor, band: Band) -> list[Tensor]:
+def _by_tensor(deltas: Tensor, start: int, band: Band) -> list[Tensor]:
     """New D_i with what lies outside the band at 0."""
     found = []
-    for delta, least, largest in zip(deltas, *band, strict=True):
-        kept = keep_above(delta, least)
-        if largest < inf:
-            kept -= torch.nn.functional.hardshrink(delta, largest)
-        found.append(kept)
+    for delta, kept, above in zip(deltas, *band, strict=True):
+        found.append(keep_beyond(delta, kept, start))
+        if above.least < inf:
+            found[-1] -= keep_beyond(delta, above, start)
     return found
 
 
 def _by_row(deltas: Tensor, density: Sequence[float], gamma: Sequence[float]) -> list[Tensor]:
     """The same with a band for each vector along the last dimension."""
-    found = []
+    found, width = [], max(1, deltas.shape[-1]) if deltas.dim() > 1 else 1
     for delta, d, g in zip(deltas, density, gamma, strict=True):
-        keep, above = _counts(d, g, delta.shape[-1] if delta.dim() else 1)
-        if not keep or not delta.numel():
-            found.append(torch.zeros_like(delta))
-            continue
-        size = delta.abs().reshape(-1, delta.shape[-1] if delta.dim() else 1)
-        order = size.sort(-1, descending=True).values
-        inside = (size <= order[:, above, None]) & (size >= order[:, above + keep - 1, None])
-        found.append(delta * inside.view(delta.shape))
+        rows = delta.reshape(-1, width)
+        keep, above = _counts(d, g, width)
+        order = rows.abs().argsort(dim=-1, stable=True)
+        inside = order[:, width - above - keep : width - above]
+        kept = torch.zeros_like(rows).scatter_(-1, inside, rows.gather(-1, inside))
+        found.append(kept.view(delta.shape))
     return found
 
 
-def _kept(deltas: Tensor, p: Any, band: Band) -> list[Tensor]:
+def _kept(deltas: Tensor, start: int, p: Any, band: Band) -> list[Tensor]:
     if p["group"] == "row":
         return _by_row(deltas, p["density"], p["gamma"])
-    return _by_tensor(deltas, band)
+    return _by_tensor(deltas, start, band)
 
 
 def _statistics(extents: Sequence[Extent]) -> Reduction:
     """The bands of the tensor, and factors of the L1 rescale, where they are asked for."""
     p, total = extents[0].parameters, extents[0].numel
     n = len(p["density"])
-    band, factor = ([0.0] * n, [inf] * n), [1.0] * n
-    if p["group"] == "tensor" and total and min(p["density"]) < 1:
+    band, factor = ([Edge(0.0)] * n, [Edge(inf)] * n), [1.0] * n
+    if p["group"] == "tensor" and total:
         counts = [_counts(d, g, total) for d, g in zip(p["density"], p["gamma"], strict=True)]
-        largest = yield from kth_largest([a + 1 if a and k else 0 for k, a in counts], total)
-        least = yield from kth_largest([a + k if k else 0 for k, a in counts], total)
-        band = least, largest
+        above = yield from edges([a if k else 0 for k, a in counts], total, last=True)
+        kept = yield from edges([a + k if k else 0 for k, a in counts], total, last=True)
+        band = kept, above
+
+    def masses(block: Block) -> Tensor:
+        inside = _kept(block.values, block.rng.start, p, band)
+        return torch.stack([l1_norms(block.values), l1_norms(inside)])
+
     if p["rescale"]:
-        masses = yield Sum(
-            lambda b: torch.stack([l1_norms(b.values), l1_norms(_kept(b.values, p, band))])
-        )
-        factor = restoring(*masses.total)
+        found = yield Sum(masses)
+        factor = restoring(*found.total)
     return band, factor
 
 
@@ -98,13 +99,14 @@ def breadcrumbs(
     group: Literal["tensor", "row"] = "tensor",
     rescale: bool = False,
     scale: float = 1.0,
+    start: int = 0,
     state: State | None = None,
 ) -> Tensor:
     """The sum of task vectors of which neither the largest nor the smallest entries are kept.
 
     Of N entries by magnitude the floor(gamma_i N) largest are dropped, the next floor(density_i N)
-    kept, the rest dropped: T_i. out = scale * sum_i weight_i T_i, or with elect only over the
-    weight_i T_i of the elected sign.
+    kept, the rest dropped: T_i; of equal ones the later by index counts as the larger. out = scale
+    * sum_i weight_i T_i, or with elect only over the weight_i T_i of the elected sign.
 
     Shapes: deltas [N,*S] -> delta [*S].
 
@@ -122,7 +124,7 @@ def breadcrumbs(
     Source: Model Breadcrumbs, arXiv:2312.06795; reference code task_vectors.py, whose example gives
     the defaults of density and gamma.
     Differs: a tensor is ranked as a whole, as in the paper; the released code ranks rows, which
-    empties small kernels (group: row). Entries equal to the first or the last kept are kept too.
+    empties small kernels (group: row).
     mergekit before 0.1.5 zeroes tensors in which floor(gamma N) is 0; this does not.
     """
     n = len(deltas)
@@ -133,4 +135,4 @@ def breadcrumbs(
     if state is None:
         state = settle(_statistics, deltas, p, rows=group == "row")
     band, factor = state
-    return fused(_kept(deltas, p, band), factor, spread(weight, n), elect, aggregate, scale)
+    return fused(_kept(deltas, start, p, band), factor, spread(weight, n), elect, aggregate, scale)

@@ -7,16 +7,25 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from mowmerge.methods.contracts import Block, Extent, NonNegative, Reduction, Unit
-from mowmerge.methods.ops import Sum, agree, elect_sign, kth_largest, settle, weighted_sum
+from mowmerge.methods.ops import (
+    Edge,
+    Sum,
+    agree,
+    edges,
+    elect_sign,
+    keep_beyond,
+    settle,
+    weighted_sum,
+)
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
 
 @dataclass(frozen=True)
 class State:
-    """The least variance that is selected, and each model's coefficient."""
+    """Which variances are selected, and each model's coefficient."""
 
-    threshold: float
+    edge: Edge
     coefficient: Sequence[float]
 
 
@@ -27,30 +36,31 @@ def _variance(deltas: Tensor) -> Tensor:
     return apart.square_().mean(0)
 
 
-def _selected(deltas: Tensor, threshold: float) -> Tensor:
-    """The task vectors where their variance reaches the threshold, else 0."""
-    return deltas * (_variance(deltas) >= threshold) if threshold > 0 else deltas
+def _selected(deltas: Tensor, start: int, edge: Edge) -> Tensor:
+    """The task vectors where their variance is among the largest, else 0."""
+    if edge.least == 0:
+        return deltas
+    return deltas * (keep_beyond(_variance(deltas), edge, start) > 0)
 
 
 def _statistics(extents: Sequence[Extent]) -> Reduction:
-    """How many entries vary, the variance of the last one selected, the masses over those."""
+    """How many entries vary, which of them are selected, the masses over those."""
     p, total = extents[0].parameters, max(1, extents[0].numel)
-    threshold = 0.0
+    edge = Edge(0.0)
     if p["mode"] != "varm" and p["density"] < 1:
         vary = yield Sum(lambda b: (_variance(b.values) > 0).sum(), exact=True)
         rank = int(p["density"] * float(vary.total))
-        (threshold,) = yield from kth_largest([rank], total, lambda b: [_variance(b.values)])
+        (edge,) = yield from edges([rank], total, lambda b: [_variance(b.values)])
 
     def masses(block: Block) -> Tensor:
-        return torch.stack([
-            v.double().square().sum() for v in _selected(block.values, threshold)
-        ])  # fmt: skip
+        chosen = _selected(block.values, block.rng.start, edge)
+        return torch.stack([v.double().square().sum() for v in chosen])
 
     found = yield Sum(masses)
     mass = found.total
     even, share = torch.full_like(mass, 1 / len(mass)), float(mass.sum()) / total
     coefficient = mass / mass.sum() if share > 0 and share >= p["floor"] else even
-    return State(threshold, coefficient.tolist())
+    return State(edge, coefficient.tolist())
 
 
 def _caution(p: Mapping[str, Any], n: int) -> str:
@@ -77,6 +87,7 @@ def sce(
     mode: Literal["paper", "fusechat", "varm"] = "paper",
     floor: NonNegative = 0.0,
     scale: float = 1.0,
+    start: int = 0,
     state: State | None = None,
 ) -> Tensor:
     """The coefficient-weighted mean of the task vectors where they vary and agree with the sign.
@@ -98,14 +109,14 @@ def sce(
 
     Source: FuseChat, arXiv:2408.07990, section 3.3; reference code sce_merging.py (mode: fusechat);
     VaRM is the earlier variant of the same authors.
-    Differs: variances equal to the last selected are all selected. mergekit's floor is 1e-6, which
-    the task vectors of many fine-tunes do not reach.
+    Differs: of equal variances the first by index are selected. mergekit's floor is 1e-6, which the
+    task vectors of many fine-tunes do not reach.
     """
     if state is None:
         state = settle(_statistics, deltas, {"density": density, "mode": mode, "floor": floor})
     if mode == "varm":
         return weighted_sum(deltas, [scale * c for c in state.coefficient])
-    chosen = list(deltas if mode == "fusechat" else _selected(deltas, state.threshold))
+    chosen = list(deltas if mode == "fusechat" else _selected(deltas, start, state.edge))
     sign = elect_sign(chosen, "mass", 1.0)
     weighed = [v * c for v, c in zip(chosen, state.coefficient, strict=True)]
     return agree(weighed, sign, "mean", state.coefficient).mul_(scale)

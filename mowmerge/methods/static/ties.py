@@ -8,15 +8,18 @@ from typing import Any, Literal
 
 from mowmerge.methods.contracts import Block, Extent, MethodError, PerModel, Reduction, Unit
 from mowmerge.methods.ops import (
+    Edge,
     Sum,
     agree,
+    edges,
     elect_sign,
-    keep_above,
+    keep_beyond,
     l1_norms,
     majority,
     restoring,
     settle,
     spread,
+    trim_ranks,
     trim_thresholds,
 )
 from mowmerge.methods.registry import merge_method
@@ -27,33 +30,37 @@ from mowmerge.tensors import Tensor, torch
 class State:
     """What the map needs to know of a whole tensor or model, one value a model."""
 
-    threshold: Sequence[float]
+    edge: Sequence[Edge]
     factor: Sequence[float]
     power: Sequence[float] = ()
     majority: float = 1.0
 
 
-def _trimmed(deltas: Tensor, state: State, weight: Any) -> list[Tensor]:
-    """weight_i * factor_i * D_i where |D_i| reaches threshold_i, else 0."""
+def _trimmed(deltas: Tensor, start: int, state: State, weight: Any) -> list[Tensor]:
+    """weight_i * factor_i * D_i where |D_i| is among the largest, else 0."""
     factors = [f * w for f, w in zip(state.factor, spread(weight, len(deltas)), strict=True)]
-    kept = [keep_above(d, threshold) for d, threshold in zip(deltas, state.threshold, strict=True)]
+    kept = [keep_beyond(d, edge, start) for d, edge in zip(deltas, state.edge, strict=True)]
     return [k if f == 1 else k.mul_(f) for k, f in zip(kept, factors, strict=True)]
 
 
 def _statistics(extents: Sequence[Extent]) -> Reduction:
-    """Thresholds, then what the options ask for: L1 factors, squared norms, the majority sign."""
+    """Edges, then what the options ask for: L1 factors, squared norms, the majority sign."""
     p = extents[0].parameters
     density, total = p["density"], sum(e.numel for e in extents)
     for word in ("density", "elect", "zero_sign", "rescale"):
         if any(e.parameters[word] != p[word] for e in extents):
             raise MethodError(f"with trim: global, {word} must be the same for all tensors")
-    state = State([0.0] * len(density), [1.0] * len(density))
+    state = State([], [1.0] * len(density))
 
     def kept(block: Block, weight: Any = None) -> list[Tensor]:
-        return _trimmed(block.values, state, weight or block.parameters["weight"])
+        weight = weight or block.parameters["weight"]
+        return _trimmed(block.values, block.rng.start, state, weight)
 
-    extra = 1 if p["trim"] == "global" else 0  # the released code keeps one above nominal
-    state.threshold = yield from trim_thresholds(density, total, extra=extra)
+    if p["trim"] == "global":  # the released code keeps one above nominal, and all that equal it
+        least = yield from trim_thresholds(density, total, extra=1)
+        state.edge = [Edge(one) for one in least]
+    else:
+        state.edge = yield from edges(trim_ranks(density, total), total)
     if p["rescale"]:
         masses = yield Sum(lambda b: torch.stack([l1_norms(b.values), l1_norms(kept(b, 1.0))]))
         state.factor = restoring(*masses.total)
@@ -82,6 +89,7 @@ def ties(
     zero_sign: Literal["majority", "plus", "drop"] = "majority",
     rescale: bool = False,
     scale: float = 1.0,
+    start: int = 0,
     state: State | None = None,
 ) -> Tensor:
     """The trimmed, sign-elected and disjointly merged task vectors.
@@ -107,9 +115,9 @@ def ties(
             tensors.
 
     Source: TIES-Merging, arXiv:2306.01708, algorithm 1; reference code merge_utils.py.
-    Differs: density is a share, never a percentage. Entries equal to the threshold are all kept, as
-    in the reference. The global threshold keeps floor(K D) + 1 entries, as the reference does; the
-    one for each tensor floor(K d), at least 1, as mergekit does. Weights, rescale: mergekit's.
+    Differs: density is a share, never a percentage. The global threshold keeps floor(K D) + 1
+    entries and all that equal the last, as the reference does; trim: tensor floor(K d), at least 1,
+    as mergekit does, of equal ones the first by index. Weights, rescale: mergekit's.
     Where several shares are the largest, normfrac takes their majority; the reference the first.
     """
     n = len(deltas)
@@ -119,7 +127,7 @@ def ties(
             "elect": elect, "zero_sign": zero_sign, "rescale": rescale,
         }  # fmt: skip
         state = settle(_statistics, deltas, options)
-    kept = _trimmed(deltas, state, weight)
+    kept = _trimmed(deltas, start, state, weight)
     zero = {"majority": state.majority, "plus": 1.0, "drop": 0.0}[zero_sign]
     sign = elect_sign(kept, elect, zero, state.power)
     merged = agree(kept, sign, aggregate, spread(weight, n))

@@ -29,9 +29,10 @@ def _shifts(moments: Tensor) -> Tensor:
     return torch.stack([longer, turned.where((squares > 0) | (base > 0), 0.0)])
 
 
-def _score(ranks: Tensor, columns: int, above: float, calibration: float) -> Tensor:
+def _score(ranks: Tensor, above: float, calibration: float) -> Tensor:
     """The softmax over the models, and `calibration` where a rank beats the mean of all, averaged
-    over length and direction: of ranks [2,n,*] a weight [n,*]."""
+    over length and direction: of ranks [2,n,columns] a weight [n,columns]."""
+    columns = ranks.shape[-1]
     share = ranks / max(1, columns)
     beats = share > above * (columns - 1) / (2 * max(1, columns))
     return share.softmax(1).where(~beats, calibration).mean(0)
@@ -45,8 +46,8 @@ def _ranks(shifts: Tensor) -> Tensor:
 
 
 def _statistics(extents: Sequence[Extent]) -> Reduction:
-    """The weight of each column of each task vector [n,columns]; of a vector's, the mean size; of
-    an embedding, all shifts of each model [2,n,tokens] in order."""
+    """The weight of each column of each task vector [n,columns], or of each token of an embedding
+    [n,tokens]; of a vector's, the mean size."""
     (extent,) = extents
     p, shape = extent.parameters, extent.shape
     if len(shape) < 2:
@@ -57,13 +58,13 @@ def _statistics(extents: Sequence[Extent]) -> Reduction:
 
         found = yield Sum(sizes)
         return found.total / max(1, extent.numel)
-    if _by_token(extent.role, len(shape)):
-        tokens = yield Listed(lambda b: _moments(b.values, b.base, -1))
-        return _shifts(tokens.total).sort(dim=-1).values
-    moments = yield Sum(lambda b: _moments(b.values, b.base, 1))
-    ranks = _ranks(_shifts(moments.total).flatten(2))
-    weight = _score(ranks, ranks.shape[-1], p["above"], p["calibration"])
-    return weight.view(len(weight), *shape[1:])
+    tokens = _by_token(extent.role, len(shape))
+    if tokens:
+        moments = yield Listed(lambda b: _moments(b.values, b.base, -1))
+    else:
+        moments = yield Sum(lambda b: _moments(b.values, b.base, 1))
+    weight = _score(_ranks(_shifts(moments.total).flatten(2)), p["above"], p["calibration"])
+    return weight if tokens else weight.view(len(weight), *shape[1:])
 
 
 def _by_token(role: str, dimensions: int) -> bool:
@@ -83,14 +84,15 @@ def widen(
     above: NonNegative = 1.0,
     calibration: NonNegative = 1.0,
     role: str = "",
+    start: int = 0,
     state: Tensor | None = None,
 ) -> Tensor:
     """The base and the task vectors, each column weighed by the ranks of its changes.
 
     Of each column c of model i: m = | |W_i| - |W_0| |, o = 1 - cos(W_i, W_0); R^m and R^o their
-    ranks in the matrix over the number of columns, from 0 up; s = softmax over the models of R, or
-    calibration where R > above * the mean of model i; out = W_0 + sum_i (s^m + s^o)/2 * D_i. The
-    columns of an embedding are its tokens, which it has as rows.
+    ranks in the matrix, equal ones in order, over the number of columns, from 0 up; s = softmax
+    over the models of R, or calibration where R > above * the mean of model i; out = W_0 + sum_i
+    (s^m + s^o)/2 * D_i. The columns of an embedding are its tokens, which it has as rows.
 
     Shapes: models [N,m,k], base [m,k] -> [m,k]; in a vector each entry's |D_i| is its R for both.
 
@@ -100,8 +102,7 @@ def widen(
 
     Source: WIDEN, arXiv:2408.03092; reference code merging_methods.py.
     Differs: a column that is zero in both has not turned, one that is zero in one only has turned
-    by 1; both give NaN there. A kernel's columns run along its first dimension. Tokens that moved
-    alike have one rank, the least; there they rank in order, as columns do here too.
+    by 1; both give NaN there. A kernel's columns run along its first dimension.
     """
     if state is None:
         options: dict[str, Any] = {"above": above, "calibration": calibration}
@@ -112,9 +113,8 @@ def widen(
         beats = size > above * state.to(size)[:, None]
         weight = size.softmax(0).where(~beats, calibration).view_as(deltas)
     elif _by_token(role, models.dim() - 1):
-        shifts = _shifts(_moments(models, base, -1))
-        ranks = torch.searchsorted(state.to(shifts), shifts)
-        weight = _score(ranks.double(), state.shape[-1], above, calibration).to(deltas)[..., None]
+        first = start // max(1, base.shape[1])
+        weight = state[:, first : first + len(base), None].to(deltas)
     else:
         weight = state.to(deltas)[:, None]
     return base + (weight * deltas).sum(0)

@@ -66,14 +66,21 @@ def test_small_tensors() -> None:
     assert breadcrumbs(torch.tensor([2.0])).item() == 2.0
 
 
-def test_ties_are_kept_at_both_ends() -> None:
+@pytest.mark.parametrize("group", ["tensor", "row"])
+def test_of_equal_entries_the_later_is_the_larger(group: str) -> None:
     delta = torch.tensor([[1.0, 2.0, -2.0, 2.0, 3.0, -3.0, 4.0, 5.0]])
-    # 2 go, 2 stay: 3 and 3; with 1 dropped and 4 kept: 4, 3, 3, 2 and the other 2s
-    assert breadcrumbs(delta, density=0.25, gamma=0.25).tolist() == [0, 0, 0, 0, 3.0, -3.0, 0, 0]
-    assert breadcrumbs(delta, density=0.5, gamma=0.125).tolist() == [
-        0, 2.0, -2.0, 2.0, 3.0, -3.0, 4.0, 0,
+
+    def merged(values: Tensor, **given: float) -> list[float]:
+        return breadcrumbs(values, **given, group=group).tolist()
+
+    # 2 go, 2 stay: 3 and 3; with 1 dropped and 4 kept: 4, 3, 3 and the last 2
+    assert merged(delta, density=0.25, gamma=0.25) == [0, 0, 0, 0, 3.0, -3.0, 0, 0]
+    assert merged(delta, density=0.5, gamma=0.125) == [0, 0, 0, 2.0, 3.0, -3.0, 4.0, 0]
+    # of three 3s the last is dropped and the others stay; of nine 2s one stays
+    assert merged(torch.tensor([[3.0, -3.0, 3.0, 1.0, 1.0]]), density=0.4, gamma=0.2) == [
+        3.0, -3.0, 0, 0, 0,
     ]  # fmt: skip
-    assert torch.equal(breadcrumbs(torch.full((1, 9), 2.0)), torch.full((9,), 2.0))
+    assert merged(torch.full((1, 9), 2.0), density=0.2, gamma=0.1) == [0] * 8 + [2.0]
 
 
 def test_rows_have_a_band_each() -> None:
@@ -82,8 +89,8 @@ def test_rows_have_a_band_each() -> None:
     assert out[0].tolist() == [0, 0, 0, 0, 0, -6.0, 7.0, -8.0, 0, 0]
     assert out[1].tolist() == [0, 0, -80.0, 70.0, -60.0, 0, 0, 0, 0, 0]
     whole = breadcrumbs(deltas, density=0.3, gamma=0.2)
-    # of all twenty 100, 90, 80 and 70 go and 60 to 10 stay, with the 10 of the first row
-    assert whole[0].tolist() == [0.0] * 9 + [-10.0]
+    # of all twenty 100, 90, 80 and 70 go and 60 to 10 stay: of the 10s that of the second row
+    assert not whole[0].any()
     assert whole[1].tolist() == [0, 0, 0, 0, -60.0, 50.0, -40.0, 30.0, -20.0, 10.0]
 
 

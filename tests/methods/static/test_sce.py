@@ -76,10 +76,10 @@ def test_the_sign_is_the_elected_one_and_the_value_lies_between() -> None:
     assert (out.abs() >= agreeing.abs().nan_to_num(1e9).amin(0) - 1e-6).all()
 
 
-def test_variances_equal_to_the_last_selected_are_selected() -> None:
+def test_of_equal_variances_the_first_are_selected() -> None:
     deltas = torch.tensor([[1.0, 1.0, 1.0, 5.0], [3.0, 3.0, 3.0, 5.0]])
-    # three vary, all alike: floor(0.5 * 3) = 1 selects the three
-    assert sce(deltas, density=0.5).tolist() == pytest.approx([2.8, 2.8, 2.8, 0.0])
+    # three vary, all alike: floor(0.7 * 3) = 2 are selected
+    assert sce(deltas, density=0.7).tolist() == pytest.approx([2.8, 2.8, 0.0, 0.0])
 
 
 def test_a_single_model_of_which_nothing_is_selected_is_told(zoo: Zoo) -> None:

@@ -75,10 +75,12 @@ def test_density_at_its_ends(trim: str) -> None:
     assert rows(ties(same_sign[:1], density=0.01, trim=trim)) == [0.0, 0.0, 3.0]
 
 
-def test_entries_equal_to_the_threshold_are_all_kept() -> None:
+def test_entries_equal_to_the_last_that_is_kept() -> None:
     deltas = torch.tensor([[1.0, -2.0, 2.0, 2.0, 0.0, 3.0]])
-    # the two largest are 3 and a 2, and all entries of magnitude 2 stay
-    assert rows(ties(deltas, density=0.34, trim="tensor")) == [0.0, -2.0, 2.0, 2.0, 0.0, 3.0]
+    # of a tensor the two largest, 3 and the first 2
+    assert rows(ties(deltas, density=0.34, trim="tensor")) == [0.0, -2.0, 0.0, 0.0, 0.0, 3.0]
+    # over the model all that are as large as the second, and the one kept above that is among them
+    assert rows(ties(deltas, density=0.17)) == [0.0, -2.0, 2.0, 2.0, 0.0, 3.0]
 
 
 def test_mostly_zero_task_vectors() -> None:

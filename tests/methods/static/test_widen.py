@@ -96,12 +96,14 @@ def test_an_embedding_has_a_column_for_each_token(zoo: Zoo) -> None:
         assert torch.allclose(found[name], want, atol=1e-6)
 
 
-def test_tokens_that_no_change_touched_rank_lowest() -> None:
+def test_tokens_that_moved_alike_rank_in_order() -> None:
     base = torch.ones(4, 2)
-    models = torch.stack([base, base + torch.tensor([[0.0], [1.0], [2.0], [3.0]])])
-    # model 1 changes nothing: all its ranks are 0, as is model 2's first; it turns nothing
-    lengths = [soft(0, 0), soft(0.25, 0), 1.0, 1.0]
-    want = [k * (s + soft(0, 0)) / 2 for k, s in enumerate(lengths)]
+    models = torch.stack([base, base + torch.tensor([[3.0], [2.0], [1.0], [0.0]])])
+    # model 1 changes nothing, and nothing turns: ranks 0, 1/4, 1/2 and 3/4; model 2's lengths have
+    # 3/4, 1/2, 1/4 and 0; the mean is 3/8
+    lengths = [1.0, 1.0, soft(0.25, 0.5), soft(0, 0.75)]
+    turns = [soft(0, 0), soft(0.25, 0.25), 1.0, 1.0]
+    want = [k * (s + t) / 2 for k, s, t in zip((3, 2, 1, 0), lengths, turns, strict=True)]
     moved = widen(models, base, role="embedding") - base
     assert moved[:, 0].tolist() == pytest.approx(want)
 
