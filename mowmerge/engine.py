@@ -242,7 +242,7 @@ class Engine:
             opened = stack.enter_context(self.open(job, plan))
             if job.anchor is not None:
                 below = stack.enter_context(self.open(job.anchor, plan))
-                opened.below = Anchor(self.settled(below), below.block, job.output.dtype)
+                opened.below = Anchor(self.settled(below), job.anchor, below.block)
             self.settle(opened)
             for start, stop in opened.blocks():
                 for name, at, data in opened.coded(start, stop):
@@ -277,7 +277,8 @@ class Engine:
         elif job.scope in ("row", "tensor") and opened.spec.reduce and job.output.numel:
             numel, codec = job.output.numel, job.code.codec if job.code else ""
             role, rows = naming.role(job.output.name), job.scope == "row"
-            extent = Extent(job.output.shape, job.parameters, codec, role, rows)
+            n, shape = len(job.models), job.output.shape
+            extent = Extent(shape, job.parameters, codec, role, rows, n)
             rounds = opened.spec.reduce([extent])
             opened.state = driven(rounds, lambda fold: opened.observe(fold.fresh(), 0, numel))
 

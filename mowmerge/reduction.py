@@ -77,7 +77,13 @@ def reduced(
         return _merged(fold, (with_seen(fold, one) for each in told for one in each))
 
     extents = [
-        Extent(job.output.shape, job.parameters, role=naming.role(job.output.name)) for job in jobs
+        Extent(
+            job.output.shape,
+            job.parameters,
+            role=naming.role(job.output.name),
+            models=len(job.models),
+        )
+        for job in jobs
     ]
     return driven(reduce(extents), fill)
 

@@ -270,6 +270,7 @@ class OpenJob:
         base, values = self._working(start, stop, check=True)
         shape = (-1, *job.output.shape[1:]) if len(job.output.shape) > 1 else (-1,)
         given: dict[str, Any] = {**job.parameters, "code": code, "state": self.state}
+        given["start"] = start
         if base is not None:
             given["base"] = base.view(shape)
         if self.below and anchor is not None:

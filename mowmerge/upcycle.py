@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from mowmerge.blocks import gets_all
 from mowmerge.checkpoint import modules, naming
 from mowmerge.checkpoint.encoder import Named
 from mowmerge.checkpoint.writer import layout, shard_of
@@ -64,10 +63,9 @@ class Upcycling:
         return code
 
     def coded(self, job: TensorJob, code: Code, anchor: TensorJob | None) -> TensorJob:
-        """The job with its code and the one that makes its anchor; by rows, where the method can
-        and the anchor is not made of the whole tensor at once."""
-        by_rows = self.dynamic.by_rows(code) and not gets_all(anchor)
-        return replace(job, code=code, anchor=anchor, scope="row" if by_rows else job.scope)
+        """The job with its code and the one that makes its anchor."""
+        scope = "row" if self.dynamic.by_rows(code) else job.scope
+        return replace(job, code=code, anchor=anchor, scope=scope)
 
     def site(self, spec: TensorSpec) -> Site:
         """The tensor, and where it stands."""

@@ -29,11 +29,13 @@ class FormatError(ValueError):
 @dataclass(frozen=True)
 class Part:
     """One stored tensor of a code: safetensors dtype, shape, and the axis along which the rows of
-    the coded tensor lie (None: it is no row's)."""
+    the coded tensor lie (None: it is no row's). ragged: it has some values a row, row after row of
+    each slot."""
 
     dtype: str
     shape: tuple[int, ...]
     axis: int | None = None
+    ragged: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,12 +91,12 @@ class Code:
             },
             "sparse": {
                 "occ": bits,
-                "val": Part(self.dtype, (n * self.kept,)),
+                "val": Part(self.dtype, (n * self.kept,), ragged=True),
                 "ptr": Part("I64", (n + 1,)),
             },
             "row_sparse": {
-                "rowidx": Part("I64", (self.kept,)),
-                "rowval": Part(self.dtype, (self.kept, columns)),
+                "rowidx": Part("I64", (self.kept,), ragged=True),
+                "rowval": Part(self.dtype, (self.kept, columns), ragged=True),
                 "ptr": Part("I64", (n + 1,)),
             },
             "mask": {

@@ -183,13 +183,14 @@ class Block:
 @dataclass(frozen=True)
 class Extent:
     """A tensor that a reduction will run over: its shape, its parameters, how a dynamic method
-    codes it, its role, and whether blocks are whole rows."""
+    codes it, its role, whether blocks are whole rows, and how many models there are."""
 
     shape: tuple[int, ...]
     parameters: Mapping[str, Any]
     codec: str = ""
     role: str = ""
     rows: bool = False
+    models: int = 0
 
     @property
     def numel(self) -> int:

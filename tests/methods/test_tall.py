@@ -18,9 +18,9 @@ from mowmerge import api, planner
 from mowmerge.dynamic.format import Code
 from mowmerge.errors import CheckpointError
 from mowmerge.memory import working_bytes
-from mowmerge.methods.contracts import Block, Draws, Extent
+from mowmerge.methods.contracts import Block, Draws
 from mowmerge.methods.dynamic.twin_merging import twin_merging
-from mowmerge.methods.ops import tall
+from mowmerge.methods.ops import exclusive, tall
 from mowmerge.plan import RUN
 from mowmerge.planner import Options
 from mowmerge.reduction import driven
@@ -37,8 +37,7 @@ def turns(models: Tensor, anchor: Tensor, rank: int, height: int = 700) -> Seque
             fold.observe(Block(models[:, rows], {}, Draws(), anchor.numel(), anchor=anchor[rows]))
         return fold
 
-    extent = Extent(shape, {}, "low_rank", rows=True)
-    found: Sequence[tall.Turn] = driven(tall.from_anchor([extent], rank), fill)
+    found: Sequence[tall.Turn] = driven(tall.turns(rank, exclusive), fill)
     return found
 
 
@@ -119,13 +118,13 @@ def test_a_table_through_a_merge_is_what_the_function_makes_of_it(
     assert told["lost"] == pytest.approx(whole["lost"].tolist(), rel=1e-4)
 
 
-def test_an_anchor_of_the_whole_tensor_is_made_as_ever(zoo: Zoo) -> None:
+def test_an_anchor_of_the_whole_tensor_is_made_once(zoo: Zoo) -> None:
     name = "model.layers.0.mlp.up_proj.weight"
     zoo.family({name: (900, 30), "model.norm.weight": (30,)}, 3)
     content = {"method": "twin_merging", "rest": {"method": "iso_c"}}
     plan = api.plan(zoo.recipe(content))
     job = next(job for job in plan.jobs if job.output.name == name)
-    assert job.scope == "tensor" and job.anchor is not None and job.anchor.matrix
+    assert job.scope == "row" and job.anchor is not None and job.anchor.matrix
     zoo.merge(content)
     found = made(zoo.folder / "out")
     zoo.merge({"method": "iso_c"}, "static")

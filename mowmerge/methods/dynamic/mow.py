@@ -21,9 +21,9 @@ from mowmerge.methods.contracts import (
     Unit,
 )
 from mowmerge.methods.gating import Classifier, Features, block_of, by_choice
-from mowmerge.methods.ops import Sum
+from mowmerge.methods.ops import Sum, exclusive
 from mowmerge.methods.ops.spectral import truncated
-from mowmerge.methods.ops.tall import Turn, by_rows, cut, from_anchor, workspace
+from mowmerge.methods.ops.tall import Turn, by_rows, cut, turns, workspace
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
@@ -108,13 +108,16 @@ def _rest(p: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 
 
 def _turns(extents: Sequence[Extent]) -> Reduction:
+    """How a tall matrix that is cut to a rank turns; it is read by rows."""
     one = extents[0]
-    return (yield from from_anchor(extents, min(one.parameters["rank"], *one.shape)))
+    if not one.rows:
+        return None
+    return (yield from turns(min(one.parameters["rank"], *one.shape), exclusive))
 
 
 def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
-    low = p["codec"] == "low_rank"
-    return workspace(shape, n, min(p["rank"], *shape)) if low else 0
+    turned = p["codec"] == "low_rank" and len(shape) == 2
+    return workspace(shape, n, min(p["rank"], *shape)) if turned else 0
 
 
 @merge_method(

@@ -27,7 +27,8 @@ def settle(
     rows: in whole rows, as for scope row. matrix: in one piece, as for a method on matrices;
     `once`: of what is worked out for it.
     """
-    rounds = reduce([Extent(tuple(values.shape[1:]), parameters, role=role)])
+    shape = tuple(values.shape[1:])
+    rounds = reduce([Extent(shape, parameters, role=role, models=len(values))])
     whole_rows = rows and values.dim() > 2
     shape = values.shape[1:] if matrix or whole_rows else (1, -1) if rows else (-1,)
     whole = Block(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from mowmerge.dynamic.format import Code
-from mowmerge.methods.contracts import Block, Extent, Reduction
+from mowmerge.methods.contracts import Block, Reduction
 from mowmerge.methods.ops.spectral import NOTHING, Factors
 from mowmerge.plan import run_length
 from mowmerge.tensors import Tensor, torch
@@ -63,11 +63,9 @@ def cut(deltas: Iterable[Tensor], turns: Sequence[Turn]) -> tuple[list[Factors],
     return pairs, told
 
 
-def from_anchor(extents: Sequence[Extent], rank: int) -> Reduction:
-    """Returns a Turn of each model less the anchor, of a tensor that is read by rows; else None."""
-    if not extents[0].rows:
-        return None
-    found = yield _Products(lambda block: [model - block.anchor for model in block.values])
+def turns(rank: int, of: Deltas) -> Reduction:
+    """Returns a Turn of each of the matrices whose rows `of` gives of a block of whole rows."""
+    found = yield _Products(of)
     return [_turn(products, rank, found.dtype) for products in found.each()]
 
 
