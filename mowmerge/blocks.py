@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mowmerge.plan import TensorJob, run_length
 
-WHOLE = ("low_rank", "sparse", "basis")  # codecs that need the whole tensor at once
+WHOLE = ("low_rank", "basis")  # codecs that need the whole tensor at once
 
 
 def block_length(block: int, job: TensorJob, *, whole: bool) -> int:
@@ -13,17 +13,11 @@ def block_length(block: int, job: TensorJob, *, whole: bool) -> int:
     numel, shape = job.output.numel, job.output.shape
     if job.method and (job.matrix or (job.scope == "tensor" and whole)):
         return max(numel, 1)
-    if job.code is not None:
-        whole = job.code.codec in WHOLE or _gets_all(job.anchor)
-        rows = 1 if whole or len(shape) < 2 else shape[0]
+    if job.code is not None and job.scope != "row":
+        rows = 1 if job.code.codec in WHOLE or len(shape) < 2 else shape[0]
         row = max(1, numel // max(1, rows))
         return max(1, block // row) * row
     if job.method and job.scope == "row":
         run = run_length(numel // shape[0] if len(shape) > 1 and shape[0] else numel)
         return max(1, block // run) * run
     return max(1, min(block, numel))
-
-
-def _gets_all(job: TensorJob | None) -> bool:
-    """Whether the job that makes an anchor needs the whole tensor at once."""
-    return job is not None and (job.matrix or job.scope == "tensor")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
 from mowmerge.dynamic.format import Code
@@ -18,7 +18,7 @@ class Parts:
 
     def __init__(self, code: Code) -> None:
         self.code = code
-        self._given = [0] * code.slots  # rows of each slot that earlier blocks had
+        self._given = [0] * code.slots  # of each slot, what earlier blocks had
 
     def pieces(self, parts: Mapping[str, Tensor], start: int, stop: int) -> Iterator[Piece]:
         """What a method made of elements start..stop.
@@ -26,47 +26,52 @@ class Parts:
         Raises:
             CheckpointError: a value that its dtype cannot hold, or rows that were not counted.
         """
-        if self.code.codec == "row_sparse":
-            yield from self._rows(parts, start, stop)
-        else:
-            yield from self._slices(parts, start)
+        ragged = [name for name, part in self.code.parts.items() if part.ragged]
+        if ragged:
+            yield from self._ragged(ragged, parts, start, stop)
+        for name in self.code.parts:
+            if name not in (*ragged, "ptr"):
+                yield from self._slices(name, parts[name], start)
 
-    def _slices(self, parts: Mapping[str, Tensor], start: int) -> Iterator[Piece]:
-        """Each part, slot by slot; what has no rows comes whole with the first block."""
-        code = self.code
-        rows, columns = code.matrix
-        for name, part in code.parts.items():
-            if part.axis is None and start:
-                continue
-            value = self._stored(name, parts[name])
-            axis = part.axis or 0
-            wanted = (*part.shape[:axis], value.shape[axis], *part.shape[axis + 1 :]) if (
-                part.axis is not None) else part.shape  # fmt: skip
-            if tuple(value.shape) != tuple(wanted):
-                raise ValueError(
-                    f"part '{name}' of '{code.name}' is {tuple(value.shape)}, planned"
-                    f" {tuple(wanted)}"
-                )
-            row = math.prod(part.shape[axis + 1 :]) * DTYPES[part.dtype].bits // 8
-            for s, piece in enumerate(value if axis else [value]):
-                at = 0 if part.axis is None else (s * rows + start // columns) * row
-                yield from self._piece(name, at, piece)
+    def _slices(self, name: str, value: Tensor, start: int) -> Iterator[Piece]:
+        """A part, slot by slot; what has no rows comes whole with the first block."""
+        part = self.code.parts[name]
+        if part.axis is None and start:
+            return
+        rows, columns = self.code.matrix
+        value, axis = self._stored(name, value), part.axis or 0
+        wanted = (*part.shape[:axis], value.shape[axis], *part.shape[axis + 1 :]) if (
+            part.axis is not None) else part.shape  # fmt: skip
+        if tuple(value.shape) != tuple(wanted):
+            raise ValueError(
+                f"part '{name}' of '{self.code.name}' is {tuple(value.shape)}, planned"
+                f" {tuple(wanted)}"
+            )
+        row = math.prod(part.shape[axis + 1 :]) * DTYPES[part.dtype].bits // 8
+        for s, piece in enumerate(value if axis else [value]):
+            at = 0 if part.axis is None else (s * rows + start // columns) * row
+            yield from self._piece(name, at, piece)
 
-    def _rows(self, parts: Mapping[str, Tensor], start: int, stop: int) -> Iterator[Piece]:
-        """The rows that a block changes, each slot's behind those of earlier blocks."""
+    def _ragged(
+        self, names: Sequence[str], parts: Mapping[str, Tensor], start: int, stop: int
+    ) -> Iterator[Piece]:
+        """What a block has of the parts with some values a row, each slot's behind those of earlier
+        blocks."""
         code = self.code
-        index = parts["rowidx"] + start // code.matrix[1]
-        values = self._stored("rowval", parts["rowval"])
+        each = code.each or (code.kept,) * code.slots
+        values = {name: self._stored(name, parts[name]) for name in names}
+        if "rowidx" in values:
+            values["rowidx"] = values["rowidx"] + start // code.matrix[1]
         for s, (first, last) in enumerate(pairwise(parts["ptr"].tolist())):
-            at = sum(code.each[:s]) + self._given[s]
+            at = sum(each[:s]) + self._given[s]
             self._given[s] += last - first
-            if self._given[s] > code.each[s]:
+            if self._given[s] > each[s]:
                 raise self._recounted()
-            for name, value in (("rowidx", index[first:last]), ("rowval", values[first:last])):
-                yield from self._piece(name, at * value[:1].nbytes, value)
+            for name, value in values.items():
+                yield from self._piece(name, at * value[:1].nbytes, value[first:last])
         if not start:
-            yield from self._piece("ptr", 0, torch.tensor([0, *code.each]).cumsum(0))
-        if stop == math.prod(code.shape) and self._given != list(code.each):
+            yield from self._piece("ptr", 0, torch.tensor([0, *each]).cumsum(0))
+        if stop == math.prod(code.shape) and self._given != list(each):
             raise self._recounted()
 
     def _piece(self, name: str, at: int, value: Tensor) -> Iterator[Piece]:
@@ -88,7 +93,6 @@ class Parts:
 
     def _recounted(self) -> CheckpointError:
         return CheckpointError(
-            f"the rows of '{self.code.name}' that differ from the base's are not those counted"
-            " before",
+            f"'{self.code.name}' has not as many values to keep as were counted before",
             hint="an input was changed meanwhile: run it again",
         )

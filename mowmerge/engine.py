@@ -17,24 +17,24 @@ from threading import Event, Lock
 from typing import Any, Protocol
 
 from mowmerge import devices
+from mowmerge.anchor import Anchor, Give
 from mowmerge.buffers import Desk, keep_freed_memory
-from mowmerge.checkpoint import naming
 from mowmerge.checkpoint.adapter import AdaptedReader
 from mowmerge.checkpoint.journal import Journal
 from mowmerge.checkpoint.placed import PlacedReader
 from mowmerge.checkpoint.reader import StoredReader
 from mowmerge.errors import CheckpointError
 from mowmerge.methods import registry
-from mowmerge.methods.contracts import Extent, Fold
+from mowmerge.methods.contracts import Fold
 from mowmerge.placement import Placed
 from mowmerge.plan import RUN, Adapted, Plan, Source, Stored, TensorJob, Tied
 from mowmerge.ranks import Ranks
-from mowmerge.reduction import bunched, driven, reduced
+from mowmerge.reduction import bunched, driven, extent, reduced
 from mowmerge.report import TensorReport
 from mowmerge.room import fitting
 from mowmerge.scratch import FULL, Scratch
 from mowmerge.sharing import share, spread
-from mowmerge.streaming import Give, OpenJob
+from mowmerge.streaming import OpenJob
 from mowmerge.tensors import TensorHandle, TensorReader, TensorSpec, torch
 
 BUNCH = 32 * RUN  # elements of small tensors that one worker writes in a row
@@ -239,17 +239,12 @@ class Engine:
         began = time.perf_counter()
         with ExitStack() as stack:
             opened = stack.enter_context(self.open(job, plan))
-            self.settle(opened)
-            give = None
             if job.anchor is not None:
-                below = OpenJob(
-                    plan, job.anchor, self.readers, self.stopped, self._desks, opened.block,
-                    self.scratch,
-                )  # fmt: skip
-                give = self.settled(stack.enter_context(below))
+                below = stack.enter_context(self.open(job.anchor, plan))
+                opened.below = Anchor(self.settled(below), job.anchor, below.block)
+            self.settle(opened)
             for start, stop in opened.blocks():
-                anchor = give(start, stop)() if give else None
-                for name, at, data in opened.coded(start, stop, anchor):
+                for name, at, data in opened.coded(start, stop):
                     sink.write(name, at, data)
             figures = (opened.stats.figures() if opened.stats else {}) | opened.told
         return TensorReport(
@@ -279,9 +274,7 @@ class Engine:
                     self._states[job.group] = self._settle_group(job.group, None)
             opened.state = self._states[job.group]
         elif job.scope in ("row", "tensor") and opened.spec.reduce and job.output.numel:
-            codec, role = job.code.codec if job.code else "", naming.role(job.output.name)
-            extent = Extent(job.output.shape, job.parameters, codec, role, job.matrix)
-            rounds, numel = opened.spec.reduce([extent]), job.output.numel
+            rounds, numel = opened.spec.reduce([extent(job)]), job.output.numel
             opened.state = driven(rounds, lambda fold: opened.observe(fold.fresh(), 0, numel))
 
     def prepare(self, journal: Journal) -> None:

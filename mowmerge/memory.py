@@ -161,7 +161,7 @@ def _held(job: TensorJob, block: int) -> _Held:
         values=length * wide * (n + beside),
         out=length * job.output.itemsize,
         counted=HISTOGRAM * len(job.models) * folds,
-        coding=_coding_bytes(job, length, wide) if job.code else 0,
+        coding=_coding_bytes(job, length, wide, block) if job.code else 0,
         workspace=wide * workspace,
         beside=held,
     )
@@ -175,23 +175,21 @@ def _workspace(job: TensorJob) -> int:
     return spec.workspace(job.output.shape, len(job.models), job.parameters)
 
 
-def _coding_bytes(job: TensorJob, length: int, wide: int) -> int:
+def _coding_bytes(job: TensorJob, length: int, wide: int, block: int) -> int:
     """Bytes for the parts of a block's code, for what their making takes, and for the anchor."""
     assert job.code is not None
     share, made = min(1.0, length / max(1, job.output.numel)), 0.0
     for part, spec in zip(job.code.parts.values(), job.parts, strict=True):
         twice = spec.nbytes + spec.numel * wide * (DTYPES[spec.dtype].kind == "float")
-        made += twice * (share if part.axis is not None else 1.0)
+        made += twice * (share if part.axis is not None or part.ragged else 1.0)
     each, once = CODING.get(job.code.codec, (3, 1))
-    anchor = _anchor_bytes(job, length, wide)
+    anchor = _anchor_bytes(job, length, block)
     return int(made) + length * wide * (each * len(job.models) + once) + anchor
 
 
-def _anchor_bytes(job: TensorJob, length: int, wide: int) -> int:
-    """Bytes for the static job that makes the anchor, a block of the same length at a time."""
+def _anchor_bytes(job: TensorJob, length: int, block: int) -> int:
+    """Bytes for the static job that makes the anchor in blocks of its own, and for what is put
+    together from them."""
     if job.anchor is None:
         return 0
-    n = len(job.anchor.inputs)
-    read = sum(length * i.spec.itemsize for i in job.anchor.inputs)
-    counted = HISTOGRAM * len(job.models) if job.anchor.scope in ("tensor", "model") else 0
-    return read + length * (wide * (2 * n + 5) + job.output.itemsize) + counted
+    return working_bytes(job.anchor, block) + length * job.output.itemsize

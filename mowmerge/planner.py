@@ -220,7 +220,7 @@ class _Planner:
             return static
         coded = self._static(name, chosen, base, piece)
         anchor = static if "anchor" in method.inputs else None
-        return replace(coded, code=code, anchor=anchor) if coded else None
+        return upcycling.coded(coded, code, anchor) if coded else None
 
     def _output(self, spec: TensorSpec) -> TensorSpec:
         """The tensor as it is stored."""

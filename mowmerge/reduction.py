@@ -76,12 +76,20 @@ def reduced(
         told = ranks.each(lambda: gathered(fold))
         return _merged(fold, (with_seen(fold, one) for each in told for one in each))
 
-    roles = [naming.role(job.output.name) for job in jobs]
-    extents = [
-        Extent(job.output.shape, job.parameters, role=role, matrix=job.matrix)
-        for job, role in zip(jobs, roles, strict=True)
-    ]
-    return driven(reduce(extents), fill)
+    return driven(reduce([extent(job) for job in jobs]), fill)
+
+
+def extent(job: TensorJob) -> Extent:
+    """What a reduction is told of a tensor."""
+    return Extent(
+        job.output.shape,
+        job.parameters,
+        codec=job.code.codec if job.code else "",
+        role=naming.role(job.output.name),
+        matrix=job.matrix,
+        rows=job.scope == "row",
+        models=len(job.models),
+    )
 
 
 def driven(rounds: Reduction, fill: Callable[[Fold], Fold]) -> Any:

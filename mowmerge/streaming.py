@@ -10,6 +10,7 @@ from threading import Event
 from typing import Any
 
 from mowmerge import staging
+from mowmerge.anchor import Anchor, Give
 from mowmerge.blocks import block_length
 from mowmerge.buffers import Desk, Make
 from mowmerge.checkpoint import naming
@@ -21,9 +22,8 @@ from mowmerge.methods.contracts import Block, Draws, Fold, Once, anew
 from mowmerge.plan import Adapted, Plan, TensorJob
 from mowmerge.report import DeltaStats
 from mowmerge.scratch import Scratch
-from mowmerge.tensors import DTYPES, Tensor, TensorHandle, TensorReader, torch
+from mowmerge.tensors import Tensor, TensorHandle, TensorReader, torch
 
-Give = Callable[[], memoryview]
 SAMPLE_RUN = 1024  # elements in a contiguous piece of a sample
 AHEAD = 8  # blocks that are asked for while one is worked on
 
@@ -38,7 +38,6 @@ class OpenJob:
         readers: Mapping[str, TensorReader],
         stopped: Event,
         desks: list[Desk],
-        block: int | None = None,
         scratch: Scratch | None = None,
     ) -> None:
         self.plan, self.job, self._readers, self._stopped = plan, job, readers, stopped
@@ -48,7 +47,8 @@ class OpenJob:
             self._once = scratch.once(job.group, job.output.name, plan.device)
         self.spec = registry.get(job.method or "passthrough")
         self.state: Any = None
-        self.block = block or block_length(plan.block, job, whole=self.spec.reduce is None)
+        self.below: Anchor | None = None  # of a dynamic method that asks for one
+        self.block = block_length(plan.block, job, whole=self.spec.reduce is None)
         by_row = job.scope == "row"
         self._step = (
             self.block if by_row or job.matrix else max(1, min(plan.block, job.output.numel))
@@ -260,23 +260,22 @@ class OpenJob:
             found.append((left, right))
         return found
 
-    def coded(
-        self, start: int, stop: int, anchor: memoryview | None
-    ) -> Iterator[tuple[str, int, memoryview]]:
+    def coded(self, start: int, stop: int) -> Iterator[tuple[str, int, memoryview]]:
         """The anchor's bytes and those of its code's parts, for a block of whole rows: each with
         its tensor's name and the byte there from which on it lies."""
         job, code, spec = self.job, self.job.code, self.spec
         assert code is not None
+        anchor = self.below.data(start, stop) if self.below else None
         if anchor is not None:
             yield job.output.name, start * job.output.itemsize, anchor
         base, values = self._working(start, stop, check=True)
         shape = (-1, *job.output.shape[1:]) if len(job.output.shape) > 1 else (-1,)
         given: dict[str, Any] = {**job.parameters, "code": code, "state": self.state}
+        given["start"] = start
         if base is not None:
             given["base"] = base.view(shape)
-        if anchor is not None:
-            stored = torch.frombuffer(anchor, dtype=DTYPES[job.output.dtype].torch)
-            given["anchor"] = stored.to(values).view(shape)
+        if self.below and anchor is not None:
+            given["anchor"] = self.below.of(anchor, values).view(shape)
         if "factors" in spec.inputs:
             given["factors"] = self.factors
         taken = {k: v for k, v in given.items() if k in spec.inputs or k in spec.parameters}
@@ -292,8 +291,11 @@ class OpenJob:
                 self._cast(made.reshape(-1), start, stop)(),
             )
         if self.stats and base is not None:
-            deltas = values.clone() if self._deltas else values - base
-            self.stats.update(deltas, made.reshape(-1) - base)
+            made = made.reshape(-1)
+            for at in range(0, len(base), self.plan.block):
+                some = slice(at, at + self.plan.block)
+                deltas = values[:, some] if self._deltas else values[:, some] - base[some]
+                self.stats.update(deltas, made[some] - base[some])
         self._parts = self._parts or Parts(code)
         yield from self._parts.pieces(parts, start, stop)
 
@@ -324,6 +326,7 @@ class OpenJob:
                     self.job.matrix,
                     self.factors if "factors" in self.spec.inputs else None,
                     self._once,
+                    self.below.beside(values, first).view(shape) if self.below else None,
                 )
             )
         return fold

@@ -14,7 +14,7 @@ from mowmerge.dynamic.format import HEADS, ROUTER, Code, Gate, Head, Manifest, R
 from mowmerge.errors import RecipeError
 from mowmerge.methods import registry
 from mowmerge.methods.contracts import Dynamic, MethodError, Routing, Site
-from mowmerge.plan import Plan
+from mowmerge.plan import Plan, TensorJob
 from mowmerge.recipe.model import Recipe, Rest
 from mowmerge.recipe.values import Place, Setting, default_rest, rest_setting
 from mowmerge.tensors import TensorSpec
@@ -61,6 +61,11 @@ class Upcycling:
             self.skipped.append(spec.name)
             return None
         return code
+
+    def coded(self, job: TensorJob, code: Code, anchor: TensorJob | None) -> TensorJob:
+        """The job with its code and the one that makes its anchor."""
+        scope = "row" if self.dynamic.by_rows(code) else job.scope
+        return replace(job, code=code, anchor=anchor, scope=scope)
 
     def site(self, spec: TensorSpec) -> Site:
         """The tensor, and where it stands."""

@@ -24,6 +24,7 @@ from mowmerge.dynamic import codecs
 from mowmerge.dynamic.format import FORMAT, Code, Gate, Head, Manifest
 from mowmerge.errors import CheckpointError, RecipeError, ResourceError, SourceError
 from mowmerge.extraction import one_hot
+from mowmerge.methods import ops
 from mowmerge.methods.ops.spectral import truncated
 from tests.zoo import Zoo, left, load, raw
 
@@ -505,7 +506,8 @@ def coded() -> Iterator[tuple[str, int, dict[str, Tensor], Tensor]]:
     yield "full", 0, {"delta": deltas}, anchor
     yield "full_abs", 0, {"abs": deltas}, anchor
     yield "low_rank", 3, codecs.low_rank(truncated(deltas.flatten(2), 3)[0]), anchor
-    yield "sparse", 11, codecs.sparse(deltas, 11), anchor
+    largest = ops.marked(deltas, ops.largest(deltas, 11), 0)
+    yield "sparse", 11, codecs.sparse(deltas, largest), anchor
     rows = codecs.row_sparse(deltas.flatten(2))
     yield "row_sparse", len(rows["rowidx"]), rows, anchor
     yield "one_bit", 0, codecs.one_bit(deltas, torch.tensor([0.3, 2.0])), anchor

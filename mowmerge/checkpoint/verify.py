@@ -48,10 +48,11 @@ def verify(
 ) -> Verified:
     """Everything that is wrong with a merged folder, at once; `problems` is empty where nothing is.
 
-    Every file of SHA256SUMS is there with its digest; the config is there; every shard is complete
-    and holds what the index says of it; a dynamic checkpoint has what its manifest promises and the
-    code that loads it. With `finite` every floating tensor is also read, a few MB at a time, for
-    NaN and Inf. `begin` is given the bytes to read and returns what is told of those that were.
+    Every file of SHA256SUMS is there with its digest; the config is there, but in a merge of bare
+    weights, whose sums list none; every shard is complete and holds what the index says of it; a
+    dynamic checkpoint has what its manifest promises and the code that loads it. With `finite`
+    every floating tensor is also read, a few MB at a time, for NaN and Inf. `begin` is given the
+    bytes to read and returns what is told of those that were.
 
     Raises:
         SourceError: there is no such folder.
@@ -59,7 +60,7 @@ def verify(
     if not folder.is_dir():
         raise SourceError(f"there is no folder '{folder}'", hint="name a merged folder")
     sums, problems = _listed(folder)
-    problems += _whole(folder)
+    problems += _whole(folder, sums)
     stored, encoder, found = _weights(folder)
     looked = [one for one in (stored, encoder) if one]
     problems += found
@@ -121,13 +122,14 @@ def _sha256(file: Path, advance: Advance) -> str:
     return digest.hexdigest()
 
 
-def _whole(folder: Path) -> list[Problem]:
-    """What a loader would miss beside the weights: the config, and the code that it names."""
+def _whole(folder: Path, sums: Mapping[str, str]) -> list[Problem]:
+    """What a loader would miss beside the weights: the config, and the code that it names. A merge
+    of weights without a config has none, and no line for it among its sums."""
     try:
         settings = config(folder)
     except MowmergeError as error:
         return list(error.problems)
-    if _is_adapter(folder):
+    if _is_adapter(folder) or (sums and not settings and "config.json" not in sums):
         return []
     if not settings:
         hint = f"merge with a base that has one, or put one there and its line into {SUMS}"

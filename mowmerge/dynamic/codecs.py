@@ -69,17 +69,14 @@ def mask(unified: Tensor, masks: Tensor, scale: Tensor) -> dict[str, Tensor]:
     return {"unified": unified, "mask": pack(flat), "scale": scale.float()}
 
 
-def sparse(deltas: Tensor, kept: int) -> dict[str, Tensor]:
-    """Each delta's `kept` largest magnitudes, the first of equals, and where they stand.
+def sparse(deltas: Tensor, masks: Tensor) -> dict[str, Tensor]:
+    """Of each delta the entries that its mask marks, and where they stand.
 
-    Shapes: deltas [S,*shape] -> occ [S,rows,bytes], val [S kept], ptr [S+1].
+    Shapes: deltas [S,*shape], masks bool [S,*shape] -> occ [S,rows,bytes], val [n], ptr [S+1].
     """
-    flat = deltas.reshape(len(deltas), -1)
-    order = flat.abs().argsort(dim=1, descending=True, stable=True)[:, :kept]
-    occupied = torch.zeros_like(flat, dtype=torch.bool).scatter_(1, order, True)
-    occ = pack(occupied.view(len(flat), *_matrix(deltas.shape[1:])))
-    ptr = torch.arange(len(flat) + 1, dtype=torch.int64) * kept
-    return {"occ": occ, "val": flat[occupied], "ptr": ptr}
+    occ = pack(masks.reshape(len(masks), *_matrix(deltas.shape[1:])))
+    counts = [0, *masks.flatten(1).sum(1).tolist()]
+    return {"occ": occ, "val": deltas[masks], "ptr": torch.tensor(counts).cumsum(0)}
 
 
 def row_sparse(deltas: Tensor) -> dict[str, Tensor]:
@@ -284,9 +281,22 @@ def rows(code: Code, parts: Parts, index: Tensor) -> tuple[Code, Parts]:
 
 
 def _sparse_rows(code: Code, parts: Parts, s: int, index: Tensor) -> Tensor:
-    """Some rows of slot s of a sparse code, which is opened for them."""
-    blank = torch.zeros(code.shape, dtype=parts["val"].dtype, device=index.device)
-    return slot(code, parts, s, blank)[index]
+    """Some rows of slot s of a sparse code."""
+    occ, own = parts["occ"][s], parts["val"][parts["ptr"][s] :]
+    ends = _bits(occ).cumsum(0)
+    there = unpack(occ[index], code.matrix[1])
+    before = ends[index] - there.sum(1)  # values of the slot in the rows above
+    place = before.unsqueeze(1) + there.cumsum(1) - 1
+    found = own.new_zeros(there.shape)
+    found[there] = own[place[there]]
+    return found.view(len(index), *code.shape[1:])
+
+
+def _bits(packed: Tensor) -> Tensor:
+    """How many bits are set in each row [...,rows,bytes] -> [...,rows]."""
+    bits = packed - ((packed >> 1) & 0x55)
+    bits = (bits & 0x33) + ((bits >> 2) & 0x33)
+    return ((bits + (bits >> 4)) & 0x0F).sum(-1)
 
 
 def _changed_rows(code: Code, parts: Parts, s: int, index: Tensor) -> Tensor:
@@ -319,8 +329,7 @@ def bands(code: Code, parts: Parts, height: int) -> Iterator[tuple[slice, Code, 
 
 def _axes(code: Code) -> dict[str, int]:
     """Along which axis the tensor's rows lie, for the parts that have them."""
-    found = {name: part.axis for name, part in code.parts.items() if part.axis is not None}
-    return {**found, "u": 0} if code.codec == "low_rank" else found
+    return {name: part.axis for name, part in code.parts.items() if part.axis is not None}
 
 
 def _starts(code: Code, parts: Parts) -> list[list[int]]:
@@ -329,10 +338,7 @@ def _starts(code: Code, parts: Parts) -> list[list[int]]:
     if code.codec == "row_sparse":
         edges = torch.arange(code.matrix[0] + 1, device=parts["rowidx"].device)
         return [(torch.searchsorted(parts["rowidx"][a:b], edges) + a).tolist() for a, b in pairs]
-    bits = parts["occ"]
-    bits = bits - ((bits >> 1) & 0x55)
-    bits = (bits & 0x33) + ((bits >> 2) & 0x33)
-    counts = ((bits + (bits >> 4)) & 0x0F).sum(-1).cumsum(-1)
+    counts = _bits(parts["occ"]).cumsum(-1)
     return [[a, *(row + a).tolist()] for row, (a, _) in zip(counts, pairs, strict=True)]
 
 

@@ -29,11 +29,13 @@ class FormatError(ValueError):
 @dataclass(frozen=True)
 class Part:
     """One stored tensor of a code: safetensors dtype, shape, and the axis along which the rows of
-    the coded tensor lie (None: it is no row's)."""
+    the coded tensor lie (None: it is no row's). ragged: it has some values a row, row after row of
+    each slot."""
 
     dtype: str
     shape: tuple[int, ...]
     axis: int | None = None
+    ragged: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,18 +85,18 @@ class Code:
             "full": {"delta": Part(self.dtype, (n, *self.shape), each)},
             "full_abs": {"abs": Part(self.dtype, (n, *self.shape), each)},
             "low_rank": {
-                "u": Part(self.dtype, (rows, n * self.rank)),
+                "u": Part(self.dtype, (rows, n * self.rank), 0),
                 "v": Part(self.dtype, (n * self.rank, columns)),
                 "slot": Part("I32", (n * self.rank,)),
             },
             "sparse": {
                 "occ": bits,
-                "val": Part(self.dtype, (n * self.kept,)),
+                "val": Part(self.dtype, (n * self.kept,), ragged=True),
                 "ptr": Part("I64", (n + 1,)),
             },
             "row_sparse": {
-                "rowidx": Part("I64", (self.kept,)),
-                "rowval": Part(self.dtype, (self.kept, columns)),
+                "rowidx": Part("I64", (self.kept,), ragged=True),
+                "rowval": Part(self.dtype, (self.kept, columns), ragged=True),
                 "ptr": Part("I64", (n + 1,)),
             },
             "mask": {

@@ -131,7 +131,8 @@ class Dynamic:
     None before it. routing: the gates and routers of the coded tensors, given all sites, those
     coded, and the parameters. rest: the static method, with parameters, of the anchor and of what
     is not coded, where the recipe does not say; learned: the one that takes its place where the
-    recipe has data to fit it on.
+    recipe has data to fit it on. by_rows: whether a code is made of some whole rows at a time, with
+    what the method's `reduce` returned of the tensor.
     """
 
     code: Callable[[Site, Mapping[str, Any], Mapping[str, Any] | None], Code | None]
@@ -139,6 +140,7 @@ class Dynamic:
     rest: Callable[[Mapping[str, Any]], tuple[str, Mapping[str, Any]]]
     survey: Survey | None = None
     learned: str = ""
+    by_rows: Callable[[Code], bool] = lambda code: False
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class Block:
 
     B is a run of elements; for a method of scope row it is some whole rows, [rows,*R], of which a
     vector is one; for a method on matrices it is a whole `matrix`, with its `factors`, of which
-    `once` keeps what is worked out. `base` [*B] is there for a method that asks for it.
+    `once` keeps what is worked out. `base` and `anchor` [*B] are there for one that asks for them.
     """
 
     values: Tensor
@@ -158,6 +160,7 @@ class Block:
     matrix: bool = False
     factors: Sequence[tuple[Tensor, Tensor]] | None = None
     once: Once = anew
+    anchor: Tensor | None = None
 
     def runs(self) -> Iterator[Block]:
         """The block in runs of 65,536 elements, or of as many whole rows: cut at the same places
@@ -180,13 +183,16 @@ class Block:
 @dataclass(frozen=True)
 class Extent:
     """A tensor that a reduction will run over: its shape, its parameters, how a dynamic method
-    codes it, its role, and whether a method on matrices gets it whole."""
+    codes it, its role, whether a method on matrices gets it whole, whether blocks are whole rows,
+    and how many models there are."""
 
     shape: tuple[int, ...]
     parameters: Mapping[str, Any]
     codec: str = ""
     role: str = ""
     matrix: bool = False
+    rows: bool = False
+    models: int = 0
 
     @property
     def numel(self) -> int:

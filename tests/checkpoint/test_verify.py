@@ -106,6 +106,20 @@ def test_all_damage_is_named_at_once(merged: Path) -> None:
     assert len(verify(merged).problems) == 4  # the config is both missing and listed
 
 
+def test_a_merge_of_bare_weights_has_no_config(zoo: Zoo) -> None:
+    for model in ("base", "a", "b"):
+        folder = zoo.folder / model
+        folder.mkdir()
+        save_file({"w": torch.randn(4, 6)}, folder / "model.safetensors")
+    zoo.merge({"method": "ties", "models": {"a": "./a", "b": "./b"}, "base": "./base"}, hashes=True)
+    out = zoo.folder / "out"
+    assert not (out / "config.json").exists()
+    found = verify(out, finite=True)
+    assert (found.problems, found.tensors) == ((), 1)
+    (out / "SHA256SUMS").unlink()
+    assert said(verify(out))[1] == "there is no config.json, or an empty one"
+
+
 def test_a_tensor_has_to_be_where_the_index_says(merged: Path) -> None:
     index = merged / "model.safetensors.index.json"
     held = json.loads(index.read_text())

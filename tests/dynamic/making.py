@@ -152,7 +152,7 @@ def coded(
         order = delta.view(slots, -1).abs().argsort(1)
         delta = delta.view(slots, -1).scatter(1, order[:, : rows * columns - kept], 0)
         delta = delta.view(slots, *shape)
-        parts = codecs.sparse(delta, kept)
+        parts = codecs.sparse(delta, delta != 0)
     elif codec == "row_sparse":
         for s in range(slots):
             delta[s, torch.arange(rows) % 4 != s] = 0

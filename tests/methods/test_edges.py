@@ -119,3 +119,14 @@ def test_blocks_and_workers_change_nothing_between_coarse_models(
     cut, _ = zoo.merge(recipe, "cut", workers=2)
     for name, value in whole.items():
         assert torch.equal(cut[name], value), name
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3, 5, 8])
+def test_zeros_are_entries_where_they_are_asked_for(rank: int) -> None:
+    values = torch.tensor([[0.0, -2.0, 0.0, 2.0, 1.0, 0.0, -2.0, 0.0]])
+    order = values[0].abs().argsort(descending=True, stable=True)[:rank]
+    ends = ops.largest(values, rank)
+    found = ops.marked(values, ends, 0)
+    assert found[0].nonzero().flatten().tolist() == sorted(order.tolist())
+    parts = [ops.marked(values[:, at : at + 3], ends, at) for at in range(0, 8, 3)]
+    assert torch.equal(torch.cat(parts, 1), found)

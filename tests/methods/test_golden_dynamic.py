@@ -101,10 +101,14 @@ def test_tall_mask(tmp_path: Path) -> None:
     assert share == pytest.approx(told(case)["mask_density"], rel=1e-9)
 
 
-def test_twin_merging(tmp_path: Path) -> None:
-    case = "twin_svd90"
-    rest = {"method": "task_arithmetic", "parameters": {"scale": 0.3}}
-    found = merged(tmp_path, case, {"method": "twin_merging", "rest": rest})
+@pytest.mark.parametrize(
+    ("case", "scale", "parameters"),
+    [("twin_svd90", 0.3, {}), ("twin_mag80", 0.4, {"keep": "magnitude", "density": 1 - 0.8})],
+)
+def test_twin_merging(tmp_path: Path, case: str, scale: float, parameters: Content) -> None:
+    rest = {"method": "task_arithmetic", "parameters": {"scale": scale}}
+    content = {"method": "twin_merging", "parameters": parameters, "rest": rest}
+    found = merged(tmp_path, case, content)
     for key, value in want(case).items():
         kind, *place = key.split("/")
         if kind == "shared":
@@ -213,4 +217,4 @@ def test_what_these_cases_are() -> None:
     mine = [c for c in CASES.values() if c["method"] in {
         "emr", "tall_masks", "twin_compress", "tsv_c", "one_bit", "mow_selection", "mow_merge"
     }]  # fmt: skip
-    assert len(mine) == 10
+    assert len(mine) == 11

@@ -7,8 +7,18 @@ from math import prod
 from typing import Annotated, Any, Literal
 
 from mowmerge.dynamic.format import Code
-from mowmerge.methods.contracts import Dynamic, Range, Routing, Seed, Site, Unit
+from mowmerge.methods.contracts import (
+    Dynamic,
+    Extent,
+    Range,
+    Reduction,
+    Routing,
+    Seed,
+    Site,
+    Unit,
+)
 from mowmerge.methods.gating import block_of, by_block, in_mlp, of_sum
+from mowmerge.methods.ops import Edge, edges, largest, marked
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor
 
@@ -27,7 +37,19 @@ def _routing(sites: Sequence[Site], codes: Sequence[Code], p: Mapping[str, Any])
     )  # fmt: skip
 
 
-@merge_method(paper="arXiv:2410.21804", scope="tensor", dynamic=Dynamic(_code, _routing, of_sum))
+def _edges(extents: Sequence[Extent]) -> Reduction:
+    """Where the entries of each task vector that are kept end."""
+    one = extents[0]
+    kept = int(one.parameters["density"] * one.numel)
+    return (yield from edges([kept] * one.models, one.numel, zeros=True))
+
+
+@merge_method(
+    paper="arXiv:2410.21804",
+    scope="tensor",
+    reduce=_edges,
+    dynamic=Dynamic(_code, _routing, of_sum),
+)
 def e_wemoe(
     deltas: Tensor,
     base: Tensor,
@@ -39,6 +61,8 @@ def e_wemoe(
     layer_code: Annotated[int, Range(0)] = 0,
     depth: Annotated[int, Range(0, 2)] = 2,
     seed: Seed = 0,
+    start: int = 0,
+    state: Sequence[Edge] | None = None,
 ) -> dict[str, Tensor]:
     """WEMoE's MLPs with only the largest entries of each task vector, mixed by one shared router.
 
@@ -61,8 +85,8 @@ def e_wemoe(
     """
     from mowmerge.dynamic import codecs
 
-    parts = codecs.sparse(deltas, code.kept)
+    masks = marked(deltas, state or largest(deltas, code.kept), start)
     anchor = base.clone()
-    for k in range(len(deltas)):
-        anchor.add_(codecs.slot(code, parts, k, base), alpha=scale)
-    return {"anchor": anchor, **parts}
+    for delta, mask in zip(deltas, masks, strict=True):
+        anchor.add_(delta * mask, alpha=scale)
+    return {"anchor": anchor, **codecs.sparse(deltas, masks)}

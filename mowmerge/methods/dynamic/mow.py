@@ -11,7 +11,9 @@ from mowmerge.dynamic.format import Code
 from mowmerge.methods.contracts import (
     Block,
     Dynamic,
+    Extent,
     Range,
+    Reduction,
     Routing,
     Seed,
     Site,
@@ -19,8 +21,9 @@ from mowmerge.methods.contracts import (
     Unit,
 )
 from mowmerge.methods.gating import Classifier, Features, block_of, by_choice
-from mowmerge.methods.ops import Sum
+from mowmerge.methods.ops import Sum, exclusive
 from mowmerge.methods.ops.spectral import truncated
+from mowmerge.methods.ops.tall import Turn, by_rows, cut, turns, workspace
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
@@ -104,16 +107,32 @@ def _rest(p: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     return "task_arithmetic", {"scale": 0.3}
 
 
+def _turns(extents: Sequence[Extent]) -> Reduction:
+    """How a tall matrix that is cut to a rank turns; it is read by rows."""
+    one = extents[0]
+    if not one.rows:
+        return None
+    return (yield from turns(min(one.parameters["rank"], *one.shape), exclusive))
+
+
+def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
+    turned = p["codec"] == "low_rank" and len(shape) == 2
+    return workspace(shape, n, min(p["rank"], *shape)) if turned else 0
+
+
 @merge_method(
     paper="doi:10.1109/TCSVT.2025.3544680",
     at_least=2,
     scope=lambda p: "tensor" if p["codec"] == "low_rank" else "element",
+    reduce=_turns,
+    workspace=_workspace,
     dynamic=Dynamic(
         _code,
         _routing,
         _rest,
         Survey(lambda s: Sum(_distances) if _compared(s) else None, _decide),
         learned="adamerging_pp",
+        by_rows=by_rows,
     ),
 )
 def mow(
@@ -132,6 +151,7 @@ def mow(
     features: Features = "statistics",
     hard: Unit = 1.0,
     seed: Seed = 0,
+    state: Sequence[Turn] | None = None,
 ) -> dict[str, Tensor]:
     """Dynamic tensors W(x) = sum_k p_k(x) W_k with p a classifier's softmax; the rest is static.
 
@@ -166,10 +186,10 @@ def mow(
     """
     if code.codec == "full_abs":
         return {"abs": models}
-    deltas = models - anchor
     if code.codec == "full":
-        return {"delta": deltas}
+        return {"delta": models - anchor}
     from mowmerge.dynamic import codecs
 
-    pairs, told = truncated(deltas.view(-1, *code.matrix), code.rank)
+    deltas = ((model - anchor).flatten(1) for model in models)
+    pairs, told = cut(deltas, state) if state else truncated(deltas, code.rank)
     return {**codecs.low_rank(pairs), **told}

@@ -10,6 +10,7 @@ from mowmerge.methods.ops.blocks import (
     agree,
     directions,
     elect_sign,
+    exclusive,
     fused,
     keep_above,
     l1_norms,
@@ -18,7 +19,7 @@ from mowmerge.methods.ops.blocks import (
     spread,
     weighted_sum,
 )
-from mowmerge.methods.ops.edges import Edge, edges, keep_beyond
+from mowmerge.methods.ops.edges import Edge, edges, keep_beyond, largest, marked
 from mowmerge.methods.ops.folds import Listed, Most, Sum, gram, inner_products, majority, settle
 from mowmerge.methods.ops.selection import kth_largest, trim_ranks, trim_thresholds
 
@@ -33,6 +34,7 @@ __all__ = [
     "directions",
     "edges",
     "elect_sign",
+    "exclusive",
     "fused",
     "gram",
     "inner_products",
@@ -40,7 +42,9 @@ __all__ = [
     "keep_beyond",
     "kth_largest",
     "l1_norms",
+    "largest",
     "majority",
+    "marked",
     "restoring",
     "settle",
     "shares",

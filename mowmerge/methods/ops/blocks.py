@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from mowmerge.methods.contracts import MethodError
+from mowmerge.methods.contracts import Block, MethodError
 from mowmerge.tensors import Tensor, torch
 
 SHORT = 1e-30
@@ -182,3 +182,8 @@ def directions(products: Tensor) -> tuple[Tensor, Tensor]:
     cosines = (products / length.where(length > 0, 1.0)).clamp(-1.0, 1.0)
     cosines.fill_diagonal_(1.0).mul_((length > 0).to(cosines))
     return norms, cosines
+
+
+def exclusive(block: Block) -> list[Tensor]:
+    """What each model of a block has beside the anchor."""
+    return [model - block.anchor for model in block.values]

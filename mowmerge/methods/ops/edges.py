@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from mowmerge.methods.contracts import Block, Reduction
 from mowmerge.methods.ops.blocks import keep_above
+from mowmerge.methods.ops.folds import settle
 from mowmerge.methods.ops.selection import Ranked, Scores, ranked
 from mowmerge.tensors import Tensor, torch
 
@@ -33,17 +34,29 @@ def keep_beyond(value: Tensor, edge: Edge, start: int) -> Tensor:
     return torch.cat(parts).view_as(value)
 
 
+def beyond(value: Tensor, edge: Edge, start: int) -> Tensor:
+    """Where it is among the largest, zeros too if the edge lies among them."""
+    size = value.abs()
+    found = size > edge.least
+    equal = (size == edge.least).reshape(-1)
+    since, until = (min(max(0, at - start), equal.numel()) for at in edge[1:])
+    equal[:since], equal[until:] = False, False
+    return found.logical_or_(equal.view_as(found))
+
+
 def edges(
     ranks: Sequence[int],
     total: int,
     of: Scores = lambda block: block.values,
     *,
     last: bool = False,
+    zeros: bool = False,
 ) -> Reduction:
     """Returns, for each model i, the Edge of the ranks[i] largest of a tensor's `total` magnitudes.
 
     Exactly so many: of equal ones the first count as the larger, or with `last` the last. A pass
-    more where the edge lies among equal ones. `of`: see `kth_largest`.
+    more where the edge lies among equal ones; with `zeros` also where it lies among those. `of`:
+    see `kth_largest`.
     """
     inner = [rank if rank < total else 0 for rank in ranks]  # the others keep none, or all
     found = [Ranked()] * len(ranks)
@@ -53,13 +66,25 @@ def edges(
     before = {}  # of models with more of the equal ones than are kept: how many precede the edge
     for i, (rank, one) in enumerate(zip(inner, found, strict=True)):
         kept = rank - one.larger
-        if kept < one.equal and one.value > 0:
+        if kept < one.equal and (zeros or one.value > 0):
             before[i] = one.equal - kept if last else kept
     if before:
         places = yield _Places({i: found[i].value for i in before}, before, of)
         for i, at in places.found.items():
             made[i] = made[i]._replace(since=at) if last else made[i]._replace(until=at)
     return made
+
+
+def marked(values: Tensor, ends: Sequence[Edge], start: int) -> Tensor:
+    """`beyond` of each [N,*S]."""
+    return torch.stack([beyond(v, edge, start) for v, edge in zip(values, ends, strict=True)])
+
+
+def largest(values: Tensor, rank: int) -> list[Edge]:
+    """The Edge of each tensor's `rank` largest entries, zeros among them, of [N,*S] in memory."""
+    n, total = len(values), values[0].numel()
+    found: list[Edge] = settle(lambda _: edges([rank] * n, total, zeros=True), values, {})
+    return found
 
 
 class _Places:

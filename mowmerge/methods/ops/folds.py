@@ -27,7 +27,10 @@ def settle(
     rows: in whole rows, as for scope row. matrix: in one piece, as for a method on matrices;
     `once`: of what is worked out for it.
     """
-    rounds = reduce([Extent(tuple(values.shape[1:]), parameters, role=role, matrix=matrix)])
+    extent = Extent(
+        tuple(values.shape[1:]), parameters, role=role, matrix=matrix, models=len(values)
+    )
+    rounds = reduce([extent])
     whole_rows = rows and values.dim() > 2
     shape = values.shape[1:] if matrix or whole_rows else (1, -1) if rows else (-1,)
     whole = Block(

@@ -7,7 +7,7 @@ side in fp64, which knows singular values down to 1e-8 of the largest: LAPACK in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mowmerge.tensors import Tensor, torch
@@ -131,17 +131,19 @@ def leading_svd(matrix: Tensor, rank: int) -> Svd:
     return Svd(basis @ found.left, found.values, found.right).cut(rank)
 
 
-def truncated(deltas: Tensor, rank: int) -> tuple[list[Factors], dict[str, Tensor]]:
-    """Each of [N,m,k] as B [m,rank] A [rank,k], its leading triplets with the values shared evenly.
+def truncated(deltas: Iterable[Tensor], rank: int) -> tuple[list[Factors], dict[str, Tensor]]:
+    """Each of N times [m,k] as B [m,rank] A [rank,k], its leading triplets with the values shared
+    evenly; a loop that makes them holds one.
 
     And what a method tells of it: `lost` [N], |D - B A| / |D|, and whether a basis was `drawn`.
     """
-    pairs, lost = [], []
+    pairs, lost, drawn = [], [], False
     for delta in deltas:
         pairs.append(leading_svd(delta, rank).pair)
         lost.append(_lost(delta, *pairs[-1]))
-    drawn = torch.tensor(few(rank, deltas.shape[1:]))
-    return pairs, {"lost": torch.stack(lost), "drawn": drawn}
+        drawn = few(rank, delta.shape)
+        del delta
+    return pairs, {"lost": torch.stack(lost), "drawn": torch.tensor(drawn)}
 
 
 def _lost(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -2,68 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
-from mowmerge.methods.contracts import (
-    Block,
-    Count,
-    Extent,
-    MethodError,
-    NonNegative,
-    PerModel,
-    Reduction,
-    Unit,
-)
-from mowmerge.methods.ops import (
-    added,
-    agree,
-    elect_sign,
-    keep_above,
-    majority,
-    settle,
-    spread,
-    trim_thresholds,
-)
+from mowmerge.methods.contracts import Count, NonNegative, PerModel, Unit
+from mowmerge.methods.ops import added, settle, spread
+from mowmerge.methods.ops.multitask import Trim, multitask, trim
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor
-
-
-@dataclass
-class State:
-    """What TIES needs to know of the whole model: thresholds, and the sign of an even vote."""
-
-    threshold: Sequence[float]
-    majority: float = 1.0
-
-
-def _trimmed(deltas: Tensor, state: State) -> list[Tensor]:
-    return [keep_above(d, t) for d, t in zip(deltas, state.threshold, strict=True)]
-
-
-def _statistics(extents: Sequence[Extent]) -> Reduction:
-    p, total = extents[0].parameters, sum(e.numel for e in extents)
-    if p["merge"] == "sum":
-        return None
-    if any(e.parameters["density"] != p["density"] for e in extents):
-        raise MethodError("with merge: ties, density must be the same for all tensors")
-    state = State(
-        (yield from trim_thresholds([p["density"]] * len(p["threshold"]), total, extra=1))
-    )
-
-    def kept(block: Block) -> list[Tensor]:
-        return _trimmed(block.values, state)
-
-    state.majority = yield from majority(kept)
-    return state
 
 
 @merge_method(
     paper="arXiv:2405.07813",
     scope=lambda p: "model" if p["merge"] == "ties" else "element",
     laws=("permutation", "scale"),
-    reduce=_statistics,
+    reduce=trim,
 )
 def consensus_ta(
     deltas: Tensor,
@@ -73,7 +25,7 @@ def consensus_ta(
     merge: Literal["sum", "ties"] = "sum",
     density: Unit = 0.2,
     scale: float = 0.3,
-    state: State | None = None,
+    state: Trim | None = None,
 ) -> Tensor:
     """The merged task vector where at least `agreement` task vectors stand out against the others.
 
@@ -99,14 +51,10 @@ def consensus_ta(
     Differs: none. The comparison is strict, as in the code, and M is not scaled before it.
     """
     n = len(deltas)
-    if merge == "ties":
-        if state is None:
-            options = {"merge": merge, "density": density, "threshold": spread(threshold, n)}
-            state = settle(_statistics, deltas, options)
-        kept = _trimmed(deltas, state)
-        whole = agree(kept, elect_sign(kept, "mass", state.majority), "sum", [1.0] * n)
-    else:
-        whole = added(list(deltas))
+    if state is None:
+        options = {"merge": merge, "density": density, "threshold": spread(threshold, n)}
+        state = settle(trim, deltas, options)
+    whole = multitask(deltas, state)
     votes = [
         (d.abs() > (whole - d).abs_().mul_(t)).to(whole.dtype)
         for d, t in zip(deltas, spread(threshold, n), strict=True)

@@ -54,3 +54,24 @@ def test_thresholds_by_model(zoo: Zoo) -> None:
         torch.testing.assert_close(
             second.float(), found.parts(found.codes[name])["unified"], rtol=1e-6, atol=0
         )
+
+
+def test_the_ties_merge_of_task_vectors_that_stay_whole() -> None:
+    # the two largest of each are 4 0 0 2 and 0 0 5 -4; the sign that weighs more: + + + -
+    deltas = torch.tensor([[4.0, 1.0, 0.0, 2.0], [2.0, 3.0, 5.0, -4.0]])
+    parts = tall_mask(deltas, torch.zeros(4), threshold=0.5, merge="ties", density=0.25)
+    assert parts["unified"].tolist() == [4.0, 0.0, 5.0, -4.0]
+    assert masks(parts, 4) == [[True, True, False, False], [True, True, True, True]]
+
+
+def test_ties_trims_over_the_whole_model(zoo: Zoo) -> None:
+    shapes = {"model.layers.0.mlp.up_proj.weight": (4, 8), "model.norm.weight": (8,)}
+    models = zoo.family(shapes, 2)
+    for expert in "ab":  # the norm's changes are the largest, and all that is kept
+        models[expert]["model.norm.weight"] = models["base"]["model.norm.weight"] + 9
+        zoo.save(expert, models[expert])
+    zoo.merge({"method": "tall_mask", "parameters": {"merge": "ties", "density": 0.19}})
+    found = made(zoo.folder / "out")
+    norm, matrix = (found.parts(found.codes[name])["unified"] for name in reversed(shapes))
+    assert not matrix.any()
+    torch.testing.assert_close(norm.float(), torch.full((8,), 18.0))

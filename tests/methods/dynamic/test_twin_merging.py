@@ -59,3 +59,30 @@ def test_by_hand() -> None:
     models, anchor = torch.tensor([[3.0, 1.0], [1.0, 5.0]]), torch.tensor([2.0, 2.0])
     parts = twin_merging(models, anchor, Code("v", (2,), "full", 2, "0"))
     assert parts["delta"].tolist() == [[1.0, -1.0], [-1.0, 3.0]]
+
+
+def test_the_largest_entries_by_hand() -> None:
+    from mowmerge.dynamic.format import Code
+
+    models = torch.tensor([[[3.0, 1.0], [2.0, 5.0]], [[2.0, 2.0], [2.0, 4.0]]])
+    code = Code("w", (2, 2), "sparse", 2, "0", kept=2)
+    parts = twin_merging(models, torch.full((2, 2), 2.0), code, keep="magnitude")
+    assert parts["val"].tolist() == [1.0, 3.0, 0.0, 2.0]  # of equals the first, zeros too
+    assert parts["ptr"].tolist() == [0, 2, 4]
+    assert parts["occ"].tolist() == [[[1], [2]], [[1], [2]]]
+
+
+def test_every_matrix_keeps_as_many_entries_as_it_says(zoo: Zoo) -> None:
+    models = zoo.family("llama", 3, dtype=torch.bfloat16)
+    zoo.merge({"method": "twin_merging", "parameters": {"keep": "magnitude", "density": 0.15}})
+    found = made(zoo.folder / "out")
+    for name, code in found.codes.items():
+        if code.codec == "full":
+            continue
+        anchor, kept = found.tensors[name].float(), int(0.15 * found.tensors[name].numel())
+        assert (code.codec, code.kept) == ("sparse", kept)
+        for k, slot in enumerate(found.slots(name)):
+            delta = models["abc"[k]][name].float() - anchor
+            order = delta.flatten().abs().argsort(descending=True, stable=True)[:kept]
+            want = torch.zeros(delta.numel()).index_copy(0, order, delta.flatten()[order])
+            assert torch.equal(slot, want.bfloat16().to(slot).view_as(slot)), name
