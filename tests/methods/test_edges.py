@@ -31,7 +31,7 @@ def largest(value: Tensor, rank: int, *, last: bool = False) -> Tensor:
 
 def of(values: Tensor, ranks: list[int], **how: Any) -> tuple[list[Edge], int]:
     """The edges, and in how many passes."""
-    passes, rounds = 0, ops.edges(ranks, values.shape[1], **how)
+    passes, rounds = 0, ops.edges([ranks], values.shape[1], **how)
     try:
         fold = next(rounds)
         while True:
@@ -40,7 +40,7 @@ def of(values: Tensor, ranks: list[int], **how: Any) -> tuple[list[Edge], int]:
                 fold.observe(block)
             fold = rounds.send(fold)
     except StopIteration as done:
-        return done.value, passes
+        return done.value[0], passes
 
 
 @st.composite

@@ -41,7 +41,7 @@ def _edges(extents: Sequence[Extent]) -> Reduction:
     """Where the entries of each task vector that are kept end."""
     one = extents[0]
     kept = int(one.parameters["density"] * one.numel)
-    return (yield from edges([kept] * one.models, one.numel, zeros=True))
+    return (yield from edges([[kept] * one.models], one.numel, zeros=True))[0]
 
 
 @merge_method(

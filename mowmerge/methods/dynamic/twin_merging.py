@@ -48,7 +48,7 @@ def _statistics(extents: Sequence[Extent]) -> Reduction:
     one = extents[0]
     if one.codec == "sparse":
         ranks = [_entries(one.shape, one.parameters)] * one.models
-        return (yield from edges(ranks, one.numel, exclusive, zeros=True))
+        return (yield from edges([ranks], one.numel, exclusive, zeros=True))[0]
     if one.rows:
         return (yield from turns(_pairs(min(one.shape), one.parameters), exclusive))
     return None

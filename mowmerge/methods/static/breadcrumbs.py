@@ -21,7 +21,7 @@ from mowmerge.methods.ops import (
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
-Band = tuple[Sequence[Edge], Sequence[Edge]]  # where what is kept, and what is dropped above, ends
+Band = Sequence[Sequence[Edge]]  # where what is kept, and what is dropped above, ends
 State = tuple[Band, Sequence[float]]
 
 
@@ -65,12 +65,12 @@ def _statistics(extents: Sequence[Extent]) -> Reduction:
     """The bands of the tensor, and factors of the L1 rescale, where they are asked for."""
     p, total = extents[0].parameters, extents[0].numel
     n = len(p["density"])
-    band, factor = ([Edge(0.0)] * n, [Edge(inf)] * n), [1.0] * n
+    band, factor = [[Edge(0.0)] * n, [Edge(inf)] * n], [1.0] * n
     if p["group"] == "tensor" and total:
         counts = [_counts(d, g, total) for d, g in zip(p["density"], p["gamma"], strict=True)]
-        above = yield from edges([a if k else 0 for k, a in counts], total, last=True)
-        kept = yield from edges([a + k if k else 0 for k, a in counts], total, last=True)
-        band = kept, above
+        above = [a if keep else 0 for keep, a in counts]
+        ranks = [a + keep for a, (keep, _) in zip(above, counts, strict=True)], above
+        band = yield from edges(ranks, total, last=True)
 
     def masses(block: Block) -> Tensor:
         inside = _kept(block.values, block.rng.start, p, band)

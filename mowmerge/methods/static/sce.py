@@ -50,7 +50,7 @@ def _statistics(extents: Sequence[Extent]) -> Reduction:
     if p["mode"] != "varm" and p["density"] < 1:
         vary = yield Sum(lambda b: (_variance(b.values) > 0).sum(), exact=True)
         rank = int(p["density"] * float(vary.total))
-        (edge,) = yield from edges([rank], total, lambda b: [_variance(b.values)])
+        ((edge,),) = yield from edges([[rank]], total, lambda b: [_variance(b.values)])
 
     def masses(block: Block) -> Tensor:
         chosen = _selected(block.values, block.rng.start, edge)

@@ -61,7 +61,7 @@ def _statistics(extents: Sequence[Extent]) -> Reduction:
         least = yield from trim_thresholds(density, total, extra=1)
         state.edge = [Edge(one) for one in least]
     else:
-        state.edge = yield from edges(trim_ranks(density, total), total)
+        (state.edge,) = yield from edges([trim_ranks(density, total)], total)
     if p["rescale"]:
         masses = yield Sum(lambda b: torch.stack([l1_norms(b.values), l1_norms(kept(b, 1.0))]))
         state.factor = restoring(*masses.total)
