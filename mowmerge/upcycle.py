@@ -10,7 +10,8 @@ from typing import Any
 from mowmerge.checkpoint import modules, naming
 from mowmerge.checkpoint.encoder import Named
 from mowmerge.checkpoint.writer import layout, shard_of
-from mowmerge.dynamic.format import HEADS, ROUTER, Code, Gate, Head, Manifest, Router
+from mowmerge.dynamic import names
+from mowmerge.dynamic.format import ROUTER, Code, Gate, Head, Manifest, Router
 from mowmerge.errors import RecipeError
 from mowmerge.methods import registry
 from mowmerge.methods.contracts import Dynamic, MethodError, Routing, Site
@@ -197,12 +198,12 @@ class Upcycling:
                 where=where,
                 hint="match the head alone, such as `classifier.*`",
             )
-        kept = []
-        for i, model in enumerate(self.recipe.models):
+        kept, experts = [], list(self.recipe.models)
+        for i, model in enumerate(experts):
             specs = plan.sources[model].specs
             for name in plan.heads[model].offsets:
                 inside = name.partition(".")[2]
-                kept.append(replace(specs[name], name=f"{HEADS}.{i}.{inside}"))
+                kept.append(replace(specs[name], name=names.head(experts, i) + inside))
                 self._sources.append((model, name))
         module = modules.pop()
         heads = tuple(_head(plan, model, configs[model], module) for model in self.recipe.models)

@@ -567,7 +567,7 @@ def test_heads_survive_json() -> None:
 
 
 def test_only_what_is_mixed_is_read(tmp_path: Path) -> None:
-    tensors = {"w": torch.zeros(1000, 100), "w_dyn_delta": torch.ones(2, 1000, 100)}
+    tensors = {"w": torch.zeros(1000, 100), "w.dyn_delta": torch.ones(2, 1000, 100)}
     save_file(tensors, tmp_path / "model.safetensors")
     code = Code("w", (1000, 100), "full", 2, "g")
     manifest = Manifest("wemoe", ("a", "b"), (code,), {"g": Gate("task")})

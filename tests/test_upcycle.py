@@ -323,10 +323,10 @@ def test_heads_are_kept_inside_byte_for_byte(zoo: Zoo, method: str) -> None:
     content = heads(method, output={"dtype": "bfloat16"})
     planned = api.survey(zoo.recipe(content))
     found, report = zoo.merge(content)
-    for i, expert in enumerate(LABELS):
+    for expert in LABELS:
         own = load(zoo.folder / expert)
         for part in ("weight", "bias"):
-            assert torch.equal(found[f"mow_heads.{i}.{part}"], own[f"classifier.{part}"])
+            assert torch.equal(found[f"mow_heads.{expert}.{part}"], own[f"classifier.{part}"])
     out = zoo.folder / "out"
     assert not (out / "heads").exists()
     manifest = made(out).manifest

@@ -7,7 +7,8 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from mowmerge.checkpoint import naming
-from mowmerge.dynamic.format import HEADS, ROUTER, Code, Head, Manifest
+from mowmerge.dynamic.format import ROUTER, Code, Head, Manifest
+from mowmerge.dynamic.names import HEADS
 from mowmerge.plan import Plan, Stored
 from mowmerge.tensors import TensorSpec
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 from mowmerge.checkpoint import naming
 from mowmerge.checkpoint.header import metadata
 from mowmerge.checkpoint.source import config, find
-from mowmerge.dynamic.format import HEADS, ROUTER, FormatError, Manifest
+from mowmerge.dynamic import beside, names
+from mowmerge.dynamic.format import ROUTER, FormatError, Manifest
 from mowmerge.errors import CheckpointError, SourceError
 from mowmerge.plan import Stored
 from mowmerge.tensors import TensorSpec
@@ -40,12 +41,12 @@ class DynamicCheckpoint:
         """The static model's tensors, by name."""
         codes = self.manifest.codes
         parts = {code.part_name(part) for code in codes for part in code.parts}
-        ours = (f"{HEADS}.", f"{ROUTER}.")
+        ours = (f"{names.HEADS}.", f"{ROUTER}.")
         return {n: s for n, s in self.specs.items() if n not in parts and not n.startswith(ours)}
 
     def head(self, number: int) -> dict[str, TensorSpec]:
         """The tensors of a head by the names that its expert has for them; empty without heads."""
-        prefix = f"{HEADS}.{number}."
+        prefix = names.head(self.manifest.experts, number)
         return {
             f"{self.manifest.heads[number].module}.{name.removeprefix(prefix)}": spec
             for name, spec in self.specs.items()
@@ -75,7 +76,7 @@ def held(folder: Path) -> DynamicCheckpoint:
         raise CheckpointError(str(error), where=str(folder / "config.json")) from error
     stored = find(str(folder))
     promised = _promised(manifest)
-    specs = naming.aligned(stored.specs, promised)
+    specs = _named(stored.specs, promised, manifest)
     for name, shape in promised.items():
         found = specs.get(name)
         if found is None or found.shape != shape:
@@ -87,13 +88,33 @@ def held(folder: Path) -> DynamicCheckpoint:
             )
     file = folder / ROUTER_FILE
     told = metadata(file) if file.exists() else {}
-    if why := manifest.foreign(told):
+    if why := beside.foreign(file, manifest.experts, told):
         raise CheckpointError(
             why, where=str(file), hint="put back the router file of this checkpoint, or merge again"
         )
     trained = told.get("trained") == "true" if file.exists() else None
     encoder = find(str(folder / "encoder")) if manifest.encoder else None
     return DynamicCheckpoint(folder, settings, manifest, stored, specs, trained, encoder)
+
+
+def _named(
+    held: Mapping[str, TensorSpec], promised: Collection[str], manifest: Manifest
+) -> dict[str, TensorSpec]:
+    """The tensors by the manifest's names: up to format 4 some parts and heads had others, and a
+    bare backbone has no class prefix."""
+    today = {
+        names.part_in_memory(code.name, part): code.part_name(part)
+        for code in manifest.codes
+        for part in code.parts
+    }
+    experts = manifest.experts if manifest.heads else ()
+    heads = {names.head_in_memory(i): names.head(experts, i) for i in range(len(experts))}
+    found = {}
+    for name, spec in naming.aligned(held, {*promised, *today}).items():
+        prefix = next((each for each in heads if name.startswith(each)), "")
+        now = heads[prefix] + name.removeprefix(prefix) if prefix else today.get(name, name)
+        found[now] = spec
+    return found
 
 
 def _promised(manifest: Manifest) -> dict[str, tuple[int, ...]]:

@@ -7,15 +7,15 @@ o constant offsets. Loads no torch.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from math import prod
 from typing import Any
 
-FORMAT = 4  # the newest
+from .names import part, patterns
+
+FORMAT = 5  # the newest
 ROUTER = "mow_router"  # module and name prefix of what train-router may change
-HEADS = "mow_heads"  # module and name prefix of the heads, one a task
 CODECS = ("full", "full_abs", "low_rank", "sparse", "row_sparse", "mask", "one_bit", "basis")
 SCOPES = ("sample", "block", "module", "task")
 POOLS = ("mean", "statistics")
@@ -121,11 +121,9 @@ class Code:
             parts["gate"] = Part("F32", (n * self.gate_rank, self.gate_width or columns))
         return parts
 
-    def part_name(self, part: str) -> str:
-        """A part's name in the checkpoint: P.dyn_u beside P.weight, P.bias_dyn_u for P.bias."""
-        path, _, leaf = self.name.rpartition(".")
-        ending = f"dyn_{part}" if leaf == "weight" else f"{leaf}_dyn_{part}"
-        return f"{path}.{ending}" if path else ending
+    def part_name(self, name: str) -> str:
+        """A part's name in the checkpoint: P.dyn_u beside P.weight, P.bias.dyn_u for P.bias."""
+        return part(self.name, name)
 
 
 @dataclass(frozen=True)
@@ -250,7 +248,10 @@ class Manifest:
     def format(self) -> int:
         """The oldest format that can say this: 2 where a router sees statistics, or keeps its
         largest outputs as they are; 3 where classifiers look at an encoder, scales are fitted, or
-        it says how many rows of a table each slot has; 4 where slots share a basis."""
+        it says how many rows of a table each slot has; 4 where slots share a basis; 5 where names
+        on disk are not those in memory."""
+        if self.renamed:
+            return 5
         if any(code.codec == "basis" for code in self.codes):
             return 4
         if self.encoder or self.fitted or any(code.each for code in self.codes):
@@ -259,6 +260,11 @@ class Manifest:
             r.pool != "mean" or (r.top_k and r.activation == "none") for r in self.routers.values()
         )
         return 2 if any(newer) else 1
+
+    @property
+    def renamed(self) -> list[tuple[str, str]]:
+        """What becomes of names on disk in a model's memory, as patterns."""
+        return patterns([code.name for code in self.codes], self.experts if self.heads else ())
 
     @property
     def fitted(self) -> tuple[str, ...]:
@@ -279,16 +285,6 @@ class Manifest:
         """The coefficient of the experts that a gate's router did not choose."""
         router = self.routers.get(self.gates[gate].router)
         return router.rest if router else 0.0
-
-    def foreign(self, metadata: Mapping[str, str]) -> str:
-        """Why a router file with this metadata is not this checkpoint's; empty if it may be."""
-        theirs = json.loads(metadata.get("experts", "[]"))
-        if not theirs or theirs == list(self.experts):
-            return ""
-        return (
-            f"the router file is from other experts: {', '.join(theirs)}, and this checkpoint has"
-            f" {', '.join(self.experts)}"
-        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; what has its default is left out."""

@@ -11,11 +11,13 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModel
 from transformers.conversion_mapping import (
     extract_weight_conversions_for_model,
+    get_checkpoint_conversion_mapping,
     get_model_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 
+from .beside import foreign
 from .configuration import MowmergeConfig
 from .format import Manifest
 
@@ -51,20 +53,23 @@ def locator(model: Any) -> Callable[[str], str]:
 
 
 def keep_conversions(made: Any, base: Any, config: MowmergeConfig) -> None:
-    """Registers the base's own conversion of names for the class made from it."""
+    """Registers the base's own conversion of names for the class made from it, and that of the
+    names beside the anchor's."""
     with torch.device("meta"):
         native = base(config.base)
     found = extract_weight_conversions_for_model(native)
-    if found:
-        register_checkpoint_conversion_mapping(made.__name__, found, overwrite=True)
+    ours = [WeightRenaming(disk, memory) for disk, memory in config.manifest.renamed]
+    if found or ours or get_checkpoint_conversion_mapping(made.__name__):
+        every = [*(found or []), *ours]
+        register_checkpoint_conversion_mapping(made.__name__, every, overwrite=True)
 
 
 def check_routers(folder: Any, manifest: Manifest) -> None:
-    """Raises ValueError where a local folder's router file was trained for other experts."""
+    """Raises ValueError where a local folder's router file was trained in another one."""
     file = Path(folder) / "router.safetensors"
     if file.is_file():
         with safe_open(file, "pt") as held:
-            why = manifest.foreign(held.metadata() or {})
+            why = foreign(file, manifest.experts, held.metadata() or {})
         if why:
             raise ValueError(f"{file}: {why}")
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .codecs import expanded, mixed, plain
 from .context import Context
 from .format import Code
+from .names import part_in_memory
 
 DTYPES = {
     "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
@@ -46,14 +47,9 @@ class Mixable(nn.Module):
         return mixed(code, parts, value, c)
 
 
-def attribute(leaf: str, part: str) -> str:
-    """The buffer's name in its module: dyn_u beside weight, bias_dyn_u beside bias."""
-    return f"dyn_{part}" if leaf == "weight" else f"{leaf}_dyn_{part}"
-
-
 def parts_of(module: nn.Module, leaf: str, code: Code) -> dict[str, Tensor]:
     """The stored parts of the code of one of a module's tensors."""
-    return {name: getattr(module, attribute(leaf, name)) for name in code.parts}
+    return {name: getattr(module, part_in_memory(leaf, name)) for name in code.parts}
 
 
 def add_parts(module: nn.Module, leaf: str, code: Code) -> None:
@@ -63,6 +59,6 @@ def add_parts(module: nn.Module, leaf: str, code: Code) -> None:
         blank = torch.zeros(part.shape, dtype=DTYPES[part.dtype])
         if name == "factor":
             learned = nn.Parameter(blank, requires_grad=False)
-            module.register_parameter(attribute(leaf, name), learned)
+            module.register_parameter(part_in_memory(leaf, name), learned)
         else:
-            module.register_buffer(attribute(leaf, name), blank)
+            module.register_buffer(part_in_memory(leaf, name), blank)

@@ -17,11 +17,12 @@ from .configuration import MowmergeConfig, taken_for_base
 from .context import Context, batch_of
 from .embedding import MixedEmbedding
 from .encoder import LoadedEncoder
-from .format import HEADS, ROUTER
+from .format import ROUTER
 from .heads import Heads, made, width
 from .layers import install
 from .linear import MixedLinear
 from .loading import check_routers, complain, damaged, keep_conversions, locator, spare
+from .names import HEADS
 from .prefix import layer_stack, states, until
 from .remote import auto_map, bundle
 from .routers import RouterModule

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 FILES = (
-    "format.py", "codecs.py", "routers.py", "context.py", "mixable.py", "linear.py",
-    "embedding.py", "layers.py", "heads.py", "encoder.py", "configuration.py", "loading.py",
-    "prefix.py", "remote.py", "towers.py", "mixin.py", "modeling.py",
+    "names.py", "beside.py", "format.py", "codecs.py", "routers.py", "context.py", "mixable.py",
+    "linear.py", "embedding.py", "layers.py", "heads.py", "encoder.py", "configuration.py",
+    "loading.py", "prefix.py", "remote.py", "towers.py", "mixin.py", "modeling.py",
 )  # fmt: skip
 AUTO = (
     "Model", "ForCausalLM", "ForSequenceClassification", "ForImageClassification",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mowmerge.checkpoint.header import metadata
 from mowmerge.checkpoint.source import config, find
+from mowmerge.dynamic import beside
 from mowmerge.dynamic.format import ROUTER, FormatError, Manifest
 from mowmerge.errors import CheckpointError, SourceError
 from mowmerge.tasks import heads
@@ -63,7 +64,7 @@ def _check(file: Path, held: Manifest) -> None:
             f" it and {expected.get(wrong, 'unknown')} in config.json",
             where=str(file), hint=hint,
         )  # fmt: skip
-    if why := held.foreign(metadata(file)):
+    if why := beside.foreign(file, held.experts, metadata(file)):
         raise CheckpointError(why, where=str(file), hint=hint)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mowmerge.checkpoint.source import config
+from mowmerge.dynamic import beside
 from mowmerge.dynamic.format import Manifest
 from mowmerge.recipe.model import Recipe
 from mowmerge.tasks.inputs import processor
@@ -87,11 +88,11 @@ def train(
         }  # fmt: skip
         if here.rank == 0:
             tensors = checkpoint.router_tensors(model)
-            experts = json.dumps(list(held.experts))
             learned = not asked.scales or not held.routers or checkpoint.trained(folder)
             about = desk.publish(
                 tensors, about, done.rows,
-                {"format": "pt", "trained": str(learned).lower(), "experts": experts},
+                {"format": "pt", "trained": str(learned).lower(),
+                 **beside.told(folder, held.experts)},
             )  # fmt: skip
     here.wait()
     return about, here.rank == 0

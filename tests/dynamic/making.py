@@ -13,7 +13,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mowmerge.dynamic import codecs, modeling
+from mowmerge.dynamic import codecs, modeling, names
 from mowmerge.dynamic.format import Code, Gate, Head, Manifest, Router
 from mowmerge.dynamic.loading import locator
 from mowmerge.dynamic.routers import RouterModule
@@ -231,16 +231,16 @@ def write(
         dynamic |= {code.part_name(part): value for part, value in parts.items()}
         deltas.append((located(name), base[name], delta))
     experts = [{n: a + d[k] for n, a, d in deltas} for k in range(K)]
-    names = tuple("abc"[k] for k in order)
+    known = tuple("abc"[k] for k in order)
     manifest = Manifest(
-        "test", names, tuple(codes), gates or {"0": Gate("sample", "0")},
+        "test", known, tuple(codes), gates or {"0": Gate("sample", "0")},
         {"0": Router("linear", 32, K, layer=1)} if routers is None else routers,
         tuple(head for head, _ in heads), head_class,
     )  # fmt: skip
     made = {k: RouterModule(r).fresh() for k, r in manifest.routers.items()}
     held = {f"mow_router.{k}.{n}": v for k, m in made.items() for n, v in m.state_dict().items()}
     for i, (_, tensors) in enumerate(heads):
-        dynamic |= {f"mow_heads.{i}.{n}": v for n, v in tensors.items()}
+        dynamic |= {names.head(known, i) + n: v for n, v in tensors.items()}
     files = {"model-00001-of-00001": base, "dynamic-00001-of-00001": dynamic, "router": held}
     config = json.loads((folder / "plain" / "config.json").read_text())
     return finish(folder / "dynamic", files, config, manifest, plain, experts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mowmerge.dynamic import names
 from mowmerge.dynamic.format import FORMAT, Code, FormatError, Gate, Head, Manifest, Router
 
 CODES = (
@@ -31,8 +33,32 @@ def test_manifest_comes_back_through_json() -> None:
 
 def test_parts_are_named_beside_their_tensor() -> None:
     assert CODES[0].part_name("u") == "a.dyn_u"
-    assert CODES[1].part_name("delta") == "a.bias_dyn_delta"
-    assert CODES[2].part_name("sign") == "b_dyn_sign"
+    assert CODES[1].part_name("delta") == "a.bias.dyn_delta"
+    assert CODES[2].part_name("sign") == "b.dyn_sign"
+
+
+def test_heads_have_their_experts_names_where_those_are_plain() -> None:
+    assert [names.head(("x", "the-y"), i) for i in (0, 1)] == ["mow_heads.x.", "mow_heads.the-y."]
+    for odd in ("1", "org/y", "y.2", ""):
+        assert names.head(("x", odd), 0) == "mow_heads.0."
+
+
+@pytest.mark.parametrize("there", ["a.bias.dyn_u", "cls.dyn_u", "mow_heads.x.dense.weight"])
+def test_patterns_read_both_ways(there: str) -> None:
+    pairs = names.patterns(("a.weight", "a.bias", "cls"), ("x", "y"))
+    here = there
+    for disk, memory in pairs:
+        here = re.sub(disk, plain(memory), here)
+    assert here in ("a.bias_dyn_u", "cls_dyn_u", "mow_heads.0.dense.weight")
+    back = here
+    for disk, memory in pairs:
+        back = re.sub(memory, plain(disk), back)
+    assert back == there
+
+
+def plain(pattern: str) -> str:
+    """What a pattern stands for."""
+    return pattern.removeprefix("^").replace("(?<![^.])", "").replace("\\.", ".")
 
 
 def test_gate_is_as_wide_as_the_inputs() -> None:
@@ -77,15 +103,18 @@ def test_contradiction_is_refused(edit: Callable[[dict[str, Any]], None], says: 
 
 
 def test_the_number_is_the_oldest_that_can_say_it() -> None:
+    assert MANIFEST.to_json()["format"] == 5
+    plain = replace(MANIFEST.codes[2], name="b.weight")
+    plain = replace(MANIFEST, codes=(MANIFEST.codes[0], plain), heads=())
     wide = replace(MANIFEST.routers["r"], pool="statistics")
     top = replace(MANIFEST.routers["s"], top_k=1)
     for changed, number in (({}, 1), ({"r": wide}, 2), ({"s": top}, 2)):
-        made = replace(MANIFEST, routers={**MANIFEST.routers, **changed})
+        made = replace(plain, routers={**MANIFEST.routers, **changed})
         held = made.to_json()
         assert held["format"] == number
         assert Manifest.from_json(held) == made
     shared = replace(MANIFEST.codes[0], codec="basis", rank=2, basis=1)
-    made = replace(MANIFEST, codes=(shared, *MANIFEST.codes[1:]))
+    made = replace(plain, codes=(shared, plain.codes[1]))
     assert made.to_json()["format"] == 4
     assert Manifest.from_json(json.loads(json.dumps(made.to_json()))) == made
 

@@ -18,8 +18,11 @@ from making import Made, alike, apart, first, inputs, model, write
 from safetensors.torch import load_file, save_file
 
 import mowmerge.hf  # noqa: F401
-from mowmerge.dynamic import modeling, remote
+from mowmerge.checkpoint import dynamic
+from mowmerge.dynamic import beside, modeling, remote
 from mowmerge.dynamic.format import FORMAT
+from mowmerge.errors import CheckpointError
+from mowmerge.training import checkpoint
 
 torch.set_num_threads(1)
 BLOCKED = """
@@ -267,3 +270,37 @@ def test_code_of_another_shape_or_place_is_an_error(copied: Path) -> None:
     (copied / "config.json").write_text(json.dumps(told))
     with pytest.raises(ValueError, match=r"'model\.norm\.weight' is coded as .*; the model has"):
         hf.AutoModelForCausalLM.from_pretrained(copied)
+
+
+# --- the router file
+
+
+@pytest.mark.parametrize("what", ["the same", "a value", "a name", "a file"])
+def test_a_router_file_that_was_trained_elsewhere_is_refused(
+    made: Made, copied: Path, what: str
+) -> None:
+    router, experts = copied / "router.safetensors", made.manifest.experts
+    held = load_file(router)
+    save_file(held, router, {"format": "pt", **beside.told(copied, experts)})
+    if what == "a value":
+        floats = [n for n, v in load_file(copied / SHARD).items() if v.is_floating_point()]
+        _edit(copied, SHARD, lambda t: t[floats[0]].view(-1)[:1].add_(1))
+    elif what == "a name":
+        save_file(held, router, {"format": "pt", **beside.told(copied, ["x", "y", "z"])})
+    elif what == "a file":  # where a tensor lies says nothing
+        _edit(copied, SHARD, lambda t: save_file({k: t.pop(k) for k in list(t)[:2]},
+                                                 copied / "dynamic-2.safetensors"))  # fmt: skip
+        index = json.loads((copied / "model.safetensors.index.json").read_text())
+        moved = load_file(copied / "dynamic-2.safetensors")
+        index["weight_map"] |= dict.fromkeys(moved, "dynamic-2.safetensors")
+        (copied / "model.safetensors.index.json").write_text(json.dumps(index))
+    says = {"a value": "trained beside other weights", "a name": "from other experts: x, y, z"}
+    if what not in says:
+        hf.AutoModelForCausalLM.from_pretrained(copied)
+        dynamic.held(copied)
+        return
+    with pytest.raises(ValueError, match=says[what]):
+        hf.AutoModelForCausalLM.from_pretrained(copied)
+    for door in (dynamic.held, checkpoint.manifest):
+        with pytest.raises(CheckpointError, match=says[what]):
+            door(copied)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,11 @@ import pytest
 import torch
 import transformers as hf
 from making import CAUSAL, IMAGE, TEXT, K, Made, alike, inputs, seeded, write
+from safetensors.torch import load_file, save_file
 
 import mowmerge.hf  # noqa: F401
-from mowmerge.dynamic import modeling
+from mowmerge.checkpoint import dynamic
+from mowmerge.dynamic import modeling, names
 from mowmerge.dynamic.format import Head, Router
 
 torch.set_num_threads(1)
@@ -110,3 +114,37 @@ def test_backbone_alone_leaves_the_heads(tmp_path: Path) -> None:
     model, _ = modeling.load(made_class, made.folder, config, add_pooling_layer=False)
     with torch.no_grad():
         assert model(**inputs("vit")).last_hidden_state.shape == (4, 5, 32)
+
+
+@pytest.mark.parametrize("name", ["vit", "bert"])
+def test_names_are_those_of_the_format_and_earlier_ones_are_read(tmp_path: Path, name: str) -> None:
+    made, _ = _made(tmp_path, name, bare=False)
+    batch, file = inputs(name), "dynamic-00001-of-00001.safetensors"
+    model = CASES[name][3].from_pretrained(made.folder)
+    model.save_pretrained(tmp_path / "saved")
+    new, saved = load_file(made.folder / file), load_file(tmp_path / "saved/model.safetensors")
+    assert new.keys() <= saved.keys()
+    heads = {n for n in new if n.startswith("mow_heads.")}
+    assert heads == {f"mow_heads.{k}.{part}" for k in "abc" for part in ("weight", "bias")}
+    assert any(".bias.dyn_" in n for n in new) and not any("bias_dyn_" in n for n in new)
+    again = CASES[name][3].from_pretrained(tmp_path / "saved")
+    assert alike(again, model, batch)
+
+    old = Path(shutil.copytree(made.folder, tmp_path / "old"))
+    earlier = {names.head(made.manifest.experts, i): names.head_in_memory(i) for i in range(K)}
+    earlier |= {c.part_name(p): names.part_in_memory(c.name, p)
+                for c in made.manifest.codes for p in c.parts}  # fmt: skip
+
+    def called(n: str) -> str:
+        prefix = next((p for p in earlier if p.endswith(".") and n.startswith(p)), "")
+        return earlier[prefix] + n.removeprefix(prefix) if prefix else earlier.get(n, n)
+
+    save_file({called(n): v for n, v in new.items()}, old / file, {"format": "pt"})
+    index = json.loads((old / "model.safetensors.index.json").read_text())
+    index["weight_map"] = {called(n): f for n, f in index["weight_map"].items()}
+    (old / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert {called(n) for n in new} != set(new)
+    assert alike(CASES[name][3].from_pretrained(old), model, batch)
+    one, two = dynamic.held(made.folder), dynamic.held(old)
+    assert one.specs.keys() == two.specs.keys() and one.head(2).keys() == two.head(2).keys()
+    assert two.specs["mow_heads.c.bias"].name == "mow_heads.2.bias"

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mowmerge.checkpoint.writer import sha256
+from mowmerge.dynamic import names
 from mowmerge.dynamic.format import Code, Gate, Head, Manifest, Router
 from mowmerge.dynamic.routers import RouterModule
 
@@ -115,7 +116,7 @@ def checkpoint(
             save_file(expert | static, root / name / "model.safetensors", {"format": "pt"})
             made[name][1].update(_fitted(name, root / name))
     parts |= {
-        f"mow_heads.{i}.{n}": v
+        names.head(EXPERTS, i) + n: v
         for i, (_, tensors) in enumerate(made.values())
         for n, v in tensors.items()
     }

@@ -70,7 +70,7 @@ def test_a_small_tensor_weighs_by_its_size_unless_means_are_asked_for(zoo: Zoo) 
     scales = {}
     for way in ("global", "tensor_mean"):
         found = merged(zoo, rescale=way)
-        scales[way] = found.tensors["large_dyn_scale"].tolist()
+        scales[way] = found.tensors["large.dyn_scale"].tolist()
     # a: 1002 of 3001, means (1 + 1) / (3 + 0.5); b: 3006 of 3006, (3 + 3) / (3 + 3)
     assert scales["global"] == pytest.approx([1002 / 3001, 1.0])
     assert scales["tensor_mean"] == pytest.approx([2 / 3.5, 1.0])
