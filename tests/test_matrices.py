@@ -52,7 +52,9 @@ def test_every_method_on_matrices_says_which_and_at_what_cost(zoo: Zoo) -> None:
         whole = {job.output.name for job in jobs if job.matrix}
         square = {job.output.name for job in jobs if len(job.output.shape) == 2}
         assert whole == square - TABLES, name
-        assert {job.scope for job in jobs if not job.matrix} in ({"element"}, {"model"})
+        spec = registry.get(name)
+        scope = spec.scope(spec.complete({})) if spec.reduce else "element"
+        assert {job.scope for job in jobs if not job.matrix} == {scope}, name
         jobs = planned(zoo, method=name, parameters={"vocabulary": True}).jobs
         assert {job.output.name for job in jobs if job.matrix} == square
 
