@@ -73,7 +73,8 @@ class Context:
 
     active: whether weights are mixed at all; without that the anchor answers. masks: of the tokens
     that count, [B,T]; decoder_mask: those of a decoder, for the gates in `decoder`; those in
-    `pictures` see no texts. running: whether the base's own forward is running. forced: one
+    `pictures` see no texts. guarded: whether layers answer in a pass of the model alone. running:
+    whether the base's own forward is running. forced: one
     expert's coefficients [B,S] for the gates of scope module. routers: shared with the model.
     heads: whose head answers for each sample [B], where that is known beforehand.
     """
@@ -83,6 +84,7 @@ class Context:
     routers: Mapping[str, RouterModule] = field(default_factory=dict)
     decoder: frozenset[str] = frozenset()
     pictures: frozenset[str] = frozenset()
+    guarded: bool = False
     active: bool = False
     running: bool = False
     batch: int = 0
@@ -112,7 +114,7 @@ class Context:
     def mix(self, gate: str, x: Tensor) -> Mix | None:
         """The gate's coefficients, None where the anchor answers; those of scope block come from
         the first input that asks, [B,T,d]."""
-        if not self.active:
+        if not self.mixing():
             return None
         if gate not in self.mixes:
             asked = self.gates[gate]
@@ -120,6 +122,19 @@ class Context:
             raw = router(tokens, self.mask(gate, tokens), asked.index)
             self.set(gate, router.coefficients(raw))
         return None if self.mixes[gate].idle else self.mixes[gate]
+
+    def mixing(self) -> bool:
+        """Whether weights are mixed in this pass, or the anchor was asked for.
+
+        Raises:
+            ValueError: there is no pass: a part of the model was called by itself.
+        """
+        if self.guarded and not (self.active or self.running):
+            raise ValueError(
+                "a part of a dynamic model was called by itself, and nothing says which weights it"
+                " is to have: call the model (output_hidden_states=True has what is inside)"
+            )
+        return self.active
 
     def mask(self, gate: str, tokens: Tensor) -> Tensor | None:
         """Which tokens count for a gate [B,T], None if all do."""
@@ -199,7 +214,8 @@ class Context:
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy keeps: nothing of the last pass."""
-        blank = Context(self.gates, self.slots, self.routers, self.decoder, self.pictures)
+        fixed = (self.gates, self.slots, self.routers, self.decoder, self.pictures, self.guarded)
+        blank = Context(*fixed)
         return dict(blank.__dict__)
 
 

@@ -37,7 +37,7 @@ class MixedLinear(Mixable):
         """[B,...,in] -> [B,...,out]."""
         code, context = self._owner[0].codes.get("weight"), self.context
         lead = code or self.codes.get("bias")
-        if not context.active or lead is None:
+        if lead is None or not context.mixing():
             return self._plain(x, self.bias)
         tokens = context.samples(x)
         if code is not None and context.gates[code.gate].scope == "module":

@@ -76,7 +76,7 @@ class MowMixin(nn.Module):
         sides = frozenset(decoder), frozenset(pictures)
         mixed = any(n.startswith(seen) and manifest.gates[g].scope != "module" for g, n in places)
         self._picture = getattr(config, "image_token_id", None) if mixed else None
-        self._context = Context(manifest.gates, slots, dict(routers), *sides)
+        self._context = Context(manifest.gates, slots, dict(routers), *sides, True)
         install(self, manifest, self._context, located)
         self._tie()
         if manifest.heads and self.base_class.__name__ == manifest.head_class:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import subprocess
 import sys
@@ -329,3 +330,18 @@ def test_a_choice_by_token_needs_the_gate_of_the_matrix(tmp_path: Path, leaf: st
     )  # fmt: skip
     with pytest.raises(ValueError, match=rf"dense.{leaf}' has no gate of its matrix"):
         made.load()
+
+
+def test_a_part_called_by_itself_is_refused(tmp_path: Path) -> None:
+    made, batch = write(tmp_path, model("llama")), inputs("llama")
+    loaded = made.load()
+    with torch.no_grad():
+        for part in (loaded.model, loaded.model.layers[0].mlp.up_proj, loaded.lm_head):
+            given = batch if part is loaded.model else {}
+            args = () if given else (torch.randn(2, 3, 32),)
+            with pytest.raises(ValueError, match="called by itself"):
+                part(*args, **given)
+        with pytest.raises(ValueError, match="called by itself"):
+            copy.deepcopy(loaded).model(**batch)
+        states = loaded(**batch, output_hidden_states=True).hidden_states
+        assert len(states) == 1 + len(loaded.model.layers)

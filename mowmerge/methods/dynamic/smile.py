@@ -64,7 +64,9 @@ def smile(
 
     Source: SMILE, arXiv:2408.10174, section 3; reference code smile_moe.
     Differs: an expert that did not change a matrix has a zero gate there and is never preferred.
-    Few pairs of a large matrix are found in a randomised basis; report.json has what they lose.
+    Few pairs of a large matrix are found in a randomised basis; report.json has what they lose. The
+    code's other gate, on singular vectors of the experts' weights (routing_use_diff: false), is
+    left out: fine-tunes of one base have all but the same.
     """
     if code.codec == "full":
         return {"anchor": base, "delta": deltas}
