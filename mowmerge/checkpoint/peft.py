@@ -15,7 +15,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-from mowmerge.checkpoint import modules, naming
+from mowmerge.checkpoint import modules, naming, token_rows
 from mowmerge.checkpoint.aliases import Aliases
 from mowmerge.errors import CheckpointError
 from mowmerge.plan import Adapted, Patch, Plan, Stored
@@ -205,9 +205,16 @@ class _Fit:
             yield (ours.name if ours else name), patch
 
     def rows(self) -> Iterator[tuple[str, Patch]]:
-        """Rows that take the place of those of single tokens: trainable_token_indices."""
+        """Rows that take the place of those of single tokens."""
+        if name := token_rows.unsaved(self._config, self._rows):
+            told = f"{token_rows.KEY} names rows of {name}, and the file has none"
+            raise self._wrong(told, "save it again")
         for module, key in self._rows.items():
-            path, spec, numbers = f"{module}.weight", self._specs[key], self._numbers(module)
+            path, spec, numbers = (
+                f"{module}.weight",
+                self._specs[key],
+                token_rows.numbers(self._config, module),
+            )
             ours = self._base.find(path) or self._tied(path)
             if ours is None:
                 raise self._stranger(path)
@@ -222,14 +229,6 @@ class _Fit:
                 ours.name,
                 Patch(self._number, {"value": key}, weight=self._adapter.weight, rows=numbers),
             )
-
-    def _numbers(self, module: str) -> tuple[int, ...]:
-        """The rows that trainable_token_indices names of a module."""
-        given = self._config.get("trainable_token_indices")
-        if isinstance(given, Mapping):
-            fits = [name for name in given if f".{module}".endswith(f".{name}")]
-            given = given[max(fits, key=len)] if fits else ()
-        return tuple(given or ())
 
     def deltas(self) -> Iterator[tuple[str, Patch]]:
         """The low-rank updates."""

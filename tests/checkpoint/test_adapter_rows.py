@@ -76,7 +76,8 @@ def test_a_weight_is_that_of_what_changes(zoo: Zoo) -> None:
     ([1, 2], "names 2 tokens, 2 of them among the 3 rows"),
     ([3], "names 1 tokens, 0 of them among the 3 rows"),
     ([-1], "names 1 tokens, 0 of them"),
-    ({"lm_head": [1]}, "names 0 tokens"),
+    ({"lm_head": [1]}, "names rows of lm_head, and the file has none"),
+    ({"embed_tokens": [1], "lm_head": [2]}, "names rows of lm_head, and the file has none"),
     (None, "names 0 tokens"),
 ])  # fmt: skip
 def test_indices_that_do_not_fit(zoo: Zoo, indices: Any, says: str) -> None:
