@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mowmerge import scoring
+from mowmerge import launch, scoring
 from mowmerge.checkpoint.contents import contents
 from mowmerge.checkpoint.contents import planned as specs_of
 from mowmerge.checkpoint.dynamic import held
@@ -18,7 +16,7 @@ from mowmerge.errors import RecipeError, ResourceError
 from mowmerge.methods import registry
 from mowmerge.plan import Plan
 from mowmerge.planner import Options, build
-from mowmerge.ranks import Ranks, joined
+from mowmerge.ranks import Ranks
 from mowmerge.recipe import parse
 from mowmerge.recipe.model import Recipe
 from mowmerge.scoring import (
@@ -121,7 +119,7 @@ def _surveyed(recipe: Recipe, options: Options, ranks: Ranks) -> Plan:
 
 
 def merge(
-    recipe: str | Path | Recipe,
+    recipe: str | Path | Recipe | Callable[[], Recipe],
     out: str | Path | None = None,
     *,
     overrides: Sequence[str] = (),
@@ -130,7 +128,7 @@ def merge(
     force: bool = False,
     resume: bool = False,
     locked: bool = False,
-    timeout: float = 60.0,
+    timeout: float = 10.0,
     begin: Callable[[Plan], Advance] = lambda plan: lambda nbytes: None,
     tell: Tell = lambda line: None,
 ) -> Result:
@@ -142,7 +140,8 @@ def merge(
     cut off is taken up, and should this one be, its work is left for the next. A recipe.lock.yaml
     replays its run, and the report says how that went; with `locked` its inputs must be the files
     that it names, and its weights what they were. Under torchrun every rank calls this, and they
-    share the work; one waits for another `timeout` minutes.
+    share the work; one that has said nothing for `timeout` minutes is gone. A function that gives
+    the recipe is called when they have met, so that what is wrong on one of them is told by all.
 
     Raises:
         CheckpointError: an input is not whole, or is not what `locked` asks for.
@@ -153,9 +152,15 @@ def merge(
     from mowmerge import merging
 
     began = time.perf_counter()
-    parsed = recipe if isinstance(recipe, Recipe) else check(recipe, overrides)
-    target = Path(out or parsed.output.path or Path("merged") / parsed.name)
-    with _joined(options or Options(), timeout) as (ranks, asked):
+
+    def read() -> Recipe:
+        if isinstance(recipe, str | Path):
+            return check(recipe, overrides)
+        return recipe if isinstance(recipe, Recipe) else recipe()
+
+    with launch.joined(options or Options(), timeout) as (ranks, asked):
+        parsed = ranks.together(read)
+        target = Path(out or parsed.output.path or Path("merged") / parsed.name)
         planned = _surveyed(parsed, asked, ranks)
         if parsed.output.format != "adapter":
             how = merging.How(hashes, force, resume, locked)
@@ -174,23 +179,6 @@ def merge(
         begin=begin,
     )  # fmt: skip
     return Result(*made)
-
-
-@contextmanager
-def _joined(options: Options, timeout: float) -> Iterator[tuple[Ranks, Options]]:
-    """The ranks that torchrun or accelerate started, and the options as they are for this one: its
-    device, and its share of the processors."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        yield Ranks(), options
-        return
-    from mowmerge.training import processes
-
-    one = processes.begin(options.device, "merge")
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "0"))  # unknown: as on several hosts
-    workers = options.workers or max(1, min(8, (os.cpu_count() or 1) // max(1, here)))
-    device = options.device if options.device == "cpu" else str(one.device)
-    with joined(one.rank, one.count, here, timeout) as ranks:
-        yield ranks, replace(options, workers=workers, device=device)
 
 
 def soup(

@@ -9,7 +9,7 @@ from typing import Any
 
 from mowmerge.checkpoint import modules, naming
 from mowmerge.checkpoint.encoder import Named
-from mowmerge.checkpoint.writer import layout, shard_of
+from mowmerge.checkpoint.layout import layout, shard_of
 from mowmerge.dynamic.format import HEADS, ROUTER, Code, Gate, Head, Manifest, Router
 from mowmerge.errors import RecipeError
 from mowmerge.methods import registry

@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from mowmerge.checkpoint.writer import ALIGN, write_at
+from mowmerge.checkpoint.layout import ALIGN
+from mowmerge.checkpoint.writer import write_at
 from mowmerge.errors import denied
 from mowmerge.tensors import TensorSpec
 

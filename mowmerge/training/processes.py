@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import atexit
 import os
+import socket
+import warnings
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
 
 from mowmerge.errors import ResourceError, SourceError
 from mowmerge.tensors import Tensor, torch
+
+INTERFACE = "GLOO_SOCKET_IFNAME"
+TIMEOUT = 30.0  # minutes; where the user has no say, as torch's own
 
 
 @dataclass(frozen=True)
@@ -46,10 +53,13 @@ class Processes:
             PartialState().wait_for_everyone()
 
 
-def begin(device: str | None = None, verb: str = "train-router") -> Processes:
+def begin(
+    device: str | None = None, verb: str = "train-router", minutes: float = TIMEOUT
+) -> Processes:
     """Joins the processes that torchrun or accelerate started; gloo on CPUs.
 
-    `device` is cpu, cuda or cuda:1; None is a GPU where there is one.
+    `device` is cpu, cuda or cuda:1; None is a GPU where there is one. They wait for each other that
+    many minutes, to meet and then at each exchange.
 
     Raises:
         ResourceError: no such device, or fewer processes in sight than WORLD_SIZE says: each of
@@ -74,13 +84,21 @@ def begin(device: str | None = None, verb: str = "train-router") -> Processes:
         )
     from accelerate import PartialState
 
+    across = os.environ.get("LOCAL_WORLD_SIZE", str(told)) != str(told)
+    if across and INTERFACE not in os.environ:
+        _name_interface()
     try:
-        state = PartialState(cpu=device == "cpu" or not gpu)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "OMP_NUM_THREADS")
+            state = PartialState(
+                cpu=device == "cpu" or not gpu, timeout=timedelta(minutes=minutes)
+            )  # fmt: skip
     except (ValueError, RuntimeError) as error:
         raise ResourceError(
             f"WORLD_SIZE says {told} processes, and they do not meet: {str(error).splitlines()[0]}",
-            hint=f"start them with `torchrun --nproc_per_node {told} -m mowmerge {verb} ...`",
-        ) from error
+            hint=f"name the network interface that the hosts share: {INTERFACE}=eth0" if across
+            else hint,
+        ) from error  # fmt: skip
     if state.num_processes > 1:
         atexit.register(_leave)
     if told != state.num_processes:
@@ -91,6 +109,28 @@ def begin(device: str | None = None, verb: str = "train-router") -> Processes:
     alone = state.num_processes == 1
     chosen = torch.device(device or ("cuda" if gpu else "cpu")) if alone else state.device
     return Processes(state.process_index, state.num_processes, chosen)
+
+
+def _name_interface() -> None:
+    """Names the network interface by which rank 0 is reached, where gloo would take the loopback
+    for it: it goes by the host's own name, which on many hosts stands for 127.0.1.1."""
+    import psutil
+
+    with suppress(OSError):
+        if not socket.gethostbyname(socket.gethostname()).startswith("127."):
+            return
+    held = {
+        at.address: name
+        for name, addresses in psutil.net_if_addrs().items()
+        for at in addresses
+        if at.family == socket.AF_INET and not at.address.startswith("127.")
+    }
+    reached = None
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))  # sends nothing
+        reached = held.get(probe.getsockname()[0])
+    if reached or len(held) == 1:
+        os.environ[INTERFACE] = reached or next(iter(held.values()))
 
 
 def _leave() -> None:
