@@ -119,7 +119,7 @@ def _surveyed(recipe: Recipe, options: Options, ranks: Ranks) -> Plan:
 
 
 def merge(
-    recipe: str | Path | Recipe,
+    recipe: str | Path | Recipe | Callable[[], Recipe],
     out: str | Path | None = None,
     *,
     overrides: Sequence[str] = (),
@@ -128,7 +128,7 @@ def merge(
     force: bool = False,
     resume: bool = False,
     locked: bool = False,
-    timeout: float = 60.0,
+    timeout: float = 10.0,
     begin: Callable[[Plan], Advance] = lambda plan: lambda nbytes: None,
     tell: Tell = lambda line: None,
 ) -> Result:
@@ -140,7 +140,8 @@ def merge(
     cut off is taken up, and should this one be, its work is left for the next. A recipe.lock.yaml
     replays its run, and the report says how that went; with `locked` its inputs must be the files
     that it names, and its weights what they were. Under torchrun every rank calls this, and they
-    share the work; one waits for another `timeout` minutes.
+    share the work; one that has said nothing for `timeout` minutes is gone. A function that gives
+    the recipe is called when they have met, so that what is wrong on one of them is told by all.
 
     Raises:
         CheckpointError: an input is not whole, or is not what `locked` asks for.
@@ -151,9 +152,15 @@ def merge(
     from mowmerge import lora, merging
 
     began = time.perf_counter()
-    parsed = recipe if isinstance(recipe, Recipe) else check(recipe, overrides)
-    target = Path(out or parsed.output.path or Path("merged") / parsed.name)
+
+    def read() -> Recipe:
+        if isinstance(recipe, str | Path):
+            return check(recipe, overrides)
+        return recipe if isinstance(recipe, Recipe) else recipe()
+
     with launch.joined(options or Options(), timeout) as (ranks, asked):
+        parsed = ranks.together(read)
+        target = Path(out or parsed.output.path or Path("merged") / parsed.name)
         planned = _surveyed(parsed, asked, ranks)
         if not ranks.first:
             begin, tell = (lambda plan: lambda nbytes: None), (lambda line: None)
@@ -305,10 +312,10 @@ def extract(
 
 def extract_lora(
     model: str | Path, base: str | Path, out: str | Path, *, workers: int | None = None,
-    timeout: float = 60.0, **options: Any,
+    timeout: float = 10.0, **options: Any,
 ) -> Result:  # fmt: skip
     """Writes what a model adds to its base as a LoRA into `out`; see `mowmerge.lora.extract`. Under
-    torchrun every rank calls this, and one waits for another `timeout` minutes."""
+    torchrun every rank calls this, and one silent for `timeout` minutes is gone."""
     from mowmerge import lora
 
     with launch.joined(Options(workers), timeout, "extract-lora") as (ranks, asked):

@@ -11,8 +11,8 @@ from typing import Any
 
 from mowmerge import __version__
 from mowmerge.checkpoint import modules, naming, source
+from mowmerge.checkpoint.layout import shard_of
 from mowmerge.checkpoint.peft import PREFIX, WEIGHTS
-from mowmerge.checkpoint.writer import shard_of
 from mowmerge.errors import CheckpointError
 from mowmerge.known import Known, Unknown
 from mowmerge.plan import Shard, Stored

@@ -296,8 +296,7 @@ class Engine:
         state = self.ranks.from_first(lambda: journal.state(group, classes))
         if state is None:
             state = self._settle_group(group, pool)
-            if self.ranks.first:
-                journal.keep_state(group, state)
+            self.ranks.from_first(lambda: journal.keep_state(group, state))
         return state
 
     def _settle_group(self, group: int, pool: ThreadPoolExecutor | None) -> Any:

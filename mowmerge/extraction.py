@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mowmerge import __version__
-from mowmerge.checkpoint import heads, sidecars, writer
+from mowmerge.checkpoint import heads, layout, sidecars, writer
 from mowmerge.checkpoint.dense import DenseReader
 from mowmerge.checkpoint.distance import Reference
 from mowmerge.checkpoint.dynamic import DynamicCheckpoint, held
@@ -89,7 +89,7 @@ def extract(
     pieces = _pieces(source, wanted)
     compared, why = _reference(named, wanted.expert, pieces, reference)
     metadata = {"format": "pt", "mowmerge": __version__}
-    shards = writer.layout([p.spec for p in pieces], Output().shard_size, metadata)
+    shards = layout.layout([p.spec for p in pieces], Output().shard_size, metadata)
     with Staging(out, force=force, keep=[folder]) as staging:
         staging.allocate(shards)
         total = sum(p.spec.nbytes for p in pieces)
@@ -306,7 +306,7 @@ def _finish(
         (folder / name).write_text(text, encoding="utf-8")
 
     sidecars.copy(source.folder, (), folder)
-    listing = writer.index(shards, {p.spec.name: p.spec for p in pieces})
+    listing = layout.index(shards, {p.spec.name: p.spec for p in pieces})
     if listing:
         put("model.safetensors.index.json", listing)
     put("report.json", json.dumps(report, indent=1) + "\n")

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from mowmerge import ranks
+from mowmerge import lock, ranks
+from mowmerge.checkpoint.journal import changed
 from mowmerge.planner import Options
 from mowmerge.ranks import Ranks
 
@@ -16,8 +17,12 @@ from mowmerge.ranks import Ranks
 def joined(
     options: Options, timeout: float, verb: str = "merge"
 ) -> Iterator[tuple[Ranks, Options]]:
-    """The ranks, who wait for each other that many minutes, and the options as they are for this
-    one: its device, and its share of the processors. One process is one rank."""
+    """The ranks, of which one that says nothing for that many minutes is gone, and the options as
+    they are for this one: its device, and its share of the processors. One process is one rank.
+
+    Raises:
+        ResourceError: they do not meet, or do not run the same versions.
+    """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield Ranks(), options
         return
@@ -28,4 +33,5 @@ def joined(
     workers = options.workers or max(1, min(8, (os.cpu_count() or 1) // max(1, here)))
     device = options.device if options.device == "cpu" else str(one.device)
     with ranks.joined(one.rank, one.count, here, timeout) as found:
+        found.alike(lock.versions, changed)
         yield found, replace(options, workers=workers, device=device)

@@ -38,8 +38,7 @@ def key(recipe: Recipe, plan: Plan) -> dict[str, Any]:
     del told["output"]["path"]
     return {
         "journal": 1,
-        "mowmerge": __version__,
-        "torch": str(torch.__version__),
+        **versions(),
         "device": device_type(plan),
         "statistics": plan.stats,
         "plan": plan.fingerprint,
@@ -48,6 +47,11 @@ def key(recipe: Recipe, plan: Plan) -> dict[str, Any]:
         "inputs": seen(plan),
         "recipe": told,
     }
+
+
+def versions() -> dict[str, str]:
+    """Those that change bytes."""
+    return {"mowmerge": __version__, "torch": str(torch.__version__)}
 
 
 def _read(stored: Stored, plan: Plan) -> list[str]:
@@ -70,6 +74,16 @@ def seen(plan: Plan) -> Seen:
         files = found.setdefault(model, {})
         files.update({Path(file).name: identity.of(file) for file in _read(stored, plan)})
     return found
+
+
+def sampled(plan: Plan) -> dict[str, str]:
+    """A digest of each input file's size, its beginning and some of the rest: what a copy of it on
+    another host has in common with it, and a checkpoint of the same shapes has not."""
+    return {
+        f"model '{model}': {Path(file).name}": identity.sampled(file)
+        for model, stored in plan.checkpoints
+        for file in _read(stored, plan)
+    }
 
 
 def unchanged(before: Seen, now: Seen) -> None:

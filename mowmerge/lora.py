@@ -102,7 +102,7 @@ def extract(
         def finish() -> dict[str, Any]:
             return _finished(staging, config, {**about, **told}, began, hashes)
 
-        return staging.out, staging.ranks.from_first(finish, patient=True)
+        return staging.out, staging.ranks.from_first(finish)
 
 
 def _seen(ours: Stored, theirs: Stored) -> lock.Seen:
@@ -183,7 +183,7 @@ def merge(
     def replaying() -> replay.Replay | None:
         return replay.begin(recipe, planned, hashed=hashes, strict=locked)
 
-    again = ranks.together(lambda: replaying() if ranks.first else None, patient=True)
+    again = ranks.together(lambda: replaying() if ranks.first else None)
     key = lock.key(recipe, planned)
     key["layout"] += f" {asked.cut}"
     drift = again.drift if again else ()
@@ -207,7 +207,7 @@ def merge(
                 told["replay"] = again.outcome(planned, staging.path, written)
             return _finished(staging, config, {**about, **told}, began, hashes)
 
-        return staging.out, staging.ranks.from_first(finish, patient=True)
+        return staging.out, staging.ranks.from_first(finish)
 
 
 @contextmanager
@@ -216,7 +216,7 @@ def _staged(
     ranks: Ranks,
 ) -> Iterator[Staging]:  # fmt: skip
     """The stage of an adapter with the journal begun; all ranks must be about to make the same."""
-    ranks.alike({part: key[part] for part in key if part != "inputs"}, changed)
+    ranks.alike(lambda: {part: key[part] for part in key if part != "inputs"}, changed)
     staging = Staging(out, force=force, keep=keep, key=key, resume=resume, ranks=ranks)
     with staging, one_thread_each():
         staging.wait(lengths(staging.journal.done))

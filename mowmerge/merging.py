@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mowmerge import __version__, lock, replay
-from mowmerge.checkpoint import chat, encoder, fp8, heads, layers, sidecars, writer
+from mowmerge.checkpoint import chat, encoder, fp8, heads, layers, layout, sidecars, writer
 from mowmerge.checkpoint.journal import changed
 from mowmerge.checkpoint.source import config
 from mowmerge.checkpoint.writer import ShardSink, Staging
@@ -20,7 +20,7 @@ from mowmerge.engine import Done, Engine
 from mowmerge.hub import lineage
 from mowmerge.hub.card import card
 from mowmerge.plan import Plan, config_source
-from mowmerge.ranks import Ranks
+from mowmerge.ranks import Lost, Ranks
 from mowmerge.recipe import parse
 from mowmerge.recipe.model import Digest, Recipe
 from mowmerge.report import report, text
@@ -61,12 +61,14 @@ def merge(
     def replaying() -> replay.Replay | None:
         return replay.begin(recipe, planned, hashed=how.hashes, strict=how.locked)
 
-    again = ranks.together(lambda: replaying() if ranks.first else None, patient=True)
+    again = ranks.together(lambda: replaying() if ranks.first else None)
     if again:
         planned = replace(planned, warnings=(*planned.warnings, *again.drift))
     keep = [folder for _, folder in _inputs(planned)]
-    key = lock.key(recipe, planned)
-    ranks.alike({part: key[part] for part in key if part != "inputs"}, changed)
+    key = ranks.together(lambda: lock.key(recipe, planned))
+    ranks.alike(lambda: {part: key[part] for part in key if part != "inputs"}, changed)
+    if ranks.across:
+        ranks.alike(lambda: lock.sampled(planned), _other_files)
     with Staging(
         out, force=how.force, keep=keep, key=key, resume=how.resume, ranks=ranks
     ) as staging:
@@ -74,6 +76,7 @@ def merge(
         planned, learned = _fitted(recipe, planned, staging, tell)
         advance = begin(planned)
         done = _written(planned, staging, key, advance)
+        finished: list[dict[str, Any]] = []
 
         def finish() -> dict[str, Any]:
             extra = _write_sidecars(planned, recipe, staging.path) | learned
@@ -89,9 +92,15 @@ def merge(
             _write(staging.path / "report.json", text(content))
             _write(staging.path / "README.md", card(staging.path).text)
             staging.commit()
+            finished.append(content)
             return content
 
-        content = staging.ranks.from_first(lambda: _on(staging.path, finish), patient=True)
+        try:
+            content = staging.ranks.from_first(lambda: _on(staging.path, finish))
+        except Lost:
+            if not finished:  # else all is done, and who is gone had nothing left to do
+                raise
+            content = finished[0]
     return staging.out, content
 
 
@@ -171,7 +180,7 @@ def _fitted(
             journal.keep("fit", fitted.kept(fit.fit(recipe, planned.static, tell)))
         return dict(journal.facts["fit"])
 
-    kept = staging.ranks.from_first(found_now, patient=True)
+    kept = staging.ranks.from_first(found_now)
     found = fitted.again(planned.static, kept)
     if staging.ranks.first:
         _write(file, found.coefficients.model_dump_json(indent=1) + "\n")
@@ -179,6 +188,12 @@ def _fitted(
     return planned.anchored(found.plan), {
         "fit": {**facts, "tasks": found.tasks, "seconds": found.seconds}
     }
+
+
+def _other_files(theirs: Mapping[str, str], mine: Mapping[str, str]) -> list[str]:
+    """Which files are not those of rank 0, in words."""
+    names = sorted({*theirs, *mine})
+    return [f"{name} is another file here" for name in names if theirs.get(name) != mine.get(name)]
 
 
 def _inputs(planned: Plan) -> list[tuple[str, Path]]:
@@ -202,7 +217,7 @@ def _write_sidecars(planned: Plan, recipe: Recipe, folder: Path) -> dict[str, An
     if planned.chat_template is not None:
         chat.write(planned.chat_template, folder)
     body = [shard for shard in planned.files if shard not in planned.heads.values()]
-    listing = writer.index(body, planned.specs)
+    listing = layout.index(body, planned.specs)
     if listing:
         _write(folder / "model.safetensors.index.json", listing)
     _write(folder / "recipe.yaml", recipe.text)

@@ -9,8 +9,8 @@ from typing import Any
 
 from mowmerge import __version__, algebra, devices, memory, slicing, vocabulary
 from mowmerge.checkpoint import chat, fp8, layers, modules, naming, source
+from mowmerge.checkpoint.layout import layout, shard_of
 from mowmerge.checkpoint.placed import held_bytes
-from mowmerge.checkpoint.writer import layout, shard_of
 from mowmerge.errors import CheckpointError, Problem, RecipeError
 from mowmerge.methods import registry
 from mowmerge.methods.contracts import Extent, MethodError

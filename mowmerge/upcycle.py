@@ -9,7 +9,7 @@ from typing import Any
 
 from mowmerge.checkpoint import modules, naming
 from mowmerge.checkpoint.encoder import Named
-from mowmerge.checkpoint.writer import layout, shard_of
+from mowmerge.checkpoint.layout import layout, shard_of
 from mowmerge.dynamic import names
 from mowmerge.dynamic.format import ROUTER, Code, Gate, Head, Manifest, Router
 from mowmerge.errors import RecipeError

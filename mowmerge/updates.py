@@ -164,7 +164,7 @@ def _place(staging: Staging, entries: Sequence[Entry]) -> None:
                 for start, data in parts.pieces(staging.stage / name, at, spec.nbytes):
                     sink.write(spec.name, start, data)
 
-    ranks.together(put, patient=ranks.across)
+    ranks.together(put)
 
 
 def _waiting(entry: Entry) -> Iterator[tuple[TensorSpec, str, int]]:

@@ -6,21 +6,26 @@ Here ranks are threads that exchange what they send through a room; test_torchru
 from __future__ import annotations
 
 import math
+import os
 import pickle
+import shutil
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_resume import Cut, cut, folder
+from safetensors.torch import load_file
+from test_resume import cut, folder
 from zoo import Zoo, left
 
 from mowmerge import api, engine, launch
 from mowmerge.checkpoint.journal import Journal
-from mowmerge.checkpoint.writer import ShardSink
+from mowmerge.checkpoint.writer import ShardSink, Staging
 from mowmerge.errors import CheckpointError, ResourceError
 from mowmerge.methods import registry
 from mowmerge.methods.contracts import seen, with_seen
@@ -54,7 +59,7 @@ class Room:
         self.found: list[Any] = [None] * count
 
     def ranks(self, rank: int) -> Ranks:
-        def send(value: Any, source: int, patient: bool) -> Any:
+        def send(value: Any, source: int) -> Any:
             try:
                 if rank == source:
                     self._box = pickle.dumps(value)
@@ -67,6 +72,10 @@ class Room:
 
         return Ranks(rank, self.count, self.here, send)
 
+    def leave(self) -> None:
+        """As if a rank were killed: the others do not meet it again."""
+        self._barrier.abort()
+
     def run(self, work: Callable[[Ranks], Any]) -> list[Any]:
         """What each rank's work returns or raises."""
 
@@ -75,8 +84,6 @@ class Room:
                 self.found[rank] = work(self.ranks(rank))
             except BaseException as error:
                 self.found[rank] = error
-                if isinstance(error, Cut | KeyboardInterrupt):
-                    self._barrier.abort()  # as a process that is gone
 
         threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.count)]
         for thread in threads:
@@ -101,7 +108,8 @@ def several(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any
 
     def run(
         content: Mapping[str, Any], count: int = 2, out: str = "out", *, hosts: int = 1,
-        change: Callable[[int], Mapping[str, Any]] = lambda rank: {}, **kwargs: Any,
+        change: Callable[[int], Mapping[str, Any]] = lambda rank: {},
+        place: Callable[[int], str] = lambda rank: ".", **kwargs: Any,
     ) -> list[Any]:  # fmt: skip
         zoo.recipe(content)
 
@@ -110,12 +118,15 @@ def several(zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any
             recipe = zoo.recipe({**content, **change(ranks.rank)}, f"recipe-{ranks.rank}")
             options = Options(workers=1)
             return api.merge(
-                recipe if change(ranks.rank) else zoo.folder / "recipe.yaml", zoo.folder / out,
-                options=options, **kwargs,
+                recipe if change(ranks.rank) else zoo.folder / "recipe.yaml",
+                zoo.folder / place(ranks.rank) / out, options=options, **kwargs,
             )  # fmt: skip
 
-        return Room(count, count // hosts).run(work)
+        rooms.append(Room(count, count // hosts))
+        return rooms[-1].run(work)
 
+    rooms: list[Room] = []
+    vars(run)["rooms"] = rooms
     return run
 
 
@@ -271,7 +282,7 @@ def test_the_others_stop_when_one_has_failed(
             failed.set()
             raise ResourceError("no more")
         failed.wait(30)
-        while not self.ranks.alarm.exists():  # type: ignore[union-attr]
+        while self.ranks.sign.exists():
             pass
         after.append(job.output.name)
         return write(self, job, sink)
@@ -318,6 +329,7 @@ def test_a_rank_that_is_gone_leaves_the_stage_to_take_up(
 
     def gone(self: Journal, *args: Any) -> None:
         if self._file.name == "journal-1.jsonl" and len(self.done) == 3:
+            several.rooms[-1].leave()
             raise KeyboardInterrupt
         finished(self, *args)
 
@@ -328,6 +340,138 @@ def test_a_rank_that_is_gone_leaves_the_stage_to_take_up(
     assert (zoo.folder / ".out.partial").is_dir() and not (zoo.folder / "out").exists()
     several(WAYS["ties"], resume=True)
     assert files(zoo.folder / "out") == wanted
+
+
+def test_the_others_stop_when_one_is_gone(
+    zoo: Zoo, several: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long before they meet it."""
+    write, after = engine.Engine._write, []
+
+    def failing(self: engine.Engine, job: Any, sink: Any) -> Any:
+        if self.ranks.rank == 1:
+            several.rooms[-1].leave()
+            raise KeyboardInterrupt
+        while self.ranks.sign.exists():
+            pass
+        after.append(job.output.name)
+        return write(self, job, sink)
+
+    monkeypatch.setattr(engine.Engine, "_write", failing)
+    zero, _ = several(WAYS["linear"])
+    assert isinstance(zero, Lost) and len(after) <= 1
+
+
+def test_a_rank_that_is_interrupted_says_so(
+    zoo: Zoo, several: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = engine.Engine._write
+
+    def interrupted(self: engine.Engine, job: Any, sink: Any) -> Any:
+        if self.ranks.rank == 1:
+            raise KeyboardInterrupt
+        return write(self, job, sink)
+
+    monkeypatch.setattr(engine.Engine, "_write", interrupted)
+    zero, one = several(WAYS["linear"])
+    assert str(zero).startswith("rank 1: interrupted") and isinstance(one, KeyboardInterrupt)
+    assert left(zoo.folder) == [] and not (zoo.folder / "out").exists()
+
+
+def test_a_rank_that_works_for_long_says_that_it_is_there() -> None:
+    words: list[tuple[int, Any]] = []
+    room, beats = Room(2, 2), threading.Event()
+
+    def work(ranks: Ranks) -> Any:
+        def send(value: Any, source: int) -> Any:
+            if ranks.rank == source:
+                words.append((source, value))
+                if words[-3:] == [(1, None)] * 3:
+                    beats.set()
+            return ranks.send(value, source)
+
+        def long() -> int:
+            assert ranks.rank == 0 or beats.wait(60)
+            return 7 + ranks.rank
+
+        return replace(ranks, send=send, beat=0.01).together(long)
+
+    assert room.run(work) == [7, 8]
+    assert [source for source, value in words if value is not None] == [0, 1]
+
+
+def test_a_rank_that_is_gone_when_all_is_written_leaves_a_whole_checkpoint(
+    zoo: Zoo, several: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, commit = single(zoo, WAYS["ties"]), Staging.commit
+
+    def alone(self: Staging) -> None:
+        commit(self)
+        several.rooms[-1].leave()
+
+    monkeypatch.setattr(Staging, "commit", alone)
+    zero, one = several(WAYS["ties"])
+    assert zero.speaks and isinstance(one, Lost)
+    assert files(zoo.folder / "out") == wanted and left(zoo.folder) == []
+
+
+def test_a_host_that_does_not_share_the_folder_is_refused(
+    zoo: Zoo, several: Callable[..., list[Any]]
+) -> None:
+    for name in ("host-0", "host-1"):
+        (zoo.folder / name).mkdir()
+    (zoo.folder / "host-1/.out.partial/checkpoint").mkdir(parents=True)  # of an earlier try
+    zero, one = several(WAYS["linear"], hosts=2, place="host-{}".format)
+    for error in (zero, one):
+        assert isinstance(error, ResourceError)
+        assert "this host does not see what rank 0 has made" in str(error)
+        assert "/host-1/.out.partial" in str(error)
+    assert str(zero).partition(": ")[2].startswith(f"rank 1 on {socket.gethostname()}: this host")
+    assert left(zoo.folder / "host-0") == []
+
+
+def test_a_folder_that_is_taken_away_is_an_error(
+    zoo: Zoo, several: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = engine.Engine._write
+
+    def away(self: engine.Engine, job: Any, sink: Any) -> Any:
+        if self.ranks.rank == 1:
+            self.ranks.sign.unlink(missing_ok=True)
+        while self.ranks.sign.exists():
+            pass
+        return write(self, job, sink)
+
+    monkeypatch.setattr(engine.Engine, "_write", away)
+    for error in several(WAYS["linear"]):
+        assert isinstance(error, ResourceError) and "is gone, though no rank has failed" in str(
+            error
+        )
+
+
+def test_hosts_with_other_inputs_are_refused(zoo: Zoo, several: Callable[..., list[Any]]) -> None:
+    """Of the same names, shapes and sizes; copies with other times are the same."""
+    own = {**WAYS["linear"], "base": "./base", "models": {m: f"./{m}" for m in "abc"}}
+    wanted = single(zoo, own)
+    for name in ("base", "a", "b", "c"):
+        shutil.copytree(zoo.folder / name, zoo.folder / "copies" / name)
+        os.utime(zoo.folder / "copies" / name / "model.safetensors", (1, 1))
+    copies = {m: f"./copies/{m}" for m in "abc"}
+    changed = {**own, "base": "./copies/base", "models": copies}
+    value = load_file(zoo.folder / "copies/b/model.safetensors")
+    value["model.norm.weight"][5] += 1
+    zoo.save("other", value)
+    other = {**changed, "models": {**copies, "b": "./other"}}
+    for content, same in ((changed, True), (other, False)):
+        found = several(
+            own, hosts=2, out=f"out-{same}",
+            change=lambda rank, content=content: content if rank else {},
+        )  # fmt: skip
+        if same:
+            assert files(zoo.folder / "out-True") == wanted
+        else:
+            told = "model 'b': model.safetensors is another file here"
+            assert all(isinstance(e, ResourceError) and told in str(e) for e in found), found
 
 
 REDUCING = [name for name in registry.names() if registry.get(name).reduce]

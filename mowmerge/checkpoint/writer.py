@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import shutil
+import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -24,70 +24,12 @@ from mowmerge.checkpoint.journal import Journal, sync, sync_folder
 from mowmerge.errors import ResourceError, refused
 from mowmerge.errors import denied as denied
 from mowmerge.plan import Packing, Shard
-from mowmerge.ranks import Lost, Ranks
-from mowmerge.tensors import TensorSpec
+from mowmerge.ranks import Lost, Ranks, Stopped
 
-ALIGN = 64  # the data section of a shard starts at a multiple of this
 _SEEKING = Lock()  # held between seek and write where there is no pwrite
 NOT_HASHED = ("report.json", "README.md")
 KEPT = ("journal-", "state-", "part-")  # what starts so in a stage is what is done
 SPARE = 16 << 20  # bytes left free beside the weights, for config, tokenizer and report
-
-
-def layout(
-    specs: Sequence[TensorSpec], shard_size: int, metadata: Mapping[str, str], stem: str = ""
-) -> list[Shard]:
-    """The output files: tensors in the given order, cut into shards of at most shard_size bytes.
-
-    One file alone is model.safetensors, unless a stem is given: then there are others beside it.
-
-    Inside a shard wider dtypes come first, so that every tensor is aligned to its element.
-    """
-    groups: list[list[TensorSpec]] = [[]]
-    room = shard_size
-    for spec in specs:
-        if groups[-1] and spec.nbytes > room:
-            groups.append([])
-            room = shard_size
-        groups[-1].append(spec)
-        room -= spec.nbytes
-    n = len(groups)
-    names = [f"{stem or 'model'}-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
-    names = names if n > 1 or stem else ["model.safetensors"]
-    return [shard_of(name, group, metadata) for name, group in zip(names, groups, strict=True)]
-
-
-def shard_of(file: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> Shard:
-    """One output file of these tensors: wider dtypes first, the data aligned."""
-    entries: dict[str, object] = {"__metadata__": dict(metadata)}
-    offsets, end = {}, 0
-    for spec in sorted(specs, key=lambda s: -s.itemsize):
-        offsets[spec.name] = end
-        end += spec.nbytes
-        entries[spec.name] = {
-            "dtype": spec.dtype,
-            "shape": list(spec.shape),
-            "data_offsets": [offsets[spec.name], end],
-        }
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGN)
-    header = len(text).to_bytes(8, "little") + text
-    placed = {name: len(header) + offset for name, offset in offsets.items()}
-    return Shard(file, header, placed, len(header) + end)
-
-
-def index(shards: Sequence[Shard], specs: Mapping[str, TensorSpec]) -> str | None:
-    """The text of model.safetensors.index.json; None for a single file."""
-    if len(shards) == 1:
-        return None
-    totals = {
-        "total_parameters": sum(s.numel for s in specs.values()),
-        "total_size": sum(shard.nbytes - len(shard.header) for shard in shards),
-    }
-    where = {name: shard.file for shard in shards for name in shard.offsets}
-    return (
-        json.dumps({"metadata": totals, "weight_map": dict(sorted(where.items()))}, indent=2) + "\n"
-    )
 
 
 class Staging:
@@ -127,11 +69,18 @@ class Staging:
         self._lock: int | None = None
 
     def __enter__(self) -> Staging:
-        self.ranks.together(lambda: self._enter() if self.ranks.first else None)
-        self.ranks = self.ranks.watching(self.stage / "failed")
+        try:
+            sign = self.ranks.from_first(self._enter)
+            if sign:
+                self.ranks = self.ranks.watching(self.stage / sign)
+                self.ranks.together(self._look)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
         return self
 
-    def _enter(self) -> None:
+    def _enter(self) -> str:
+        """Makes the folder; the name of a file in it that ranks watch, if there are several."""
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self.stage.mkdir(exist_ok=True)
@@ -141,11 +90,26 @@ class Staging:
             self._restore()
             self._check()
             self._take_up()
-        except BaseException as error:
-            self.__exit__(type(error), error, None)
-            if isinstance(error, OSError):
-                raise denied(error, self.stage) from error
-            raise
+            if self.ranks.count == 1:
+                return ""
+            sign = f"ranks-{uuid.uuid4().hex}"  # another one than of any run before
+            (self.stage / sign).touch()
+            return sign
+        except OSError as error:
+            raise denied(error, self.stage) from error
+
+    def _look(self) -> None:
+        """ResourceError where this rank does not see what the first has made."""
+        with suppress(OSError):
+            os.listdir(self.out.parent)  # has a network file system ask for what is new there
+        try:
+            self.ranks.check()
+        except Stopped:
+            raise ResourceError(
+                "this host does not see what rank 0 has made there", where=str(self.stage),
+                hint="the output folder has to lie on a file system that all hosts share, under"
+                " one path",
+            ) from None  # fmt: skip
 
     def _check(self) -> None:
         if self.out.is_dir() and any(self.out.iterdir()):
@@ -249,8 +213,12 @@ class Staging:
             return self.journal.key, self.journal.done, self.journal.facts
 
         key, done, facts = self.ranks.from_first(first)
-        if self._key and not self.ranks.first:
-            self.journal.join(key, done, facts, files())
+
+        def join() -> None:
+            if self._key and not self.ranks.first:
+                self.journal.join(key, done, facts, files())
+
+        self.ranks.together(join)
 
     def create(self, shards: Sequence[Shard]) -> None:
         """Creates files at full size, with their headers; ResourceError if there is no room."""

@@ -28,8 +28,11 @@ def extract_lora(
     ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Tensors worked on at once.")] = None,
     timeout: Annotated[
-        float, typer.Option(min=0.01, help="Under torchrun: minutes a rank waits for another.")
-    ] = 60.0,
+        float,
+        typer.Option(
+            min=0.01, help="Under torchrun: minutes of silence after which a rank is gone."
+        ),
+    ] = 10.0,
     max_memory: Annotated[str | None, typer.Option(help="Peak memory, such as 2GB.")] = None,
     hash_: Annotated[bool, typer.Option("--hash/--no-hash", help="Write SHA256SUMS.")] = True,
     allow_pickle: Annotated[

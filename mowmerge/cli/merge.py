@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -46,8 +47,11 @@ def merge(
     ] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Tensors worked on at once.")] = None,
     timeout: Annotated[
-        float, typer.Option(min=0.01, help="Under torchrun: minutes a rank waits for another.")
-    ] = 60.0,
+        float,
+        typer.Option(
+            min=0.01, help="Under torchrun: minutes of silence after which a rank is gone."
+        ),
+    ] = 10.0,
     max_memory: Annotated[str | None, typer.Option(help="Peak memory, such as 2GB.")] = None,
     device: Annotated[
         str, typer.Option(help="Where to compute: cpu, cuda (every GPU), cuda:1, cuda:0,cuda:1.")
@@ -91,26 +95,31 @@ def merge(
     if quiet or json_ or not sys.stderr.isatty():
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when huggingface_hub is imported
     options = _options(workers, max_memory, device, stats, not dry_run, allow_pickle)
-    parsed = api.check(recipe, set_ or [], strict=strict)
-    if dry_run and parsed.output.format == "adapter":
-        adapters.show(api.outline(parsed, options), as_json=json_)
+
+    @cache
+    def read() -> Recipe:
+        parsed = api.check(recipe, set_ or [], strict=strict)
+        if eval_ and not parsed.tasks and not dry_run:
+            raise RecipeError("--eval needs tasks, and the recipe has none", where=parsed.file)
+        return parsed
+
+    if dry_run and read().output.format == "adapter":
+        adapters.show(api.outline(read(), options), as_json=json_)
         return
     if dry_run:
         planned = api.survey if survey else api.plan
-        output.show_plan(planned(parsed, options=options), as_json=json_)
+        output.show_plan(planned(read(), options=options), as_json=json_)
         return
-    if eval_ and not parsed.tasks:
-        raise RecipeError("--eval needs tasks, and the recipe has none", where=parsed.file)
     with output.Progress(quiet or json_) as progress:
         result = api.merge(
-            parsed, out, options=options, hashes=hash_, force=force, resume=resume, locked=locked,
+            read, out, options=options, hashes=hash_, force=force, resume=resume, locked=locked,
             timeout=timeout, begin=progress.begin, tell=progress.tell,
         )  # fmt: skip
     if not eval_:
         if result.speaks:
             results.show(result, as_json=json_, quiet=quiet)
         return
-    report = _scored(result, parsed, quiet or json_)
+    report = _scored(result, read(), quiet or json_)
     if report is None:
         return
     results.show(result, as_json=json_, quiet=quiet, evaluation=report)

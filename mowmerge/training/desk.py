@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mowmerge.checkpoint import writer
+from mowmerge.checkpoint import layout, writer
 from mowmerge.errors import CheckpointError, ResourceError
 from mowmerge.tensors import Tensor, TensorSpec, dtype_named, torch
 
@@ -176,7 +176,7 @@ def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
         TensorSpec(name, dtype_named(str(t.dtype).removeprefix("torch.")).code, tuple(t.shape))
         for name, t in ordered.items()
     ]
-    shard = writer.shard_of(ROUTER, specs, dict(sorted(metadata.items())))
+    shard = layout.shard_of(ROUTER, specs, dict(sorted(metadata.items())))
     data = bytearray(shard.nbytes)
     data[: len(shard.header)] = shard.header
     for spec in specs:

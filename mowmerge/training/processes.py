@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import os
-from contextlib import AbstractContextManager
+import socket
+import warnings
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
@@ -14,6 +16,7 @@ from mowmerge.errors import ResourceError, SourceError
 from mowmerge.ranks import heard
 from mowmerge.tensors import Tensor, torch
 
+INTERFACE = "GLOO_SOCKET_IFNAME"
 TIMEOUT = 30.0  # minutes; where the user has no say, as torch's own
 
 
@@ -92,13 +95,21 @@ def begin(
         )
     from accelerate import PartialState
 
+    across = os.environ.get("LOCAL_WORLD_SIZE", str(told)) != str(told)
+    if across and INTERFACE not in os.environ:
+        _name_interface()
     try:
-        state = PartialState(cpu=device == "cpu" or not gpu, timeout=timedelta(minutes=minutes))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "OMP_NUM_THREADS")
+            state = PartialState(
+                cpu=device == "cpu" or not gpu, timeout=timedelta(minutes=minutes)
+            )  # fmt: skip
     except (ValueError, RuntimeError) as error:
         raise ResourceError(
             f"WORLD_SIZE says {told} processes, and they do not meet: {str(error).splitlines()[0]}",
-            hint=hint,
-        ) from error
+            hint=f"name the network interface that the hosts share: {INTERFACE}=eth0" if across
+            else hint,
+        ) from error  # fmt: skip
     if state.num_processes > 1:
         atexit.register(_leave)
     if told != state.num_processes:
@@ -110,6 +121,28 @@ def begin(
     chosen = torch.device(device or ("cuda" if gpu else "cpu")) if alone else state.device
     again = "run it again" if verb == "eval" else "run it again with --resume"
     return Processes(state.process_index, state.num_processes, chosen, minutes, again)
+
+
+def _name_interface() -> None:
+    """Names the network interface by which rank 0 is reached, where gloo would take the loopback
+    for it: it goes by the host's own name, which on many hosts stands for 127.0.1.1."""
+    import psutil
+
+    with suppress(OSError):
+        if not socket.gethostbyname(socket.gethostname()).startswith("127."):
+            return
+    held = {
+        at.address: name
+        for name, addresses in psutil.net_if_addrs().items()
+        for at in addresses
+        if at.family == socket.AF_INET and not at.address.startswith("127.")
+    }
+    reached = None
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])))  # sends nothing
+        reached = held.get(probe.getsockname()[0])
+    if reached or len(held) == 1:
+        os.environ[INTERFACE] = reached or next(iter(held.values()))
 
 
 def _leave() -> None:

@@ -21,7 +21,8 @@ from zoo import Zoo, environment, left, load, raw
 
 from mowmerge import api
 from mowmerge.checkpoint import writer
-from mowmerge.checkpoint.writer import ALIGN, Staging, index, layout
+from mowmerge.checkpoint.layout import ALIGN, index, layout
+from mowmerge.checkpoint.writer import Staging
 from mowmerge.errors import ResourceError
 from mowmerge.plan import Shard
 from mowmerge.tensors import DTYPES, TensorSpec
