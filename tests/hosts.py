@@ -91,8 +91,8 @@ class Host:
 
     def kill(self) -> None:
         """Ends all that runs on the host at once: the first process of its own is gone."""
-        self.process.kill()
-        self.process.wait()
+        with self.process:
+            self.process.kill()
         for begun, *_ in self.started:
             begun.wait(30)
 
