@@ -16,6 +16,7 @@ from mowmerge.dynamic import codecs
 from mowmerge.dynamic.context import Context
 from mowmerge.dynamic.format import Code, Gate, Manifest, Router
 from mowmerge.dynamic.layers import install
+from mowmerge.dynamic.names import part_in_memory
 from mowmerge.dynamic.routers import RouterModule, projections
 from mowmerge.methods.ops.spectral import truncated
 
@@ -72,7 +73,7 @@ def test_wemoe_is_fusion_benchs_sample_by_sample(case: str) -> None:
     for name, value in model.named_parameters():
         codes.append(Code(f"m.{name}", tuple(value.shape), "full", k, "g"))
         experts = torch.stack([held[f"expert{i}.{name}"] for i in range(k)])
-        state[codes[-1].part_name("delta")] = experts - held[f"base.{name}"]
+        state[part_in_memory(codes[-1].name, "delta")] = experts - held[f"base.{name}"]
         state[f"m.{name}"] = held[f"base.{name}"]
     context = _context(model, codes, state, "block", router)
     layers = [n.removesuffix(".weight") for n in sorted(held) if n.startswith("gate.")
@@ -118,7 +119,7 @@ def test_smile_is_fusion_benchs(case: str) -> None:
         if codec == "low_rank":
             parts = codecs.low_rank(truncated(delta, asked["k"])[0])
         parts |= {"gate": gate} if name == "weight" else {}
-        state |= {code.part_name(p): v for p, v in parts.items()}
+        state |= {part_in_memory(code.name, p): v for p, v in parts.items()}
         state[code.name] = held[f"base.{name}"]
         codes.append(code)
     router = Router("projection", base.shape[1], k, top_k=top)

@@ -21,6 +21,7 @@ from mowmerge.dynamic.context import Context
 from mowmerge.dynamic.embedding import MixedEmbedding
 from mowmerge.dynamic.format import Code, Gate, Manifest, Router
 from mowmerge.dynamic.layers import install
+from mowmerge.dynamic.names import part_in_memory
 from mowmerge.dynamic.routers import RouterModule
 
 B, D, OUT = 4, 6, 10
@@ -72,7 +73,7 @@ def installed(
     for name, value in plain.named_parameters():
         code, parts, delta = coded(f"0.{name}", value.detach(), codec, "g")
         codes.append(code)
-        held |= {code.part_name(part): v for part, v in parts.items()}
+        held |= {part_in_memory(code.name, part): v for part, v in parts.items()}
         for s in range(K):
             deltas[s][name] = delta[s]
     routers = {"r": router} if router else {}
@@ -256,7 +257,7 @@ def _by_token(
             code = Code(**{**code.__dict__, "gate_rank": 2, "gate_width": width})
             parts["gate"] = torch.randn(code.parts["gate"].shape)
         codes.append(code)
-        held |= {code.part_name(part): v for part, v in parts.items()}
+        held |= {part_in_memory(code.name, part): v for part, v in parts.items()}
         for s in range(K):
             deltas[s][name] = delta[s]
     routers = {"r": Router("projection", width, K, top_k=top)}
