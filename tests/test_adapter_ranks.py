@@ -166,6 +166,7 @@ def test_a_rank_that_is_gone_leaves_the_stage_to_take_up(
 
     def gone(self: Journal, *args: Any) -> None:
         if self._file.name == "journal-1.jsonl" and len(self.done) == 3:
+            several.rooms[-1].leave()
             raise KeyboardInterrupt
         finished(self, *args)
 

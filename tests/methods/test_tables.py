@@ -136,7 +136,7 @@ def test_rows_that_are_not_those_counted_are_an_error(zoo: Zoo, changed: list[in
         def write(self, name: str, start: int, data: memoryview) -> None:
             pass
 
-    with pytest.raises(CheckpointError, match="not those counted before"):
+    with pytest.raises(CheckpointError, match="not as many values to keep as were counted before"):
         Engine(replace(plan, workers=1)).run(Nowhere())
 
 

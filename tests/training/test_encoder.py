@@ -184,7 +184,7 @@ def test_what_is_told_of_it(tmp_path: Path) -> None:
     weighs = sum(t.nbytes for t in load_file(tmp_path / "encoder/model.safetensors").values())
     assert held["bytes"]["encoder"] == planned["bytes"]["encoder"] == weighs
     assert held["encoder"]["reads"] == "pixels"
-    assert json.loads((out / "config.json").read_text())["mowmerge"]["format"] == 3
+    assert json.loads((out / "config.json").read_text())["mowmerge"]["format"] == 5
     lock = (out / "recipe.lock.yaml").read_text()
     assert "encoder: ./encoder" in lock and "\n    encoder:" in lock
     dense = api.extract(out, tmp_path / "dense", expert="a").path

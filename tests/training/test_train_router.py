@@ -359,7 +359,7 @@ def _other_experts(made: Made) -> None:
 
 def _newer(made: Made) -> None:
     config = json.loads((made.out / "config.json").read_text())
-    config["mowmerge"]["format"] = 5
+    config["mowmerge"]["format"] = 6
     (made.out / "config.json").write_text(json.dumps(config))
 
 
@@ -370,7 +370,7 @@ def _plain(made: Made) -> None:
 FAULTS: dict[str, tuple[str, Callable[[Made], None], type[MowmergeError], str]] = {
     "shape": ("linear", _other_shape, CheckpointError, "last.weight' is .4, 16. in it and .3, 16."),
     "experts": ("linear", _other_experts, CheckpointError, "other experts: x, y, z"),
-    "newer": ("linear", _newer, CheckpointError, "has format 5 and this mowmerge reads up to 4"),
+    "newer": ("linear", _newer, CheckpointError, "has format 6 and this mowmerge reads up to 5"),
     "plain": ("linear", _plain, CheckpointError, "no dynamic checkpoint"),
     "no router": ("emr", lambda made: None, CheckpointError, "no router to train: the caller says"),
 }
