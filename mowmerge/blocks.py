@@ -9,9 +9,10 @@ WHOLE = ("low_rank", "sparse", "basis")  # codecs that need the whole tensor at 
 
 def block_length(block: int, job: TensorJob, *, whole: bool) -> int:
     """Elements worked on at a time: the plan's block, whole rows, or for a method that reads the
-    whole tensor at once (`whole`: scope tensor without a reduction) all of them."""
+    whole tensor at once (`whole`: scope tensor without a reduction) all of them. What a method on
+    matrices makes is given in blocks."""
     numel, shape = job.output.numel, job.output.shape
-    if job.method and (job.matrix or (job.scope == "tensor" and whole)):
+    if job.method and job.scope == "tensor" and whole and not job.matrix:
         return max(numel, 1)
     if job.code is not None:
         whole = job.code.codec in WHOLE or _gets_all(job.anchor)
@@ -26,4 +27,4 @@ def block_length(block: int, job: TensorJob, *, whole: bool) -> int:
 
 def _gets_all(job: TensorJob | None) -> bool:
     """Whether the job that makes an anchor needs the whole tensor at once."""
-    return job is not None and (job.matrix or job.scope == "tensor")
+    return job is not None and job.scope == "tensor" and not job.matrix

@@ -17,7 +17,7 @@ from threading import Event, Lock
 from typing import Any, Protocol
 
 from mowmerge import devices
-from mowmerge.buffers import Desk, keep_freed_memory
+from mowmerge.buffers import Desk, keeping_freed
 from mowmerge.checkpoint import naming
 from mowmerge.checkpoint.adapter import AdaptedReader
 from mowmerge.checkpoint.journal import Journal
@@ -110,7 +110,6 @@ class Engine:
         reports = {name: TensorReport(**entry) for name, entry in held.items()}
         mine = share(self.plan, held, self.ranks)
         largest_first = sorted(mine.jobs, key=lambda job: -job.read_bytes)
-        keep_freed_memory()
 
         def write(job: TensorJob) -> TensorReport:
             self.ranks.check()
@@ -128,7 +127,7 @@ class Engine:
             futures = [pool.submit(lambda some: [*map(write, some)], some) for some in together]
             return [told for future in as_completed(futures) for told in future.result()]
 
-        with one_thread_each(), self._pool() as pool:
+        with one_thread_each(), keeping_freed(self.plan), self._pool() as pool:
             self._settle_groups(pool, journal)
             work = {"tensors": len(mine.jobs), "bytes": sum(mine.written(j)[1] for j in mine.jobs)}
             found = list(self.ranks.each(lambda: (written(), work)))
@@ -248,7 +247,7 @@ class Engine:
                 )  # fmt: skip
                 give = self.settled(stack.enter_context(below))
             for start, stop in opened.blocks():
-                anchor = give(start, stop)() if give else None
+                anchor = below.all_of(give, start, stop) if give else None
                 for name, at, data in opened.coded(start, stop, anchor):
                     sink.write(name, at, data)
             figures = (opened.stats.figures() if opened.stats else {}) | opened.told
@@ -382,7 +381,7 @@ class _MergedHandle:
         self._start, self._data = 0, b""
 
     def read(self, start: int, stop: int, out: memoryview) -> None:
-        size, block = self._job.output.itemsize, self._opened.block
+        size, block = self._job.output.itemsize, self._opened.step(self._give)
         at = start * size
         while at < stop * size:
             if not self._start <= at < self._start + len(self._data):

@@ -16,9 +16,20 @@ from mowmerge.methods.ops.blocks import (
     restoring,
     shares,
     spread,
+    stacked,
     weighted_sum,
 )
-from mowmerge.methods.ops.folds import Listed, Most, Sum, gram, inner_products, majority, settle
+from mowmerge.methods.ops.folds import (
+    Listed,
+    Most,
+    Sum,
+    gram,
+    inner_products,
+    majority,
+    mapped,
+    settle,
+    square_norm,
+)
 from mowmerge.methods.ops.selection import kth_largest, trim_thresholds
 
 __all__ = [
@@ -37,10 +48,13 @@ __all__ = [
     "kth_largest",
     "l1_norms",
     "majority",
+    "mapped",
     "restoring",
     "settle",
     "shares",
     "spread",
+    "square_norm",
+    "stacked",
     "trim_thresholds",
     "weighted_sum",
 ]
