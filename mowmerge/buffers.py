@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from mowmerge import staging
 from mowmerge.errors import ResourceError
+from mowmerge.plan import Plan
 from mowmerge.tensors import DTYPES, Tensor, torch
+
+MOST = 31 << 20  # bytes
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 @dataclass(frozen=True)
@@ -34,11 +42,19 @@ class Desk:
         self.way = staging.of(Pools(make.device), sizes, make.device)
 
 
-class Pools:
-    """Buffers by name; the first to ask for one decides how large it is.
+def seat(left: list[Desk], make: Make) -> Desk:
+    """A desk that another job left, or a new one in its place where that is of another make."""
+    with suppress(IndexError):  # another worker may take the last one
+        desk = left.pop()
+        if desk.make == make:
+            desk.way.begin()
+            return desk
+        del desk
+    return Desk(make)
 
-    Raises ResourceError where the processor's memory is too little.
-    """
+
+class Pools:
+    """Buffers by name; the first to ask for one decides how large it is."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -49,23 +65,51 @@ class Pools:
     ) -> Tensor:
         """The first `length` elements of a buffer, on the device unless another is named."""
         if name not in self._held:
-            where = device or self.device
-            try:
-                self._held[name] = torch.empty(length, dtype=dtype, device=where, pin_memory=pinned)
-            except (MemoryError, RuntimeError) as error:
-                if isinstance(error, torch.OutOfMemoryError):  # of a device: see `room`
-                    raise
-                raise ResourceError(
-                    f"not enough memory for {length:,} elements at once: {error}",
-                    hint="lower --max-memory or --workers",
-                ) from error
+            self._held[name] = allocate(length, dtype, device or self.device, pinned)
         return self._held[name][:length]
 
 
-def keep_freed_memory() -> None:
-    """Lets the allocator reuse what blocks free instead of giving it back to the system.
+def allocate(length: int, dtype: Any, device: str, pinned: bool = False) -> Tensor:
+    """New memory for so many elements.
 
-    glibc raises its thresholds for that to the size of the largest mapped piece it sees freed, up
-    to 32 MiB; without this every temporary of every block costs page faults again.
+    Raises:
+        ResourceError: the processor has too little.
     """
-    torch.empty(31 << 20, dtype=torch.uint8)
+    try:
+        return torch.empty(length, dtype=dtype, device=device, pin_memory=pinned)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):  # of a device: see `room`
+            raise
+        raise ResourceError(
+            f"not enough memory for {length:,} elements at once: {error}",
+            hint="lower --max-memory or --workers",
+        ) from error
+
+
+@contextmanager
+def keeping_freed(plan: Plan) -> Iterator[None]:
+    """Lets the allocator reuse what is freed, in pieces of up to 31 MiB: without that every
+    temporary of every block costs page faults again. While a plan has matrices, only in pieces as
+    blocks need them: matrices are of many sizes, and would leave holes between each other.
+
+    For glibc; another allocator is left as it is.
+    """
+    block = 2 * 4 * plan.block
+    _keep(min(block, MOST) if _on_matrices(plan) else MOST)
+    try:
+        yield
+    finally:
+        _keep(MOST)
+
+
+def _keep(piece: int) -> None:
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if mallopt := getattr(libc, "mallopt", None):
+        mallopt(M_TRIM_THRESHOLD, 2 * MOST)
+        mallopt(M_MMAP_THRESHOLD, piece)
+
+
+def _on_matrices(plan: Plan) -> bool:
+    """Whether it has jobs on matrices, or another plan does that is merged as it is read."""
+    nested = (source for source in plan.sources.values() if isinstance(source, Plan))
+    return any(job.matrix for job in plan.each) or any(map(_on_matrices, nested))

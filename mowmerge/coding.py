@@ -5,12 +5,35 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 from mowmerge.dynamic.format import Code
 from mowmerge.errors import CheckpointError
+from mowmerge.methods.registry import MethodSpec
+from mowmerge.plan import TensorJob
 from mowmerge.tensors import DTYPES, Tensor, torch
 
 Piece = tuple[str, int, memoryview]  # a tensor's name, the byte there from which on it lies, bytes
+
+
+def made(
+    job: TensorJob,
+    spec: MethodSpec,
+    base: Tensor | None,
+    values: Tensor,
+    anchor: Tensor | None,
+    also: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """What a dynamic method makes of a block of whole rows: its code's parts, and the anchor, which
+    is the one given where there is one."""
+    shape = (-1, *job.output.shape[1:]) if len(job.output.shape) > 1 else (-1,)
+    given: dict[str, Any] = {**job.parameters, **also, "code": job.code}
+    for word, value in (("base", base), ("anchor", anchor)):
+        if value is not None:
+            given[word] = value.view(shape)
+    taken = {k: v for k, v in given.items() if k in spec.inputs or k in spec.parameters}
+    parts: dict[str, Tensor] = spec.function(values.view(len(values), *shape), **taken)
+    return parts if anchor is None else {**parts, "anchor": given["anchor"]}
 
 
 class Parts:

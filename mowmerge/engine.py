@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from mowmerge import devices
 from mowmerge.anchor import Anchor, Give
-from mowmerge.buffers import Desk, keep_freed_memory
+from mowmerge.buffers import Desk, keeping_freed
 from mowmerge.checkpoint.adapter import AdaptedReader
 from mowmerge.checkpoint.journal import Journal
 from mowmerge.checkpoint.placed import PlacedReader
@@ -110,7 +110,6 @@ class Engine:
         reports = {name: TensorReport(**entry) for name, entry in held.items()}
         mine = share(self.plan, held, self.ranks)
         largest_first = sorted(mine.jobs, key=lambda job: -job.read_bytes)
-        keep_freed_memory()
 
         def write(job: TensorJob) -> TensorReport:
             self.ranks.check()
@@ -128,7 +127,7 @@ class Engine:
             futures = [pool.submit(lambda some: [*map(write, some)], some) for some in together]
             return [told for future in as_completed(futures) for told in future.result()]
 
-        with one_thread_each(), self._pool() as pool:
+        with one_thread_each(), keeping_freed(self.plan), self._pool() as pool:
             self._settle_groups(pool, journal)
             work = {"tensors": len(mine.jobs), "bytes": sum(mine.written(j)[1] for j in mine.jobs)}
             found = list(self.ranks.each(lambda: (written(), work)))
@@ -374,7 +373,7 @@ class _MergedHandle:
         self._start, self._data = 0, b""
 
     def read(self, start: int, stop: int, out: memoryview) -> None:
-        size, block = self._job.output.itemsize, self._opened.block
+        size, block = self._job.output.itemsize, self._opened.step(self._give)
         at = start * size
         while at < stop * size:
             if not self._start <= at < self._start + len(self._data):

@@ -18,7 +18,7 @@ from mowmerge.tensors import DTYPES
 RUNTIME = 264 << 20  # bytes that Python, torch and the plan itself take
 HISTOGRAM = 5 << 20  # bytes a model while an order statistic is counted: a fold, and its empty one
 LONGER = 16  # times longer blocks on a device, where each call costs
-FOLDS = {"element": 0, "row": 1, "tensor": 1, "model": 3}  # a worker has at once; or wait for it
+FOLDS = {"element": 0, "row": 1, "tensor": 1, "model": 2}  # a worker has at once; or all
 CODING = {"low_rank": (4, 4), "basis": (4, 4), "sparse": (7, 3), "mask": (3, 2)}
 
 
@@ -84,7 +84,7 @@ def _narrowed(
 
 def _sample_bytes(jobs: Sequence[TensorJob]) -> int:
     """Bytes for a sample of a whole model's values, which a statistic over it begins with: all
-    models', and one model's three times more while it is searched. A task reads 1,024 at least."""
+    models', and one model's three times more while it is searched."""
     groups: dict[int, list[TensorJob]] = {}
     for job in chain.from_iterable(job.each for job in jobs):
         if job.group is not None:
@@ -92,7 +92,7 @@ def _sample_bytes(jobs: Sequence[TensorJob]) -> int:
     found = 0
     for held in groups.values():
         total = sum(job.output.numel for job in held)
-        taken = max(65_536, min(total // 1024, (4 << 20) + total // 16_384))
+        taken = max(65_536, min(total // 1024, 1 << 20))
         found = max(found, 4 * taken * (len(held[0].models) + 3))
     return found
 
@@ -168,11 +168,18 @@ def _held(job: TensorJob, block: int) -> _Held:
 
 
 def _workspace(job: TensorJob) -> int:
-    """Elements that a method holds for a whole tensor, beside its inputs."""
-    spec = registry.get(job.method) if job.method else None
-    if spec is None or spec.workspace is None or (spec.decompositions and not job.matrix):
+    """Elements that are held for a matrix, the base among them, or by a method on a whole tensor
+    beside its inputs."""
+    spec, n = registry.get(job.method) if job.method else None, len(job.models)
+    if spec is None or job.code is not None:
         return 0
-    return spec.workspace(job.output.shape, len(job.models), job.parameters)
+    if job.matrix:
+        base, shape = job.output.numel * (job.base is not None), job.output.shape
+        held = spec.workspace(shape, n, job.parameters) if spec.workspace else 0
+        return base + (held or (n + 2) * job.output.numel)
+    if spec.workspace is None or spec.decompositions:
+        return 0
+    return spec.workspace(job.output.shape, n, job.parameters)
 
 
 def _coding_bytes(job: TensorJob, length: int, wide: int, block: int) -> int:

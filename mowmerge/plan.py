@@ -139,8 +139,8 @@ class Packing:
 class TensorJob:
     """One output tensor: what is read, by which method, with which parameters, at which scope.
 
-    A job without a method copies its only input. A method on matrices gets a `matrix` whole, and of
-    every other tensor its elements. `group` joins the jobs whose method takes a
+    A job without a method copies its only input. A method on matrices gets a `matrix` whole, model
+    by model, and of every other tensor its elements. `group` joins the jobs whose method takes a
     statistic over the whole model. With a `code` the method is dynamic: it also gives the code's
     parts, and where it asks for an anchor, `anchor` is the static job that makes it.
     """

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from threading import Lock
+from typing import Any, NamedTuple, TypeVar
 
 from mowmerge.checkpoint import naming
 from mowmerge.methods import registry
@@ -19,6 +20,25 @@ T = TypeVar("T")
 SPAN = 256 * RUN  # elements in one task
 
 
+class Task(NamedTuple):
+    """Elements start..stop of a job's tensor, and how many of other tasks come before."""
+
+    job: TensorJob
+    start: int
+    stop: int
+    before: int
+
+    @property
+    def length(self) -> int:
+        """How many elements."""
+        return self.stop - self.start
+
+    @property
+    def after(self) -> int:
+        """How many there are with it."""
+        return self.before + self.length
+
+
 def reduced(
     plan: Plan,
     jobs: Sequence[TensorJob],
@@ -28,9 +48,9 @@ def reduced(
 ) -> Any:
     """What the reduction of the jobs' method returns, in tasks that are merged in plan order.
 
-    Ranks read a run of the tasks each. Where merging is exact a rank's folds are merged before they
-    are exchanged, else all of them are exchanged and merged one by one. Without a pool tasks run
-    here.
+    Ranks read a run of the tasks each. Where merging is exact each worker merges what it has with
+    the others', and a rank's folds are one when they are exchanged; else all of them are exchanged
+    and merged one by one, in order. Without a pool tasks run here.
     """
     reduce = registry.get(str(jobs[0].method)).reduce
     assert reduce is not None
@@ -38,42 +58,58 @@ def reduced(
     def span(job: TensorJob) -> int:
         return max(1, job.output.numel) if job.matrix else SPAN
 
-    tasks = [(job, start) for job in jobs for start in range(0, job.output.numel, span(job))]
-    lengths = [min(span(job), job.output.numel - start) for job, start in tasks]
-    mine = run_of(tasks, lengths, ranks)
-    bunches = bunched(mine, lambda t: min(span(t[0]), t[0].output.numel - t[1]), SPAN)
+    tasks: list[Task] = []
+    for job in jobs:
+        for start in range(0, job.output.numel, span(job)):
+            stop = min(start + span(job), job.output.numel)
+            tasks.append(Task(job, start, stop, tasks[-1].after if tasks else 0))
+    mine = run_of(tasks, [task.length for task in tasks], ranks)
+    length = sum(task.length for task in mine)
 
-    def part(fold: Fold, some: Sequence[tuple[TensorJob, int]], narrowed: Plan) -> list[Fold]:
+    def part(fold: Fold, some: Sequence[Task], narrowed: Plan) -> list[Fold]:
         found: list[Fold] = []
-        for job, start in some:
+        for task in some:
             ranks.check()
             if not found or not fold.exact:
                 found.append(fold.fresh())
-            with opening(job, narrowed) as opened:
-                opened.observe(found[-1], start, min(start + span(job), job.output.numel))
+            with opening(task.job, narrowed) as opened:
+                opened.observe(found[-1], task.start, task.stop, task.before)
         return found
 
-    def fitted(fold: Fold, some: Sequence[tuple[TensorJob, int]]) -> list[Fold]:
+    def fitted(fold: Fold, some: Sequence[Task]) -> list[Fold]:
         return fitting(plan, lambda narrowed: part(fold, some, narrowed))[0]
+
+    def bunches(most: int) -> list[list[Task]]:
+        return bunched(mine, lambda task: task.length, most)
 
     def parts(fold: Fold) -> Iterator[Fold]:
         pending: list[Future[list[Fold]]] = []
-        for some in bunches:
+        for some in bunches(SPAN):
             pending.append(_submit(pool, fitted, fold, some))
             if len(pending) > 2 * plan.workers:
                 yield from pending.pop(0).result()
         for future in pending:
             yield from future.result()
 
-    def gathered(fold: Fold) -> list[Mapping[str, Any]]:
-        if fold.exact:
-            return [seen(_merged(fold, parts(fold)))]
-        return [seen(one) for one in parts(fold)]
+    def together(fold: Fold) -> Fold:
+        total, lock = fold.fresh(), Lock()
+
+        def work(some: Sequence[Task]) -> None:
+            (found,) = fitted(fold, some)
+            with lock:
+                total.merge(found)
+
+        few = bunches(max(SPAN, length // (4 * plan.workers)))  # each has memory of its own
+        for future in [_submit(pool, work, some) for some in few]:
+            future.result()
+        return total
 
     def fill(fold: Fold) -> Fold:
         if ranks.count == 1:
-            return _merged(fold, parts(fold))
-        told = ranks.each(lambda: gathered(fold))
+            return together(fold) if fold.exact else _merged(fold, parts(fold))
+        told = ranks.each(
+            lambda: [seen(one) for one in ([together(fold)] if fold.exact else parts(fold))]
+        )
         return _merged(fold, (with_seen(fold, one) for each in told for one in each))
 
     return driven(reduce([extent(job) for job in jobs]), fill)

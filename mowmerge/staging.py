@@ -54,7 +54,7 @@ class _Cut:
 
     Inputs of one dtype lie in one tensor, so that one call widens them all; those that need no
     widening are read into the values themselves. Few calls a block matter: between two of them
-    workers wait for each other.
+    workers wait for each other. What is longer than a piece is read a piece at a time.
     """
 
     def __init__(self, memory: Memory, sizes: Sizes, length: int) -> None:
@@ -62,13 +62,14 @@ class _Cut:
         self.values = memory("values", n * length, sizes.values).view(n, length)
         self._copies: list[tuple[Tensor, Tensor]] = []
         self.in_place = set(kinds) == {sizes.values} and self.values.device.type == "cpu"
+        self.piece = length if self.in_place else min(length, sizes.piece)
         if len(set(kinds)) > 1:
-            self.raw = [memory(f"raw {i}", length, kind, "cpu") for i, kind in enumerate(kinds)]
+            self.raw = [memory(f"raw {i}", self.piece, k, "cpu") for i, k in enumerate(kinds)]
             self._copies = list(zip(self.values, self.raw, strict=True))
         elif self.in_place:
             self.raw = list(self.values)
         else:
-            together = memory("raw", n * length, kinds[0], "cpu").view(n, length)
+            together = memory("raw", n * self.piece, kinds[0], "cpu").view(n, self.piece)
             self.raw, self._copies = list(together), [(self.values, together)]
         self.bytes = [data(row) for row in self.raw]
         self.out = memory("out", length, sizes.output, "cpu")
@@ -104,14 +105,29 @@ class Direct:
     def fill(self, start: int, stop: int, read: Read) -> Tensor:
         """The values of a block of every input, [N,B], till the next is filled; the caller's to
         change."""
-        cut = self._read(start, stop, read)
-        cut.widen()
-        if cut.in_place:
-            self._there = None
+        cut = self._cut(stop - start)
+        if stop - start == cut.piece:
+            self._read(start, stop, read).widen()
+            self._there = None if cut.in_place else self._there
+            return cut.values
+        for first in range(start, stop, cut.piece):
+            last = min(first + cut.piece, stop)
+            part = self._read(first, last, read)
+            for value, raw in zip(cut.values, part.raw, strict=True):
+                value[first - start : last - start].copy_(raw)
         return cut.values
 
+    def whole(self, i: int, out: Tensor, read: Read) -> None:
+        """Fills `out` [B], in the values' dtype, with all of an input."""
+        self._there = None
+        for first in range(0, len(out), self._sizes.piece):
+            last = min(first + self._sizes.piece, len(out))
+            cut = self._cut(last - first)
+            read(i, first, last, cut.bytes[i])
+            out[first:last].copy_(cut.raw[i])
+
     def raw(self, start: int, stop: int, read: Read) -> list[Tensor]:
-        """A block of every input on the host, in its own dtype."""
+        """A piece of every input on the host, in its own dtype."""
         return self._read(start, stop, read).raw
 
     def _read(self, start: int, stop: int, read: Read) -> _Cut:
@@ -182,24 +198,34 @@ class Staged:
 
     def fill(self, start: int, stop: int, read: Read) -> Tensor:
         """The values of a block of every input, [N,B], till the next is filled."""
-        lane, n, length = self._lane, len(self._sizes.inputs), stop - start
+        n, length = len(self._sizes.inputs), stop - start
         values = self._values[: n * length].view(n, length)
-        for first in range(start, stop, self._sizes.piece):
-            last = min(first + self._sizes.piece, stop)
+        self._bring(range(n), start, values, read)
+        return values
+
+    def whole(self, i: int, out: Tensor, read: Read) -> None:
+        """Fills `out` [B], in the values' dtype, with all of an input."""
+        self._bring([i], 0, out.view(1, -1), read)
+
+    def _bring(self, inputs: Sequence[int], start: int, values: Tensor, read: Read) -> None:
+        """Fills the values [n,B] with those inputs' from element `start` on."""
+        lane, length = self._lane, values.shape[1]
+        for first in range(0, length, self._sizes.piece):
+            last = min(first + self._sizes.piece, length)
             half = next(self._in)
             lane.reach(half.sent)  # what was read into it before is on the device
-            for i, row in enumerate(half.bytes):
-                read(i, first, last, row[: (last - first) * half.here[i].itemsize])
+            for i in inputs:
+                row = half.bytes[i][: (last - first) * half.here[i].itemsize]
+                read(i, start + first, start + last, row)
             here, there = (
-                [row[: last - first] for row in rows] for rows in (half.here, half.there)
+                [rows[i][: last - first] for i in inputs] for rows in (half.here, half.there)
             )
             lane.after("up", half.widened)  # what was sent before is no longer needed there
             lane.copy("up", zip(there, here, strict=True))
             half.sent = lane.mark("up")
             lane.after("work", half.sent)
-            lane.copy("work", zip(values[:, first - start : last - start], there, strict=True))
+            lane.copy("work", zip(values[:, first:last], there, strict=True))
             half.widened = lane.mark("work")
-        return values
 
     def raw(self, start: int, stop: int, read: Read) -> list[Tensor]:
         """A piece of every input on the host, in its own dtype."""

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from functools import cached_property
 from threading import Event
 from typing import Any
 
-from mowmerge import staging
+from mowmerge import coding, staging
 from mowmerge.anchor import Anchor, Give
 from mowmerge.blocks import block_length
-from mowmerge.buffers import Desk, Make
+from mowmerge.buffers import Desk, Make, seat
 from mowmerge.checkpoint import naming
-from mowmerge.checkpoint.adapter import AdaptedReader
-from mowmerge.coding import Parts
 from mowmerge.errors import CheckpointError
+from mowmerge.matrices import Matrix, Read, not_finite
 from mowmerge.methods import registry
 from mowmerge.methods.contracts import Block, Draws, Fold, Once, anew
-from mowmerge.plan import Adapted, Plan, TensorJob
+from mowmerge.plan import Plan, TensorJob
 from mowmerge.report import DeltaStats
 from mowmerge.scratch import Scratch
 from mowmerge.tensors import Tensor, TensorHandle, TensorReader, torch
@@ -50,14 +48,13 @@ class OpenJob:
         self.below: Anchor | None = None  # of a dynamic method that asks for one
         self.block = block_length(plan.block, job, whole=self.spec.reduce is None)
         by_row = job.scope == "row"
-        self._step = (
-            self.block if by_row or job.matrix else max(1, min(plan.block, job.output.numel))
-        )
+        self._step = self.block if by_row else max(1, min(plan.block, job.output.numel))
         whole = job.scope == "tensor" and self.spec.reduce is None
+        self._by_matrix = job.matrix and job.code is None
         self._shaped = by_row or whole or job.matrix
         self._stretch = min(self.block, plan.block)  # what is compared or copied at a time
         self._deltas = job.base is not None and self.spec.values == "deltas"
-        self._parts: Parts | None = None
+        self._parts: coding.Parts | None = None
         self.told: dict[str, Any] = {}  # what a method says of its code
         self._values: tuple[tuple[int, int], Tensor] | None = None  # of the block that lies there
         self._handles: list[TensorHandle] = []
@@ -83,18 +80,10 @@ class OpenJob:
             self._handles.pop().close()
 
     def _seat(self) -> Desk:
-        """A desk that the last job left, or a new one in its place where it is of another make."""
         job, block = self.job, max(self.block, self._step)
         kinds = tuple(given.spec.dtype for given in job.inputs)
-        piece = min(block, self.plan.block)
-        make = Make(kinds, job.output.dtype, self.plan.device, block, piece)
-        with suppress(IndexError):  # another worker may take the last one
-            left = self._desks.pop()
-            if left.make == make:
-                left.way.begin()
-                return left
-            del left
-        return Desk(make)
+        make = (kinds, job.output.dtype, self.plan.device, block, min(block, self.plan.block))
+        return seat(self._desks, Make(*make))
 
     @cached_property
     def stats(self) -> DeltaStats | None:
@@ -102,6 +91,10 @@ class OpenJob:
         job = self.job
         watched = self.plan.stats and job.base is not None and job.output.kind == "float"
         return DeltaStats(len(job.models)) if watched else None
+
+    def step(self, give: Callable[[int, int], Give]) -> int:
+        """The most elements that `copied` or `merged` gives at a time."""
+        return self._stretch if give == self.copied else self.block
 
     def blocks(self, length: int | None = None) -> Iterator[tuple[int, int]]:
         """(start, stop) of each block in order, asking ahead for the next; ends a stopped run."""
@@ -119,7 +112,7 @@ class OpenJob:
         """The first element and the bytes of each block, of `copied` or `merged`, in order: one is
         given when the next, where the device does that beside, is on its way."""
         before: tuple[int, Give] | None = None
-        for start, stop in self.blocks(self._stretch if give == self.copied else None):
+        for start, stop in self.blocks(self.step(give)):
             ready = give(start, stop)
             if not self._desk.way.behind:
                 yield start, ready()
@@ -178,6 +171,8 @@ class OpenJob:
     def merged(self, start: int, stop: int) -> Give:
         """A block of the merged tensor in the output's dtype: what gives its bytes, until the next
         but one is asked for."""
+        if self._by_matrix:
+            return self._of_matrix(start, stop)
         later = self._desk.way.behind and not self._shaped  # decompositions want numbers
         unseen = not self.spec.holds("propagates", self.job.parameters)
         base, values = self._working(start, stop, check=unseen and not later)
@@ -185,11 +180,29 @@ class OpenJob:
         if unseen and later:
             inputs = values.sum() if base is None else values.sum() + base.sum()
         result = self._applied(base, values, start)
+        self._watch(base, values, result)
+        merged = result.add_(base) if self._deltas and base is not None else result
+        return self._cast(merged, start, stop, inputs)
+
+    def _of_matrix(self, start: int, stop: int) -> Give:
+        """The same of a matrix, which its method makes at the first."""
+        result = self._made[start:stop].clone()
+        if self.stats:
+            self._watch(*self._working(start, stop, check=False), result)
+        if self._deltas and self._matrix.base is not None:
+            result += self._matrix.base[start:stop]
+        return self._cast(result, start, stop)
+
+    @cached_property
+    def _made(self) -> Tensor:
+        self._values = None  # memory that is read into as well
+        return self._applied(self._matrix.base, self._matrix.each, 0)
+
+    def _watch(self, base: Tensor | None, values: Tensor, result: Tensor) -> None:
+        """Takes down what is to be told of a block; its values may be overwritten."""
         if self.stats and base is not None:
             moved = result if self._deltas else result - base
             self.stats.update(self._apart(base, values), moved)
-        merged = result.add_(base) if self._deltas and base is not None else result
-        return self._cast(merged, start, stop, inputs)
 
     def parts(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """The base [B], and what each model adds to it at a coefficient of 1 [N,B]: a fit's terms.
@@ -204,8 +217,15 @@ class OpenJob:
             rows.append(self._applied(base, values, start, **{str(self.spec.fit): alone}))
         return base.clone(), torch.stack(rows)
 
-    def _applied(self, base: Tensor | None, values: Tensor, start: int, **changed: Any) -> Tensor:
-        """What the method makes of a block: a weight, or a delta [B]."""
+    def _applied(
+        self, base: Tensor | None, values: Tensor | Read, start: int, **changed: Any
+    ) -> Tensor:
+        """What the method makes of a block, or of a matrix: a weight, or a delta [B]."""
+        found = self._found(base, values, start, **changed)
+        result: Tensor = found[0] @ found[1] if isinstance(found, tuple) else found
+        return result.reshape(-1)
+
+    def _found(self, base: Tensor | None, values: Tensor | Read, start: int, **changed: Any) -> Any:
         job, spec = self.job, self.spec
         shape = (-1, *job.output.shape[1:]) if self._shaped and job.output.shape[1:] else (-1,)
         given: dict[str, Any] = {**job.parameters, **changed}
@@ -223,42 +243,27 @@ class OpenJob:
             given["factors"] = self.factors
         if "once" in spec.inputs:
             given["once"] = self._once
-        found = spec.function(values.view(len(values), *shape), **given)
-        result: Tensor = found[0] @ found[1] if isinstance(found, tuple) else found
-        return result.reshape(-1)
+        shaped = values if isinstance(values, Read) else values.view(len(values), *shape)
+        return spec.function(shaped, **given)
 
     def product(self) -> tuple[Tensor, Tensor] | None:
         """The merged delta of a matrix as B [m,r], A [r,k], where all of the models' are such
         products and the method keeps it one; the matrix is not read."""
         if "factors" not in self.spec.inputs or self.factors is None:
             return None
-        given = {"state": self.state, "rng": self._draws(0), "once": self._once}
-        given = {word: value for word, value in given.items() if word in self.spec.inputs}
-        shape = (len(self.job.models), *self.job.output.shape)
-        nothing = torch.zeros((), dtype=self._desk.dtype, device=self.plan.device).expand(shape)
-        found = self.spec.function(nothing, **self.job.parameters, **given, factors=self.factors)
+        found = self._found(None, self._matrix.each, 0)
         return found if isinstance(found, tuple) else None
 
-    @cached_property
+    @property
     def factors(self) -> list[tuple[Tensor, Tensor]] | None:
         """B [m,r], A [r,k] of what each model adds to a matrix, where all are adapters on the base
         of low rank; else None."""
-        job, sources = self.job, self.plan.sources
-        if not job.matrix or job.base is None:
-            return None
-        found: list[tuple[Tensor, Tensor]] = []
-        for given in job.models:
-            if given.spec.name != job.base.spec.name:  # of another layer than the base's
-                return None
-            reader, origin = self._readers[given.model], sources[given.model]
-            if not isinstance(reader, AdaptedReader) or not isinstance(origin, Adapted):
-                return None
-            pair = reader.factors(given.spec.name) if origin.model == sources["base"] else None
-            if pair is None:
-                return None
-            left, right = (part.to(self.plan.device, self._desk.dtype) for part in pair)
-            found.append((left, right))
-        return found
+        return self._matrix.factors
+
+    @cached_property
+    def _matrix(self) -> Matrix:
+        """The job's matrix, if it is on one."""
+        return Matrix(self.plan, self.job, self._readers, self._desk, self._handles)
 
     def coded(self, start: int, stop: int) -> Iterator[tuple[str, int, memoryview]]:
         """The anchor's bytes and those of its code's parts, for a block of whole rows: each with
@@ -269,21 +274,15 @@ class OpenJob:
         if anchor is not None:
             yield job.output.name, start * job.output.itemsize, anchor
         base, values = self._working(start, stop, check=True)
-        shape = (-1, *job.output.shape[1:]) if len(job.output.shape) > 1 else (-1,)
-        given: dict[str, Any] = {**job.parameters, "code": code, "state": self.state}
-        given["start"] = start
-        if base is not None:
-            given["base"] = base.view(shape)
-        if self.below and anchor is not None:
-            given["anchor"] = self.below.of(anchor, values).view(shape)
+        below = self.below.of(anchor, values) if self.below and anchor is not None else None
+        given: dict[str, Any] = {"state": self.state, "start": start}
         if "factors" in spec.inputs:
             given["factors"] = self.factors
-        taken = {k: v for k, v in given.items() if k in spec.inputs or k in spec.parameters}
-        parts = spec.function(values.view(len(values), *shape), **taken)
+        parts = coding.made(job, spec, base, values, below, given)
         if "lost" in parts:
             self.told["lost"] = parts["lost"].tolist()
             self.told["svd"] = "randomised" if parts["drawn"] else "exact"
-        made = given["anchor"] if anchor is not None else parts.pop("anchor")
+        made = parts.pop("anchor")
         if anchor is None:
             yield (
                 job.output.name,
@@ -296,22 +295,26 @@ class OpenJob:
                 some = slice(at, at + self.plan.block)
                 deltas = values[:, some] if self._deltas else values[:, some] - base[some]
                 self.stats.update(deltas, made[some] - base[some])
-        self._parts = self._parts or Parts(code)
+        self._parts = self._parts or coding.Parts(code)
         yield from self._parts.pieces(parts, start, stop)
 
-    def observe(self, fold: Fold, start: int, stop: int) -> Fold:
-        """Feeds elements start..stop, or a sample of them, to a fold."""
+    def observe(self, fold: Fold, start: int, stop: int, before: int = 0) -> Fold:
+        """Feeds elements start..stop, or a sample of them, to a fold; `before` is how many of other
+        tensors came before them, so that a sample is as large as asked for of all together."""
+        if self._by_matrix:
+            fold.observe(self._matrix.block(self._draws(0), self._once))
+            return fold
         step = wide = self._step
         shape: tuple[int, ...] = (-1,)
-        if self.job.matrix:
-            shape = self.job.output.shape
-        elif self.job.scope == "row":  # a vector is one
+        if self.job.scope == "row":  # a vector is one
             shape = (-1, *(self.job.output.shape[1:] or self.job.output.shape or (1,)))
         row = math.prod(shape[1:])
-        if fold.share < 1 and not self.job.matrix:
+        if fold.share < 1:
             wide = max(row, SAMPLE_RUN // row * row)
-            pieces = max(1, round((stop - start) * fold.share / wide))
-            step = max(row, (stop - start) // pieces // row * row)
+            due = [math.ceil(at * fold.share / wide) for at in (before, before + stop - start)]
+            if due[0] == due[1]:
+                return fold
+            step = max(row, (stop - start) // (due[1] - due[0]) // row * row)
         for first in range(start, stop, step):
             if self._stopped.is_set():
                 raise KeyboardInterrupt
@@ -323,10 +326,7 @@ class OpenJob:
                     self._draws(first),
                     self.job.output.numel,
                     base.view(shape) if base is not None and "base" in self.spec.inputs else None,
-                    self.job.matrix,
-                    self.factors if "factors" in self.spec.inputs else None,
-                    self._once,
-                    self.below.beside(values, first).view(shape) if self.below else None,
+                    anchor=self.below.beside(values, first).view(shape) if self.below else None,
                 )
             )
         return fold
@@ -360,11 +360,7 @@ class OpenJob:
                 bad[i] += row.numel() - int(torch.isfinite(row).sum())
         for given, found in zip(self.job.inputs, bad, strict=True):
             if found:
-                raise CheckpointError(
-                    f"tensor '{given.spec.name}' holds NaN or Inf ({found} in one block)",
-                    where=f"model '{given.model}'",
-                    hint="the file is damaged or the training diverged: leave this model out",
-                )
+                raise not_finite(given, found)
 
     def _read(self, start: int, stop: int) -> list[Tensor]:
         """A block of every input on the host, in its own dtype; the values may be overwritten."""

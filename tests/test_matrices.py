@@ -8,12 +8,15 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+from weakref import finalize
 
 import pytest
 import torch
+from torch import Tensor
 from zoo import Shapes, Zoo, raw
 
 from mowmerge import algebra, api, planner, reduction
+from mowmerge.matrices import Read
 from mowmerge.methods import registry
 from mowmerge.methods.ops import spectral
 from mowmerge.methods.static.tsv_m import tsv_m
@@ -131,6 +134,65 @@ def test_bytes_depend_on_nothing_but_plan_and_inputs(
         content = {"method": method, "output": {"shard_size": shard_size}}
         found, _ = zoo.merge(content, f"w{workers}", workers=workers, stats=workers > 2)
         assert raw(found) == wanted
+
+
+class Counted:
+    """Reads matrices, and counts those that somebody holds."""
+
+    def __init__(self, n: int, shape: tuple[int, int]) -> None:
+        self.held = self.most = self.reads = 0
+        draws = torch.Generator().manual_seed(0)
+        self._values = torch.randn(n, *shape, generator=draws)
+        self.matrices = Read((n, *shape), torch.float32, self.read)
+
+    def read(self, i: int) -> Tensor:
+        self.held, self.reads = self.held + 1, self.reads + 1
+        self.most = max(self.most, self.held)
+        found = self._values[i].clone()
+        finalize(found, self.left)
+        return found
+
+    def left(self) -> None:
+        self.held -= 1
+
+
+HOLDS = {"iso_c": 2, "doge": 6}  # the first two for their sum, all for every step; else one more
+ALSO: dict[str, dict[str, Any]] = {
+    "knots vertical": {"direction": "vertical", "density": 0.4, "trim": "tensor"},
+    "drm vertical": {"direction": "vertical"},
+    "wudi closed": {"solver": "closed"},
+    "wudi leading": {"interference": "leading", "steps": 2},
+    "doge": {"steps": 2},
+    "wudi": {"steps": 2},
+}
+
+
+@pytest.mark.parametrize("case", sorted({*METHODS, *ALSO}))
+@pytest.mark.parametrize("shape", [(12, 9), (9, 12), (80, 5)])
+def test_a_method_holds_few_matrices_and_makes_of_them_what_it_makes_of_a_stack(
+    case: str, shape: tuple[int, int]
+) -> None:
+    spec, given = registry.get(case.partition(" ")[0]), ALSO.get(case, {})
+    counted = Counted(6, shape)
+    found = spec.function(counted.matrices, **given)
+    assert counted.most <= HOLDS.get(spec.name, 2)
+    assert counted.reads <= 3 * 6 + 1
+    wanted = spec.function(torch.stack(list(counted.matrices)), **given)
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_matrices_are_read_when_they_are_asked_for() -> None:
+    counted = Counted(3, (4, 5))
+    each = counted.matrices
+    assert (len(each), each.shape, each.dim(), each.numel()) == (3, (3, 4, 5), 3, 60)
+    assert each.mT.shape == (3, 5, 4) and each.double().dtype == torch.float64
+    assert counted.reads == 0
+    first = each[0]
+    assert torch.equal(each.mT[0], first.T) and torch.equal(each.double()[0], first.double())
+    assert torch.equal(each[-1], each[2]) and not torch.equal(each[-1], first)
+    assert [torch.equal(one, first) for one in each] == [True, False, False]
+    with pytest.raises(IndexError):
+        each[3]
 
 
 def test_bytes_of_a_nested_recipe(zoo: Zoo) -> None:

@@ -16,6 +16,9 @@ A method is a plain function. It asks for what it needs by reserved parameter na
 in means a delta out that is such a product too, its B and A, where they are given. A dynamic
 method gives the parts of its code by name, and the "anchor" where it did not ask for one; of deltas
 that it cuts to a rank also what `ops.spectral.truncated` tells, which goes into the report.
+
+A method on matrices gets the models or deltas of a matrix as `Matrices`: it holds at once what it
+keeps of them, and no more is read.
 """
 
 from __future__ import annotations
@@ -143,13 +146,52 @@ class Dynamic:
     by_rows: Callable[[Code], bool] = lambda code: False
 
 
+class Matrices(Protocol):
+    """N matrices [m,k], of which each is read when it is asked for, into memory of its own: a loop
+    over them holds one. A Tensor [N,m,k] is such too; elements [N,B] are a Tensor."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """(N, m, k)."""
+        ...
+
+    def dim(self) -> int:
+        """3."""
+        ...
+
+    def numel(self) -> int:
+        """N m k."""
+        ...
+
+    @property
+    def dtype(self) -> Any:
+        """Of each of them."""
+        ...
+
+    @property
+    def mT(self) -> Matrices:
+        """Their transposes."""
+        ...
+
+    def double(self) -> Matrices:
+        """The same in fp64."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> Tensor: ...
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+
 @dataclass(frozen=True)
 class Block:
     """A piece of one tensor on its way through a fold: values [N,*B], and what goes with them.
 
     B is a run of elements; for a method of scope row it is some whole rows, [rows,*R], of which a
-    vector is one; for a method on matrices it is a whole `matrix`, with its `factors`, of which
-    `once` keeps what is worked out. `base` and `anchor` [*B] are there for one that asks for them.
+    vector is one. For a method on matrices it may be a whole matrix: then there are no values but
+    `matrices`, with their `factors`, of which `once` keeps what is worked out. `base` and `anchor`
+    [*B] are there for one that asks for them.
     """
 
     values: Tensor
@@ -157,7 +199,7 @@ class Block:
     rng: Draws
     numel: int  # of the whole tensor
     base: Tensor | None = None
-    matrix: bool = False
+    matrices: Matrices | None = None
     factors: Sequence[tuple[Tensor, Tensor]] | None = None
     once: Once = anew
     anchor: Tensor | None = None
@@ -165,7 +207,7 @@ class Block:
     def runs(self) -> Iterator[Block]:
         """The block in runs of 65,536 elements, or of as many whole rows: cut at the same places
         of the tensor, whatever the block. A matrix is not cut."""
-        if self.matrix:
+        if self.matrices is not None:
             yield self
             return
         row = self.values[0, :1].numel()
@@ -209,9 +251,9 @@ class Fold(Protocol):
     """One streamed pass: observes blocks in order, and merges with the folds of other tensors.
 
     `share` below 1 asks for a sample of about that share of the elements instead of all of them.
-    `exact` says that folds of neighbours may be merged with each other first, to the same bits: so
-    counts may, and maxima, and sums of floats not. What a fold has seen is in those attributes that
-    are not functions, and can be pickled: so it goes from one rank to another.
+    `exact` says that folds may be merged in any order, to the same bits: so counts may, and maxima,
+    and sums of floats not. What a fold has seen is in those attributes that are not functions, and
+    can be pickled: so it goes from one rank to another.
     """
 
     share: float
@@ -301,15 +343,21 @@ class Draws:
         """The same draws from `count` elements further on."""
         return Draws(self.seed, self.models, self.tensor, self.start + count)
 
+    def only(self, model: int) -> Draws:
+        """The draws of one model alone."""
+        return Draws(self.seed, [self._name(model)], self.tensor, self.start)
+
     def _rest(self, model: int, at: Any) -> int:
         """The word that goes on where one meets its limit."""
         return int(self._words(model, self.start + int(at), 1, "rest")[0])
 
+    def _name(self, model: int) -> str:
+        return self.models[model] if self.models else str(model)
+
     def _words(self, model: int, start: int, count: int, stream: str = "") -> Any:
         import numpy as np
 
-        name = self.models[model] if self.models else str(model)
-        text = f"{self.seed}\0{name}\0{self.tensor}\0{stream}"
+        text = f"{self.seed}\0{self._name(model)}\0{self.tensor}\0{stream}"
         key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "little")
         philox = np.random.Philox(key=key)
         first, skip = divmod(start, 16)  # one step of the counter gives sixteen 16-bit words

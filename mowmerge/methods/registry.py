@@ -206,9 +206,9 @@ def merge_method(
         validate: raises MethodError where parameters contradict each other.
         caution: what is allowed and rarely meant, of parameters and the number of models, as a
             sentence for the user; empty where there is nothing to say.
-        workspace: of a method that works on whole tensors, how many elements it holds beside the
-            inputs, its result among them, from the tensor's shape, the number of models and the
-            parameters.
+        workspace: how many elements a method on whole tensors holds at once, from the tensor's
+            shape, the number of models and the parameters: its result among them, and of a method
+            on matrices what it reads, else beside the inputs.
         decompositions: of a method on matrices, the shapes of the singular value decompositions
             that it takes for a matrix of that shape, so many models and its parameters. Such a
             method gets matrices whole, and elements of everything else, which is what vocabulary

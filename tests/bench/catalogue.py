@@ -1,13 +1,16 @@
 """Measures how each static method grows with layers and with experts; prints ratios.
 
-    python -m tests.bench.catalogue [--only ties,tsv_m] [--hidden 512]
+    python -m tests.bench.catalogue [--only ties,tsv_m] [--hidden 512] [--memory]
 
 A llama-shaped family in bf16. Every merge is a child process with one worker, which merges a tiny
 model first; from then on its CPU time and the largest resident set above what it holds are taken.
+Memory is counted in largest matrices, of fp32.
 
 - *layers*: that memory for twice the layers over once, four experts (aim: at most 1.1)
-- *experts*: CPU time a further expert from four to eight over that from two to four (linear: 1)
-- *units*: that memory for eight experts, in the largest matrix of fp32 times eight
+- *eight*: that memory for eight experts, in largest matrices
+- *further*: what each further expert adds to it from two to eight (aim: at most 1)
+- *time*: CPU time a further expert from four to eight over that from two to four (linear: 1); not
+  taken with --memory, which needs no quiet machine
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from tests.bench.family import Llama, write_family
 from tests.bench.merge import table
 
 COUNTS, LAYERS = (2, 4, 8), 2
-WIDER = 3  # times the matrices' sides for methods that decompose none
+SIDES = {"small": 1, "wide": 3}  # times the matrices' sides: wide for methods that decompose none
 FEW: dict[str, dict[str, Any]] = {"wudi": {"steps": 10}, "doge": {"steps": 10}}
 CHILD = """
 import json, sys, time
@@ -56,6 +59,11 @@ def shape(hidden: int, layers: int) -> Llama:
     return Llama(hidden, layers, heads=8, kv_heads=2, intermediate=wide, vocab=wide)
 
 
+def size_for(method: str) -> str:
+    """Of the family that it is measured on."""
+    return "small" if registry.get(method).decompositions else "wide"
+
+
 def measured(room: Path, family: str, method: str, n: int) -> tuple[float, float]:
     """CPU seconds and bytes above the floor of one merge of n experts."""
     spec = registry.get(method)
@@ -75,18 +83,23 @@ def measured(room: Path, family: str, method: str, n: int) -> tuple[float, float
     return cpu, peak
 
 
-def row(room: Path, method: str, hidden: int) -> list[str]:
+def row(room: Path, method: str, hidden: int, *, time: bool) -> list[str]:
     """A method's ratios; of one with a fixed number of models those without further experts."""
-    spec = registry.get(method)
-    count, size = spec.count or 4, "small" if spec.decompositions else "wide"
-    unit = 4 * 11 // 4 * (hidden if spec.decompositions else WIDER * hidden) ** 2
-    once, twice = (measured(room, f"{size}-{k}", method, count)[1] for k in ("once", "twice"))
-    layers = f"{twice / once:.2f}"
+    spec, size = registry.get(method), size_for(method)
+    counts = (spec.count,) if spec.count else COUNTS
+    unit = 4 * 11 // 4 * (SIDES[size] * hidden) ** 2
+    cpu, peak = {}, {}
+    for n in counts:
+        cpu[n], peak[n] = measured(room, f"{size}-once", method, n)
+    middle = spec.count or 4
+    layers = f"{measured(room, f'{size}-twice', method, middle)[1] / peak[middle]:.2f}"
     if spec.count:
-        return [method, layers, "", f"{once / unit / count:.2f}"]
-    few, some, many = (measured(room, f"{size}-once", method, n) for n in COUNTS)
-    slope = (many[0] - some[0]) / (some[0] - few[0]) / 2
-    return [method, layers, f"{slope:.2f}", f"{many[1] / unit / COUNTS[-1]:.2f}"]
+        return [method, layers, f"{peak[middle] / unit:.2f} of {middle}", ""] + [""] * time
+    few, some, many = COUNTS
+    found = [method, layers, f"{peak[many] / unit:.2f}"]
+    found.append(f"{(peak[many] - peak[few]) / (many - few) / unit:.2f}")
+    slope = (cpu[many] - cpu[some]) / (cpu[some] - cpu[few]) / 2
+    return [*found, f"{slope:.2f}"] if time else found
 
 
 def main() -> None:
@@ -94,20 +107,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure each static method's growth.")
     parser.add_argument("--only", default="", help="methods, comma-separated")
     parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--memory", action="store_true")
     asked = parser.parse_args()
     static = [name for name in registry.names() if registry.get(name).family == "static"]
     static.remove("pem_composition")  # of adapters alone
+    methods = asked.only.split(",") if asked.only else static
     with tempfile.TemporaryDirectory() as folder:
         room = Path(folder)
         write_family(room / "tiny", shape(64, 1), experts=COUNTS[-1])
-        for size, hidden in (("small", asked.hidden), ("wide", WIDER * asked.hidden)):
+        for size in {size_for(method) for method in methods}:
             for name, layers in (("once", LAYERS), ("twice", 2 * LAYERS)):
-                write_family(room / f"{size}-{name}", shape(hidden, layers), experts=COUNTS[-1])
+                shaped = shape(SIDES[size] * asked.hidden, layers)
+                write_family(room / f"{size}-{name}", shaped, experts=COUNTS[-1])
         rows = []
-        for method in asked.only.split(",") if asked.only else static:
-            rows.append(row(room, method, asked.hidden))
+        for method in methods:
+            rows.append(row(room, method, asked.hidden, time=not asked.memory))
             print("  ".join(rows[-1]), file=sys.stderr, flush=True)
-    print(table("method | layers | experts | units", rows))
+    head = "method | layers | eight | further"
+    print(table(head if asked.memory else f"{head} | time", rows))
 
 
 if __name__ == "__main__":

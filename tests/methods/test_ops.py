@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -104,6 +104,51 @@ def test_equal_probabilities_keep_what_one_density_keeps(dtype: torch.dtype) -> 
     over = 0.30001 * 2**16 % 1  # a word that meets its limit is kept with what is left of it
     met = draws.keep([density[0] - over / 2**16] * 2, chance) != draws.keep_each(chance)
     assert 0 < int(met.sum()) < 40
+@pytest.mark.parametrize("models", [(), ("a", "b", "c")])
+def test_the_draws_of_one_model_are_those_it_has_among_others(models: Sequence[str]) -> None:
+    values = torch.ones(3, 1000)
+    draws = Draws(3, models, "w", 50)
+    every = draws.keep([0.3, 0.5, 0.9], values)
+    for i, density in enumerate((0.3, 0.5, 0.9)):
+        assert torch.equal(draws.only(i).keep([density], values[:1])[0], every[i])
+    assert not torch.equal(every[0], every[1])
+
+
+# --- what works on runs
+
+
+def test_mapped_gives_what_the_function_gives_of_all_at_once() -> None:
+    values = torch.randn(3, 7, 30_000, generator=torch.Generator().manual_seed(0))
+    lengths: list[int] = []
+
+    def largest(block: Block) -> Tensor:
+        lengths.append(block.values.shape[1])
+        return block.values.amax(0) + block.rng.start
+
+    found = ops.mapped(largest, values)
+    runs = torch.arange(7 * 30_000).view(7, -1) // RUN * RUN
+    assert torch.equal(found, values.amax(0) + runs)
+    assert lengths == [RUN, RUN, RUN, 7 * 30_000 - 3 * RUN]
+
+
+def test_square_norm_is_in_fp64_and_leaves_its_input() -> None:
+    value = torch.full((3 * RUN,), 1e-3, dtype=torch.float64)
+    assert float(ops.square_norm(value)) == pytest.approx(3 * RUN * 1e-6, rel=1e-12)
+    assert torch.equal(value, torch.full_like(value, 1e-3))
+    assert float(ops.square_norm(torch.full((2, 2), 1e30))) == pytest.approx(4e60)
+    assert float(ops.square_norm(torch.zeros(0))) == 0.0
+
+
+def test_stacked_makes_one_at_a_time() -> None:
+    held: list[int] = []
+
+    def each() -> Iterator[Tensor]:
+        for i in range(3):
+            held.append(i)
+            yield torch.full((2,), float(i))
+
+    assert ops.stacked(each(), 3).tolist() == [[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]]
+    assert held == [0, 1, 2]
 
 
 # --- kth_largest

@@ -17,10 +17,21 @@ from mowmerge.methods.ops.blocks import (
     restoring,
     shares,
     spread,
+    stacked,
     weighted_sum,
 )
 from mowmerge.methods.ops.edges import Edge, edges, keep_beyond, largest, marked
-from mowmerge.methods.ops.folds import Listed, Most, Sum, gram, inner_products, majority, settle
+from mowmerge.methods.ops.folds import (
+    Listed,
+    Most,
+    Sum,
+    gram,
+    inner_products,
+    majority,
+    mapped,
+    settle,
+    square_norm,
+)
 from mowmerge.methods.ops.selection import kth_largest, trim_ranks, trim_thresholds
 
 __all__ = [
@@ -44,11 +55,14 @@ __all__ = [
     "l1_norms",
     "largest",
     "majority",
+    "mapped",
     "marked",
     "restoring",
     "settle",
     "shares",
     "spread",
+    "square_norm",
+    "stacked",
     "trim_ranks",
     "trim_thresholds",
     "weighted_sum",

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from mowmerge.methods.contracts import Block, MethodError
+from mowmerge.methods.contracts import Block, Matrices, MethodError
 from mowmerge.tensors import Tensor, torch
 
 SHORT = 1e-30
@@ -40,20 +40,34 @@ def shares(weight: Any, normalize: bool, n: int) -> list[float]:
     return [w / total for w in each]
 
 
-def weighted_sum(values: Sequence[Tensor] | Tensor, weight: Sequence[float]) -> Tensor:
-    """sum_i weight[i] * values[i], in index order, as a new tensor."""
-    total = values[0] * weight[0]
-    for value, w in zip(values[1:], weight[1:], strict=True):
+def weighted_sum(values: Sequence[Tensor] | Matrices, weight: Sequence[float]) -> Tensor:
+    """sum_i weight[i] * values[i], in index order, as a new tensor; reads one at a time."""
+    each = iter(values)
+    total = next(each) * weight[0]
+    for value, w in zip(each, weight[1:], strict=True):
         total.add_(value, alpha=w)
     return total
 
 
-def added(values: Sequence[Tensor]) -> Tensor:
-    """sum_i values[i], in index order, as a new tensor."""
-    total = values[0] + values[1] if len(values) > 1 else values[0].clone()
-    for value in values[2:]:
+def added(values: Sequence[Tensor] | Matrices) -> Tensor:
+    """sum_i values[i], in index order, as a new tensor; reads one at a time."""
+    each = iter(values)
+    total = next(each) + next(each) if len(values) > 1 else next(each).clone()
+    for value in each:
         total += value
     return total
+
+
+def stacked(values: Iterable[Tensor], n: int) -> Tensor:
+    """n tensors as one [n,*S], each put there before the next is asked for."""
+    each = iter(values)
+    first = next(each)
+    found = first.new_empty(n, *first.shape)
+    found[0] = first
+    del first
+    for i in range(1, n):
+        found[i] = next(each)
+    return found
 
 
 def keep_above(value: Tensor, threshold: float) -> Tensor:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, cast
 
-from mowmerge.methods.contracts import Block, Draws, Extent, Once, Reduction, anew
+from mowmerge.methods.contracts import Block, Draws, Extent, Matrices, Once, Reduction, anew
 from mowmerge.methods.ops.blocks import Elect, elect_sign
+from mowmerge.plan import RUN
 from mowmerge.tensors import Tensor, torch
 
 
 def settle(
     reduce: Callable[[Sequence[Extent]], Reduction],
-    values: Tensor,
+    values: Tensor | Matrices,
     parameters: Mapping[str, Any],
     rng: Draws | None = None,
     *,
@@ -24,33 +26,44 @@ def settle(
 ) -> Any:
     """Runs a reduction on one tensor in memory and returns its state: what the engine streams.
 
-    rows: in whole rows, as for scope row. matrix: in one piece, as for a method on matrices;
-    `once`: of what is worked out for it.
+    rows: in whole rows, as for scope row. matrix: whole, as for a method on matrices; `once`: of
+    what is worked out for it.
     """
     extent = Extent(
         tuple(values.shape[1:]), parameters, role=role, matrix=matrix, models=len(values)
     )
-    rounds = reduce([extent])
-    whole_rows = rows and values.dim() > 2
-    shape = values.shape[1:] if matrix or whole_rows else (1, -1) if rows else (-1,)
-    whole = Block(
-        values.reshape(len(values), *shape),
-        parameters,
-        rng or Draws(),
-        values[0].numel(),
-        None if base is None else base.reshape(shape),
-        matrix,
-        once=once if matrix else anew,
-    )
+    rounds, rng = reduce([extent]), rng or Draws()
+    if matrix:
+        nothing = torch.empty(len(values), 0)
+        whole = Block(nothing, parameters, rng, extent.numel, matrices=values, once=once)
+    else:
+        shape = values.shape[1:] if rows and values.dim() > 2 else (1, -1) if rows else (-1,)
+        flat = cast(Tensor, values).reshape(len(values), *shape)
+        below = None if base is None else base.reshape(shape)
+        whole = Block(flat, parameters, rng, extent.numel, below)
     try:
         fold = next(rounds)
         while True:
             fold = fold.fresh()
+            step = 1 if matrix or rows else max(1, int(1 / fold.share))  # of a sample
             for block in whole.runs():
-                fold.observe(block)
+                fold.observe(block if step == 1 else replace(block, values=block.values[:, ::step]))
             fold = rounds.send(fold)
     except StopIteration as done:
         return done.value
+
+
+def mapped(fn: Callable[[Block], Tensor], values: Tensor, rng: Draws | None = None) -> Tensor:
+    """fn of every entry, of [N,*S] a new tensor [*S], in runs of 65,536: what fn makes of all
+    models on the way is never there at once."""
+    flat = values.flatten(1)
+    whole = Block(flat, {}, rng or Draws(), flat.shape[1])
+    found, at = torch.empty_like(flat[0]), 0
+    for block in whole.runs():
+        part = fn(block)
+        found[at : at + len(part)] = part
+        at += len(part)
+    return found.view(values.shape[1:])
 
 
 class Sum:
@@ -83,7 +96,7 @@ class Sum:
 class Listed:
     """fn(block) [n,rows] of all blocks side by side, in index order."""
 
-    share, exact = 1.0, True
+    share, exact = 1.0, False
 
     def __init__(self, fn: Callable[[Block], Tensor]) -> None:
         self.fn = fn
@@ -122,7 +135,7 @@ class Most:
 
     def observe(self, block: Block) -> None:
         """Takes in a block; an empty one says nothing."""
-        if block.values.numel():
+        if block.values.numel() or block.matrices is not None:
             self._take(self.fn(block).double().cpu())
 
     def merge(self, other: Most) -> None:
@@ -138,6 +151,12 @@ def inner_products(values: Tensor) -> Tensor:
     """The inner products <v_i, v_j> of [N,*B], each one vector: [N,N], in fp64."""
     wide = values.reshape(len(values), -1).double()
     return wide @ wide.T
+
+
+def square_norm(value: Tensor) -> Tensor:
+    """The sum of squares of all entries, in fp64, over runs of 65,536."""
+    runs = torch.split(value.flatten(), RUN)
+    return torch.stack([run.double().square().sum() for run in runs]).sum()
 
 
 def gram(block: Block) -> Tensor:

@@ -11,7 +11,7 @@ from mowmerge.methods.contracts import Block, Reduction
 from mowmerge.tensors import Tensor, torch
 
 SAMPLE_SHARE = 1 / 1024  # of a tensor or model; SAMPLE_LEAST elements of a small one
-SAMPLE_LEAST, SAMPLE_MOST = 65_536, 4 << 20
+SAMPLE_LEAST, SAMPLE_MOST = 65_536, 1 << 20  # however large a model is
 BIN_BITS = 18
 
 
@@ -152,7 +152,8 @@ class _Sample:
         return _Sample(self.n, self.share, self.of, self.order)
 
     def observe(self, block: Block) -> None:
-        step = round(1 / min(1.0, self.share)) | 1 if block.matrix else 1  # matrices come whole
+        whole = block.matrices is not None  # not a piece of the sample
+        step = round(1 / min(1.0, self.share)) | 1 if whole else 1
         for kept, value in zip(self.kept, self.of(block), strict=True):
             kept.append(value.cpu().numpy().ravel()[::step].copy())
         self.order = _Order(self.order.signed, kept[-1].itemsize)
@@ -242,10 +243,9 @@ class _Tally:
         self.top, self.signed = order.top, order.signed
         self.ends = order.number(low), order.number(high)
         self.kind = torch.float64 if order.itemsize == 8 else torch.float32
-        bins, kind = ((high - low) >> self.shift) + 1, f"u{order.itemsize}"
-        self.bins = np.zeros(bins, np.int64)
-        self.least = np.full(bins if self.shift else 0, np.iinfo(kind).max, kind)
-        self.most = np.zeros(bins if self.shift else 0, kind)
+        self.width, self.code = ((high - low) >> self.shift) + 1, f"u{order.itemsize}"
+        self.bins: Any = None  # until there is a code to count: a fold that is asked for has none
+        self.least = self.most = np.zeros(0, self.code)
 
     def near(self, value: Tensor) -> Tensor:
         """Those of a device's numbers that may lie in the span; counts there which lie above it.
@@ -273,16 +273,30 @@ class _Tally:
         """Counts codes inside the span, each that many times."""
         import numpy as np
 
+        if self.bins is None:
+            self._begin()
         place = (codes - self.low) >> self.shift
         np.add.at(self.bins, place, times)
         if self.shift:
             np.minimum.at(self.least, place, codes)
             np.maximum.at(self.most, place, codes)
 
+    def _begin(self) -> None:
+        import numpy as np
+
+        self.bins = np.zeros(self.width, np.int64)
+        if self.shift:
+            self.least = np.full(self.width, np.iinfo(self.code).max, self.code)
+            self.most = np.zeros(self.width, self.code)
+
     def merge(self, other: _Tally) -> None:
         import numpy as np
 
         self.above += other.above
+        if other.bins is None:
+            return
+        if self.bins is None:
+            self._begin()
         self.bins += other.bins
         np.minimum(self.least, other.least, out=self.least)
         np.maximum(self.most, other.most, out=self.most)
@@ -291,9 +305,9 @@ class _Tally:
         """The codes between which the rank-th largest lies."""
         import numpy as np
 
-        reach = self.above + np.cumsum(self.bins[::-1])
         if rank <= self.above:
             return self.high + 1, self.top
+        reach = self.above + np.cumsum(np.zeros(1) if self.bins is None else self.bins[::-1])
         if rank > reach[-1]:
             return 0, self.low - 1
         place = len(reach) - 1 - int(np.searchsorted(reach, rank))

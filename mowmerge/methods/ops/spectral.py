@@ -7,9 +7,13 @@ side in fp64, which knows singular values down to 1e-8 of the largest: LAPACK in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 
+from mowmerge.methods.contracts import Matrices
+from mowmerge.methods.ops.blocks import stacked
 from mowmerge.tensors import Tensor, torch
 
 NOTHING = 1e-6  # share of the largest singular value up to which one is the rounding of none
@@ -62,6 +66,12 @@ class Svd:
         left, right = self.left[:, :rank], self.right[:rank]
         return Svd(left.clone(), self.values[:rank].clone(), right.clone())
 
+    def only(self, used: Tensor) -> Svd:
+        """Those triplets; itself where that is all."""
+        if used.all():
+            return self
+        return Svd(self.left[:, used], self.values[used], self.right[used])
+
 
 def svd(matrix: Tensor) -> Svd:
     """The thin SVD of [m,k], with min(m,k) triplets."""
@@ -88,6 +98,27 @@ def _svd(matrix: Tensor) -> Svd:
     return Svd(*(part.to(matrix) for part in again))
 
 
+def svd_numbers(shape: Sequence[int]) -> int:
+    """How many numbers of fp32 `svd` takes at once, its matrix and the triplets among them: a basis
+    beside the matrix, and LAPACK's workspace."""
+    return 2 * math.prod(shape) + 9 * min(shape) ** 2
+
+
+def gram_numbers(side: int) -> int:
+    """How many of fp32 a Gram matrix and its eigenvectors take, with LAPACK's workspace."""
+    return 8 * side**2
+
+
+def basis_numbers(shape: Sequence[int], n: int) -> int:
+    """How many `left_basis` of N matrices takes, and then it and the coordinates of all of them in
+    it, with one matrix or what is made of them all."""
+    rows, columns = shape
+    rank, whole = min(rows, n * columns), rows * columns
+    held = n * whole if rows > n * columns else 0
+    coordinates = (n + 2) * rank * columns + 2 * rows * rank
+    return whole + max(held + whole + gram_numbers(rank), coordinates)
+
+
 def product_svd(left: Tensor, right: Tensor) -> Svd:
     """The thin SVD of left [m,r] right [r,k], which is never formed.
 
@@ -99,13 +130,16 @@ def product_svd(left: Tensor, right: Tensor) -> Svd:
     return Svd(q @ core.left, core.values, core.right @ p.T)
 
 
-def svds(deltas: Tensor, factors: Sequence[Factors] | None = None) -> Iterator[Svd]:
+def svds(deltas: Matrices, factors: Sequence[Factors] | None = None) -> Iterator[Svd]:
     """The thin SVD of each of [N,m,k]; from their factors, of those ranks, where they are known."""
-    if factors is None:
-        yield from map(svd, deltas)
-    else:
-        for left, right in factors:
-            yield product_svd(left, right)
+    return map(svd, deltas) if factors is None else starmap(product_svd, factors)
+
+
+def beside(parts: Iterable[Svd]) -> Svd:
+    """All their triplets, beside each other."""
+    each = [(part.left, part.values, part.right) for part in parts]
+    left, values, right = zip(*each, strict=True)
+    return Svd(torch.cat(left, 1), torch.cat(values), torch.cat(right))
 
 
 def few(rank: int, shape: Sequence[int]) -> bool:
@@ -166,14 +200,23 @@ class Spectrum:
 
 def spectrum(matrix: Tensor) -> Spectrum:
     """Singular values and left vectors of [m,k], right ones where it is longer than wide."""
-    wide = _wide(matrix)
-    products = wide.new_zeros(len(wide), len(wide), dtype=torch.float64)
-    for start in range(0, wide.shape[1], COLUMNS):
-        part = wide[:, start : start + COLUMNS].double()
-        for first in range(0, len(wide), ROWS):  # the lower triangle, which is all that is read
-            last = first + ROWS
-            products[first:last, :last].addmm_(part[first:last], part[:last].T)
-    return _of_gram(products)
+    return _of_gram(_gram([_wide(matrix)]))
+
+
+def _gram(side: Iterable[Tensor]) -> Tensor:
+    """The inner products of the rows of matrices side by side, in fp64: the lower triangle, which
+    is all that is read of it."""
+    total = None
+    for wide in side:
+        if total is None:
+            total = wide.new_zeros(len(wide), len(wide), dtype=torch.float64)
+        for start in range(0, wide.shape[1], COLUMNS):
+            part = wide[:, start : start + COLUMNS].double()
+            for first in range(0, len(wide), ROWS):
+                last = first + ROWS
+                total[first:last, :last].addmm_(part[first:last], part[:last].T)
+    assert total is not None
+    return total
 
 
 def _of_gram(products: Tensor) -> Spectrum:
@@ -202,27 +245,34 @@ def polar(matrix: Tensor) -> tuple[Tensor, Tensor]:
     Directions with S_j <= 1e-6 S_1 are left out: there U and V are whatever LAPACK returns.
     """
     found = spectrum(matrix)
-    root = (found.vectors / found.values) @ found.vectors.T
+    values, root = found.values, (found.vectors / found.values) @ found.vectors.T
+    del found
     wide = _wide(matrix)
     factor = torch.empty_like(wide)
     for start in range(0, wide.shape[1], COLUMNS):
         factor[:, start : start + COLUMNS] = root @ wide[:, start : start + COLUMNS].double()
-    return (factor.T if len(matrix) > matrix.shape[1] else factor), found.values
+    return (factor.T if len(matrix) > matrix.shape[1] else factor), values
 
 
-def left_basis(deltas: Tensor, factors: Sequence[Factors] | None = None) -> tuple[Tensor, Tensor]:
+def left_basis(deltas: Matrices, factors: Sequence[Factors] | None = None) -> tuple[Tensor, Tensor]:
     """The left singular vectors [m,R] and the singular values [R] of [D_1 .. D_N], side by side.
 
     R counts the values above NOTHING. Through Gram matrices: the long right vectors, U' D_i over S,
-    are never formed. From factors D_i = L_i R_i through one QR of [L_1 .. L_N].
+    are never formed, and of the D_i there is one at a time, or all where m is more than N k. From
+    factors D_i = L_i R_i through one QR of [L_1 .. L_N].
     """
-    if factors is None:
-        beside = torch.cat(list(deltas), 1)
-        found = spectrum(beside)
-        basis = found.vectors
-        if len(beside) > beside.shape[1]:
-            basis = (beside.double() @ basis) / found.values
-        return basis.to(deltas), found.values.to(deltas)
+    if factors is not None:
+        return _basis_of_products(factors)
+    n, rows, columns = deltas.shape
+    if rows > n * columns:
+        every = stacked((delta.T for delta in deltas), n).flatten(0, 1).T
+        leading = completed(every, spectrum(every), n * columns)
+        return leading.left, leading.values
+    found = _of_gram(_gram(deltas))
+    return found.vectors.to(deltas.dtype), found.values.to(deltas.dtype)
+
+
+def _basis_of_products(factors: Sequence[Factors]) -> tuple[Tensor, Tensor]:
     turn, core = torch.linalg.qr(torch.cat([left for left, _ in factors], 1).double())
     products = core.new_zeros(len(core), len(core))
     for (_, right), part in zip(
@@ -230,8 +280,8 @@ def left_basis(deltas: Tensor, factors: Sequence[Factors] | None = None) -> tupl
     ):
         wide = right.double()
         products += part @ (wide @ wide.T) @ part.T
-    found = _of_gram(products)
-    return (turn @ found.vectors).to(deltas), found.values.to(deltas)
+    found, like = _of_gram(products), factors[0][0]
+    return (turn @ found.vectors).to(like), found.values.to(like)
 
 
 def _wide(matrix: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from mowmerge.methods.contracts import (
     Block,
     Count,
     Extent,
+    Matrices,
     MethodError,
     NonNegative,
     PerModel,
@@ -18,9 +19,17 @@ from mowmerge.methods.contracts import (
     Reduction,
     Unit,
 )
-from mowmerge.methods.ops import Sum, settle, spread, trim_thresholds, weighted_sum
+from mowmerge.methods.ops import (
+    Sum,
+    added,
+    settle,
+    spread,
+    square_norm,
+    trim_thresholds,
+    weighted_sum,
+)
 from mowmerge.methods.ops.descent import adam
-from mowmerge.methods.ops.spectral import svd
+from mowmerge.methods.ops.spectral import Svd, svd, svd_numbers
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
@@ -40,38 +49,44 @@ def _statistics(extents: Sequence[Extent]) -> Reduction:
     if p["density"] == 1:
         return State([0.0] * len(p["weight"]))
 
-    def of(block: Block) -> Tensor:
-        flat = block.values.flatten(1)
-        return flat if block.matrix else flat[:, :0]
+    def of(block: Block) -> Iterator[Tensor]:
+        if block.matrices is None:
+            return iter(block.values[:, :0])
+        return map(torch.flatten, block.matrices)
 
-    count = yield Sum(lambda b: torch.tensor(of(b).shape[1], dtype=torch.float64), exact=True)
+    def entries(block: Block) -> Tensor:
+        return torch.tensor(0 if block.matrices is None else block.numel, dtype=torch.float64)
+
+    count = yield Sum(entries, exact=True)
     density, total = [p["density"]] * len(p["weight"]), int(count.total)
     return State((yield from trim_thresholds(density, total, extra=1, of=of)))
 
 
-def _shared(deltas: Tensor, subspace: int) -> Tensor:
+def _shared(deltas: Sequence[Tensor], subspace: int) -> Tensor:
     """An orthonormal basis of the leading directions of all task vectors' leading directions."""
-    least = min(deltas.shape[1:])
-    each = [svd(delta) for delta in deltas]
-    leading = [one.left[:, : min(one.rank, least // len(deltas))] for one in each]
-    found = svd(torch.cat(leading, 1))
-    return found.left[:, : min(found.rank, least // subspace)]
+    least = min(deltas[0].shape)
+
+    def leading(found: Svd) -> Tensor:
+        return found.left[:, : min(found.rank, least // len(deltas))].clone()
+
+    found = svd(torch.cat([*map(leading, map(svd, deltas))], 1))
+    return found.left[:, : min(found.rank, least // subspace)].clone()
 
 
-def _change(deltas: Tensor, share: Sequence[float], p: Mapping[str, Any]) -> Tensor:
+def _change(deltas: Sequence[Tensor], share: Sequence[float], p: Mapping[str, Any]) -> Tensor:
     """The change that brings V_j . (V_j - sum_i l_i V_i - sum_i l_i change) of each row to 0."""
-    total = math.fsum(share)
+    total, merged = math.fsum(share), weighted_sum(deltas, share)
     basis = _shared(deltas, p["subspace"])
-    gaps = (deltas * (deltas - weighted_sum(deltas, share))).sum(-1, keepdim=True)
+    gaps = [((v - merged).mul_(v)).sum(-1, keepdim=True) for v in deltas]
 
     def outside(step: Tensor) -> Tensor:
         return step.sub_(basis @ (basis.T @ step))
 
     def slope(moved: Tensor) -> Tensor:
-        rest = gaps - total * torch.stack([(v * moved).sum(-1, keepdim=True) for v in deltas])
         steep = torch.zeros_like(moved)
-        for v, gap in zip(deltas, rest, strict=True):
-            steep.addcmul_(v, gap, value=-2 * total)
+        for v, gap in zip(deltas, gaps, strict=True):
+            rest = gap - total * (v * moved).sum(-1, keepdim=True)
+            steep.addcmul_(v, rest, value=-2 * total)
         return outside(steep)
 
     if p["project"] == "step":
@@ -80,10 +95,10 @@ def _change(deltas: Tensor, share: Sequence[float], p: Mapping[str, Any]) -> Ten
 
 
 def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
-    """All decompositions, products with all task vectors, or the change with Adam's moments."""
-    whole, least = shape[0] * shape[1], min(shape)
-    decomposed = n * sum(shape) * least + 4 * whole
-    return max(decomposed, (2 * n + 3) * whole, 10 * whole) + 8 * least**2
+    """All task vectors, and one decomposition with the leading directions of all, or the change
+    with Adam's moments and what makes a step."""
+    leading = 2 * shape[0] * min(shape)
+    return n * math.prod(shape) + max(leading + svd_numbers(shape), 7 * math.prod(shape))
 
 
 def _decompositions(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> list[tuple[int, int]]:
@@ -103,7 +118,7 @@ def _decompositions(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> lis
     reduce=_statistics,
 )
 def doge(
-    deltas: Tensor,
+    deltas: Matrices,
     *,
     weight: PerModel[float] = 1.0,
     eta: NonNegative = 0.07,
@@ -147,7 +162,7 @@ def doge(
     singular value are none of its leading ones. The code takes the layers' matrices of an encoder.
     """
     if deltas.dim() != 3 or not deltas.numel():
-        return deltas.mean(0) if rest == "mean" else torch.zeros_like(deltas[0])
+        return added(deltas).div_(len(deltas)) if rest == "mean" else torch.zeros_like(deltas[0])
     each = spread(weight, len(deltas))
     p = {
         "weight": each, "density": density, "subspace": subspace, "steps": steps, "rate": rate,
@@ -155,9 +170,10 @@ def doge(
     }  # fmt: skip
     if state is None:
         state = settle(_statistics, deltas, p, matrix=True)
-    lengths = [float(delta.double().norm()) for delta in deltas]
+    held = list(deltas)  # every step needs them all
+    lengths = [math.sqrt(square_norm(delta)) for delta in held]
     balanced = [eta * w / d if d else 0.0 for w, d in zip(each, lengths, strict=True)]
-    change, total = _change(deltas, balanced, p), torch.zeros_like(deltas[0])
-    for delta, share, least in zip(deltas, balanced, state.threshold, strict=True):
+    change, total = _change(held, balanced, p), torch.zeros_like(held[0])
+    for delta, share, least in zip(held, balanced, state.threshold, strict=True):
         total += (delta + change).mul_(share).mul_(delta.abs() >= least)
     return total

@@ -6,36 +6,49 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from mowmerge.methods.contracts import Extent, PerModel, Range, Reduction, Unit
-from mowmerge.methods.ops import Sum, elect_sign, settle, spread, weighted_sum
+from mowmerge.methods.contracts import Block, Extent, Matrices, PerModel, Range, Reduction, Unit
+from mowmerge.methods.ops import (
+    Sum,
+    added,
+    elect_sign,
+    keep_above,
+    kth_largest,
+    mapped,
+    settle,
+    spread,
+    stacked,
+    weighted_sum,
+)
+from mowmerge.methods.ops.spectral import basis_numbers, left_basis
 from mowmerge.methods.registry import merge_method
-from mowmerge.tensors import Tensor, torch
+from mowmerge.tensors import Tensor
 
 Tolerance = Annotated[float, Range(0.0, 1.0)]
 NOTHING = 1e-6  # a model's share of a direction, 0..1, that is the rounding of none
 
 
-def _coordinates(deltas: Tensor, tol: float) -> tuple[Tensor, Tensor, Tensor]:
+def _coordinates(deltas: Matrices, tol: float) -> tuple[Tensor, Tensor, Tensor]:
     """A basis U [m,R] of the columns of all task vectors, and each one's coordinates in it as rows
     of length 1 [N,R,c] and their lengths [N,R,1]."""
-    n, _, columns = deltas.shape
-    basis, values, right = torch.linalg.svd(torch.cat(list(deltas), 1), full_matrices=False)
+    basis, values = left_basis(deltas)
     used = values > tol * values[0] if len(values) else values > 0
-    blocks = right[used].view(-1, n, columns).transpose(0, 1)
-    lengths = blocks.norm(dim=-1, keepdim=True)
+    basis, values = basis[:, used], values[used]
+    turn = (basis / values).T
+    rows = stacked((turn @ delta for delta in deltas), len(deltas))
+    lengths = rows.norm(dim=-1, keepdim=True)
     lengths = lengths.where(lengths > NOTHING, 0.0)
-    rows = (blocks / lengths.where(lengths > 0, 1.0)).where(lengths > 0, 0.0)
-    return basis[:, used], rows, lengths * values[used][:, None]
+    rows.div_(lengths.where(lengths > 0, 1.0)).masked_fill_(lengths == 0, 0.0)
+    return basis, rows, lengths * values[:, None]
 
 
-def _trimmed(rows: Tensor, density: float) -> Tensor:
-    """The largest entries of all rows together: as many as density says, and one more."""
-    size = rows.abs().flatten()
-    at = len(size) - round(len(size) * density)
-    if at < 1 or not len(size):
-        return rows
-    least = size.sort().values[min(at, len(size)) - 1]
-    return rows * (rows.abs() >= least)
+def _least(rows: Tensor, density: float) -> float:
+    """The least magnitude kept: of all rows together as many as density says, and one more."""
+    total = rows.numel()
+    rank = round(total * density) + 1
+    if rank > total:
+        return 0.0
+    (least,) = settle(lambda extents: kth_largest([rank], total), rows.reshape(1, -1), {})
+    return float(least)
 
 
 def _balance(extents: Sequence[Extent]) -> Reduction:
@@ -55,7 +68,7 @@ def _merged(parts: Sequence[Tensor], weight: Sequence[float], sign: Any, mean: s
     total = weighted_sum(parts, weight)
     if mean == "all":
         return total.div_(len(parts))
-    number = torch.stack([(part != 0).to(total.dtype) for part in parts]).sum(0)
+    number = added([(part != 0).to(total.dtype) for part in parts])
     return total.div_(number.clamp_(min=1.0))
 
 
@@ -66,13 +79,8 @@ def _decomposed(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> list[tu
 
 
 def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
-    """All task vectors beside each other, twice for their SVD, the basis, and coordinates with what
-    trims and elects them."""
-    if len(shape) != 2:
-        return 0
-    rows, columns = reversed(shape) if p["direction"] == "vertical" else shape
-    rank = min(rows, n * columns)
-    return 3 * n * math.prod(shape) + rank * (rows + 5 * n * columns) + 8 * min(shape) ** 2
+    """A basis and all coordinates."""
+    return basis_numbers(shape[::-1] if p["direction"] == "vertical" else shape, n)
 
 
 @merge_method(
@@ -85,7 +93,7 @@ def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
     reduce=_balance,
 )
 def drm(
-    deltas: Tensor,
+    deltas: Matrices,
     *,
     weight: PerModel[float] = 1.0,
     density: Unit = 0.2,
@@ -109,7 +117,8 @@ def drm(
         weight: coefficient of each X_i in the mean.
         density: share of the normalised entries kept, of all models together; 1 keeps all.
         direction: task vectors side by side, with a basis of outputs, or stacked, one of inputs.
-        tol: singular value, as a share of the largest, up to which a direction is dropped.
+        tol: singular value, as a share of the largest, up to which a direction is dropped; 1e-6 at
+            least.
         elect: leave out what disagrees with the sign of the sum; an even sum takes the sign that
             most entries have.
         mean: over the entries that are left, or over all models.
@@ -128,10 +137,19 @@ def drm(
         sign = elect_sign(list(deltas), "mass", state) if elect else None
         return _merged(list(deltas), each, sign, mean).mul_(scale)
     vertical = direction == "vertical"
-    basis, rows, lengths = _coordinates(deltas.mT if vertical else deltas, tol)
-    parts = list(_trimmed(rows, density) * lengths)
-    sign = elect_sign(parts, "mass", 0.0) if elect else None
-    if sign is not None:
-        sign = sign.where(sign != 0, sign.sum().sign())
-    merged = (basis @ _merged(parts, each, sign, mean)).mul_(scale)
-    return merged.T.contiguous() if vertical else merged
+    basis, parts, lengths = _coordinates(deltas.mT if vertical else deltas, tol)
+    least = _least(parts, density)
+    for rows, length in zip(parts, lengths, strict=True):
+        rows.copy_(keep_above(rows, least)).mul_(length)
+
+    even = 0.0
+    if elect:
+        even = float(mapped(lambda b: elect_sign([*b.values], "mass", 0.0), parts).sum().sign())
+
+    def merged(block: Block) -> Tensor:
+        values = [*block.values]
+        sign = elect_sign(values, "mass", even) if elect else None
+        return _merged(values, each, sign, mean)
+
+    out = (basis @ mapped(merged, parts)).mul_(scale)
+    return out.T.contiguous() if vertical else out

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from mowmerge.methods.contracts import Matrices
 from mowmerge.methods.ops import added, weighted_sum
-from mowmerge.methods.ops.spectral import polar
+from mowmerge.methods.ops.spectral import COLUMNS, gram_numbers, polar
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor
 
 
 def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
-    """The sum, its polar factor, and the Gram matrix of its shorter side in fp64."""
-    return 3 * shape[0] * shape[1] + 16 * min(shape) ** 2
+    """The sum and one task vector, then its Gram matrix, or the polar factor and what makes it."""
+    least = min(shape)
+    factor = math.prod(shape) + 2 * least**2 + 4 * COLUMNS * least
+    return math.prod(shape) + max(2 * math.prod(shape), gram_numbers(least), factor)
 
 
 @merge_method(
@@ -23,7 +27,7 @@ def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
     decompositions=lambda shape, n, p: [(shape[0], shape[1])],
     laws=("permutation", "scale"),
 )
-def iso_c(deltas: Tensor, *, vocabulary: bool = False, scale: float = 1.0) -> Tensor:
+def iso_c(deltas: Matrices, *, vocabulary: bool = False, scale: float = 1.0) -> Tensor:
     """The sum of the task vectors, isotropic: each of its directions as strong as the mean.
 
     sum_i D_i = U S V'; out = scale * mean(S) * U V'.
@@ -42,5 +46,5 @@ def iso_c(deltas: Tensor, *, vocabulary: bool = False, scale: float = 1.0) -> Te
     """
     if deltas.dim() != 3 or not deltas.numel():
         return weighted_sum(deltas, [scale / len(deltas)] * len(deltas))
-    factor, values = polar(added(list(deltas)))
-    return factor.mul(scale * float(values.mean()) if len(values) else 0.0)
+    factor, values = polar(added(deltas))
+    return factor.mul_(scale * float(values.mean()) if len(values) else 0.0)

@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mowmerge.methods.contracts import Unit
+from mowmerge.methods.contracts import Matrices, Unit
 from mowmerge.methods.ops import added, weighted_sum
-from mowmerge.methods.ops.spectral import NOTHING, Svd, polar, svd
+from mowmerge.methods.ops.spectral import (
+    NOTHING,
+    Svd,
+    beside,
+    gram_numbers,
+    polar,
+    svd,
+    svd_numbers,
+)
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
@@ -15,8 +23,9 @@ ROUNDING = 1e-5  # share of a task vector beside shared directions that is the r
 
 
 def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
-    """One decomposition, all kept triplets, and the Gram matrices of both sides in fp64."""
-    return 2 * shape[0] * shape[1] + 3 * sum(shape) * min(shape) + 16 * min(shape) ** 2
+    """All kept triplets, and one decomposition; or those three times, and a Gram matrix."""
+    kept, least = sum(shape) * min(shape), min(shape)
+    return kept + max(svd_numbers(shape), 2 * kept + gram_numbers(least))
 
 
 def _decompositions(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> list[tuple[int, int]]:
@@ -45,7 +54,7 @@ def _leading(matrix: Tensor, rank: int, least: float) -> Svd:
     exempt={"float64": "fp32's rounding turns directions whose singular values are close"},
 )
 def iso_cts(
-    deltas: Tensor, *, common: Unit = 0.8, vocabulary: bool = False, scale: float = 1.0
+    deltas: Matrices, *, common: Unit = 0.8, vocabulary: bool = False, scale: float = 1.0
 ) -> Tensor:
     """The isotropic merge in shared and in own directions, made orthogonal, times scale.
 
@@ -74,15 +83,18 @@ def iso_cts(
         return weighted_sum(deltas, [scale / n] * n)
     shared, own = _ranks(min(deltas.shape[1:]), n, common)
     sizes = [float(delta.norm()) for delta in deltas]
-    parts = [_leading(added(list(deltas)), shared, NOTHING * max(sizes))]
-    if own:
-        basis = parts[0].left
-        beside = (delta - basis @ (basis.T @ delta) for delta in deltas)
-        parts += [_leading(d, own, ROUNDING * size) for d, size in zip(beside, sizes, strict=True)]
-    values = torch.cat([part.values for part in parts])
-    used = values > NOTHING * values.amax() if len(values) else values > 0
-    if not used.any():
+    common_part = _leading(added(deltas), shared, NOTHING * max(sizes))
+    basis = common_part.left
+
+    def apart(delta: Tensor) -> Tensor:
+        return delta - basis @ (basis.T @ delta)
+
+    def leading(rest: Tensor, size: float) -> Svd:
+        return _leading(rest, own, ROUNDING * size)
+
+    found = beside([common_part, *(map(leading, map(apart, deltas), sizes) if own else ())])
+    if not found.values.any():
         return torch.zeros_like(deltas[0])
-    left = polar(torch.cat([part.left for part in parts], 1)[:, used])[0]
-    right = polar(torch.cat([part.right for part in parts])[used])[0]
-    return (left @ right).mul_(scale * float(values[used].double().mean()))
+    kept = found.only(found.values > NOTHING * found.values.amax())
+    turned: Tensor = polar(kept.left)[0] @ polar(kept.right)[0]
+    return turned.mul_(scale * float(kept.values.double().mean()))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import starmap
 from typing import Any, Literal
 
 from mowmerge.methods.contracts import (
     Block,
     Draws,
     Extent,
+    Matrices,
     MethodError,
     Once,
     PerModel,
@@ -26,12 +27,14 @@ from mowmerge.methods.ops import (
     elect_sign,
     keep_above,
     majority,
+    mapped,
     settle,
     spread,
+    stacked,
     trim_thresholds,
     weighted_sum,
 )
-from mowmerge.methods.ops.spectral import NOTHING, Factors, left_basis
+from mowmerge.methods.ops.spectral import NOTHING, Factors, basis_numbers, left_basis
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
@@ -45,50 +48,56 @@ class State:
 
 
 def _coordinates(
-    deltas: Tensor, factors: Sequence[Factors] | None, direction: str, once: Once
-) -> tuple[Tensor, Tensor]:
-    """A basis U [m,R] of the columns of all task vectors, and X_i = U' D_i [N,R,c]."""
+    deltas: Matrices, factors: Sequence[Factors] | None, direction: str, once: Once
+) -> tuple[Tensor, Iterator[Tensor]]:
+    """A basis U [m,R] of the columns of all task vectors, and one by one X_i = U' D_i [R,c]."""
     if direction == "vertical":
         deltas = deltas.mT
         factors = [(right.T, left.T) for left, right in factors] if factors else None
     basis, values = once(lambda: left_basis(deltas, factors))
-    if factors:
-        parts = torch.stack([(basis.T @ left) @ right for left, right in factors])
-    else:
-        parts = basis.T @ deltas
-    shares = parts.norm(dim=-1, keepdim=True)
-    return basis, parts.where(shares > NOTHING * values[:, None], 0.0)
+
+    def of(left: Tensor, right: Tensor | None = None) -> Tensor:
+        found = basis.T @ left if right is None else (basis.T @ left) @ right
+        share = found.norm(dim=-1, keepdim=True)
+        return found.masked_fill_(share <= NOTHING * values[:, None], 0.0)
+
+    return basis, starmap(of, factors) if factors else map(of, deltas)
 
 
-def _kept(parts: Tensor, p: Mapping[str, Any], rng: Draws, state: State) -> list[Tensor]:
+def _kept(
+    parts: Iterable[Tensor], p: Mapping[str, Any], rng: Draws, state: State
+) -> Iterator[Tensor]:
     """weight_i X_i, of which a share is dropped and the rest stretched, and the small are left."""
-    weight = spread(p["weight"], len(parts))
-    parts = _dropped(parts, p["drop"], rng)
-    kept = [keep_above(x, least) for x, least in zip(parts, state.threshold, strict=True)]
-    return [k if w == 1 else k.mul_(w) for k, w in zip(kept, weight, strict=True)]
+    weight = spread(p["weight"], len(state.threshold))
+    dropped = _dropped(parts, p["drop"], rng)
+    for x, least, w in zip(dropped, state.threshold, weight, strict=True):
+        kept = keep_above(x, least)
+        yield kept if w == 1 else kept.mul_(w)
 
 
-def _dropped(parts: Tensor, drop: float, rng: Draws) -> Tensor:
+def _dropped(parts: Iterable[Tensor], drop: float, rng: Draws) -> Iterator[Tensor]:
     """DARE on coordinates: each is kept with probability 1 - drop, and then divided by that."""
     if not drop:
-        return parts
-    mask = rng.keep([1 - drop] * len(parts), parts)
-    return parts * mask / (1 - drop) if drop < 1 else torch.zeros_like(parts)
+        yield from parts
+        return
+    for i, x in enumerate(parts):
+        kept = rng.only(i).keep([1 - drop], x[None])[0].mul_(x)
+        yield kept.div_(1 - drop) if drop < 1 else kept
 
 
 def _state(
-    p: Mapping[str, Any], n: int, total: int, of: Callable[[Block], Tensor], extra: int
+    p: Mapping[str, Any], n: int, total: int, of: Callable[[Block], Iterable[Tensor]], extra: int
 ) -> Reduction:
     """Thresholds, then the sign that most coordinates elect, where the options ask for them."""
     density = spread(p["density"], n)
     state = State([0.0] * n)
 
-    def dropped(block: Block) -> Tensor:
+    def dropped(block: Block) -> Iterator[Tensor]:
         return _dropped(of(block), p["drop"], block.rng)
 
     state.threshold = yield from trim_thresholds(density, total, extra=extra, of=dropped)
     if p["elect"] == "mass" and p["zero_sign"] == "majority":
-        state.majority = yield from majority(lambda b: _kept(of(b), p, b.rng, state))
+        state.majority = yield from majority(lambda b: [*_kept(of(b), p, b.rng, state)])
     return state
 
 
@@ -102,14 +111,16 @@ def _statistics(extents: Sequence[Extent]) -> Reduction:
         if any(e.parameters[word] != p[word] for e in extents):
             raise MethodError(f"with trim: global, {word} must be the same for all tensors")
 
-    def of(block: Block) -> Tensor:
-        if not block.matrix or not block.values.numel():
-            return block.values.flatten(1)[:, :0]
-        found = _coordinates(block.values, block.factors, p["direction"], block.once)
-        return found[1].flatten(1)
+    def coordinates(block: Block) -> tuple[int, Iterator[Tensor]]:
+        if block.matrices is None or not block.numel:
+            return 0, iter(block.values[:, :0])
+        basis, each = _coordinates(block.matrices, block.factors, p["direction"], block.once)
+        rows, rank = basis.shape
+        return block.numel // rows * rank, map(torch.flatten, each)
 
-    count = yield Sum(lambda b: torch.tensor(of(b).shape[1], dtype=torch.float64))
-    return (yield from _state(p, len(p["weight"]), int(count.total), of, 1))
+    count = yield Sum(lambda b: torch.tensor(coordinates(b)[0], dtype=torch.float64))
+    n, total = len(p["weight"]), int(count.total)
+    return (yield from _state(p, n, total, lambda b: coordinates(b)[1], 1))
 
 
 def _scope(p: Mapping[str, Any]) -> str:
@@ -125,14 +136,8 @@ def _decomposed(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> list[tu
 
 
 def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
-    """All task vectors beside each other, the basis of the longer side in fp64, coordinates as they
-    are, dropped and trimmed, and the Gram matrix of the shorter side in fp64."""
-    if len(shape) != 2:
-        return 0
-    rows, columns = reversed(shape) if p["direction"] == "vertical" else shape
-    rank = min(rows, n * columns)
-    each = 3 if p["drop"] else 1
-    return 3 * n * math.prod(shape) + rank * (4 * rows + each * n * columns) + 8 * rank**2
+    """A basis and all coordinates."""
+    return basis_numbers(shape[::-1] if p["direction"] == "vertical" else shape, n)
 
 
 def _kept_numbers(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
@@ -155,7 +160,7 @@ def _kept_numbers(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
     reduce=_statistics,
 )
 def knots(
-    deltas: Tensor,
+    deltas: Matrices,
     *,
     weight: PerModel[float] = 1.0,
     density: PerModel[Unit] = 1.0,
@@ -211,23 +216,28 @@ def knots(
     """
     n = len(deltas)
     if deltas.dim() != 3 or not deltas.numel():
-        return deltas.mean(0).mul_(scale) if rest == "mean" else torch.zeros_like(deltas[0])
+        if rest == "base":
+            return torch.zeros_like(deltas[0])
+        return added(deltas).div_(n).mul_(scale)
     options = {
         "weight": weight, "density": density, "drop": drop, "elect": elect, "zero_sign": zero_sign
     }  # fmt: skip
     rng = rng or Draws(seed)
-    basis, parts = _coordinates(deltas, factors, direction, once)
+    basis, each = _coordinates(deltas, factors, direction, once)
+    parts = stacked(each, n)
     if state is None:
-        flat = parts.flatten(1)
 
         def own(extents: Sequence[Extent]) -> Reduction:
-            return _state(options, n, flat.shape[1], lambda b: b.values, int(trim == "global"))
+            return _state(options, n, parts[0].numel(), lambda b: b.values, int(trim == "global"))
 
-        state = settle(own, flat, options, rng)
-    zero = {"majority": state.majority, "plus": 1.0, "drop": 0.0}[zero_sign]
-    kept = _kept(parts.flatten(1), options, rng, state)
-    merged = _aggregated(kept, elect, zero, aggregate, spread(weight, n)).view_as(parts[0])
-    left, right = basis * scale, merged
+        state = settle(own, parts, options, rng)
+    settled, zero = state, {"majority": state.majority, "plus": 1.0, "drop": 0.0}[zero_sign]
+
+    def merged(block: Block) -> Tensor:
+        kept = [*_kept(block.values, options, block.rng, settled)]
+        return _aggregated(kept, elect, zero, aggregate, spread(weight, n))
+
+    left, right = basis * scale, mapped(merged, parts, rng)
     if direction == "vertical":
         left, right = right.T, left.T
     return (left, right) if factors is not None else left @ right

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from mowmerge.methods.contracts import (
     Block,
     Extent,
+    Matrices,
     Memo,
     MethodError,
     NonNegative,
@@ -18,8 +20,8 @@ from mowmerge.methods.contracts import (
     Reduction,
     Unit,
 )
-from mowmerge.methods.ops import Sum, settle
-from mowmerge.methods.ops.spectral import completed, spectrum
+from mowmerge.methods.ops import Sum, settle, square_norm
+from mowmerge.methods.ops.spectral import completed, gram_numbers, spectrum
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
@@ -59,10 +61,11 @@ def _apart(delta: Tensor, total: Tensor, density: float, zero_diagonal: bool) ->
     return left
 
 
-def _added(deltas: Tensor, p: Mapping[str, Any], *, matrix: bool) -> Tensor:
+def _added(deltas: Matrices, p: Mapping[str, Any], *, matrix: bool) -> Tensor:
     """The sum of the task vectors, of a matrix each without what the sum before it holds."""
-    total: Tensor = deltas[0] * p["stretch"]
-    for delta in deltas[1:]:
+    each = iter(deltas)
+    total: Tensor = next(each) * p["stretch"]
+    for delta in each:
         total += _apart(delta, total, p["density"], p["zero_diagonal"]) if matrix else delta
     return total
 
@@ -75,9 +78,10 @@ def _statistics(extents: Sequence[Extent]) -> Reduction:
             raise MethodError(f"{word} must be the same for all tensors")
 
     def squares(block: Block) -> Tensor:
-        matrix = block.matrix and block.values.numel() > 0
-        (total,) = block.once(lambda: (_added(block.values, block.parameters, matrix=matrix),))
-        return torch.stack([v.double().square().sum() for v in (*block.values, total)])
+        matrix = block.matrices is not None and block.numel > 0
+        deltas = block.values if block.matrices is None else block.matrices
+        (total,) = block.once(lambda: (_added(deltas, block.parameters, matrix=matrix),))
+        return torch.stack([square_norm(value) for value in chain(deltas, [total])])
 
     found = yield Sum(squares)
     *norms, norm = found.total.sqrt().tolist()
@@ -86,8 +90,10 @@ def _statistics(extents: Sequence[Extent]) -> Reduction:
 
 
 def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
-    """The sum, its singular vectors, what is left of a task vector, and a Gram matrix in fp64."""
-    return 7 * math.prod(shape) + 16 * min(shape) ** 2
+    """The sum, a task vector and what is left of it, and the sum's Gram matrix or its singular
+    vectors, those that are closed twice."""
+    vectors = 2 * sum(shape) * min(shape)
+    return 3 * math.prod(shape) + max(gram_numbers(min(shape)), vectors)
 
 
 @merge_method(
@@ -101,7 +107,7 @@ def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
     reduce=_statistics,
 )
 def opcm(
-    deltas: Tensor,
+    deltas: Matrices,
     *,
     density: Unit = 0.5,
     zero_diagonal: bool = False,

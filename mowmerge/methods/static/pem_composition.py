@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from mowmerge.methods.contracts import PerModel
+from mowmerge.methods.contracts import Matrices, PerModel
 from mowmerge.methods.ops import spread, weighted_sum
 from mowmerge.methods.ops.spectral import Factors
 from mowmerge.methods.registry import merge_method
@@ -20,7 +20,7 @@ from mowmerge.tensors import Tensor, torch
     laws=("permutation", "scale", "propagates"),
 )
 def pem_composition(
-    deltas: Tensor,
+    deltas: Matrices,
     *,
     weight: PerModel[float] = 0.5,
     space: Literal["factor", "delta"] = "factor",

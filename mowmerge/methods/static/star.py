@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mowmerge.methods.contracts import PerModel, Unit
+from mowmerge.methods.contracts import Matrices, PerModel, Unit
 from mowmerge.methods.ops import spread, weighted_sum
-from mowmerge.methods.ops.spectral import Factors, Svd, svds
+from mowmerge.methods.ops.spectral import Factors, Svd, svd_numbers, svds
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
@@ -23,8 +24,8 @@ def _truncated(found: Svd, density: float) -> Svd:
 
 
 def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
-    """The mean, one decomposition, and what is kept of it."""
-    return 3 * shape[0] * shape[1] + 3 * sum(shape) * min(shape)
+    """The mean, one decomposition, and what is kept of the one before."""
+    return math.prod(shape) + svd_numbers(shape) + sum(shape) * min(shape)
 
 
 @merge_method(
@@ -36,7 +37,7 @@ def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
     exempt={"float64": "a rank that just reaches its share does in fp64 and not in fp32"},
 )
 def star(
-    deltas: Tensor,
+    deltas: Matrices,
     *,
     weight: PerModel[float] = 1.0,
     density: Unit = 0.4,
@@ -67,15 +68,17 @@ def star(
     n, each = len(deltas), [float(w) for w in spread(weight, len(deltas))]
     if deltas.dim() != 3 or not deltas.numel():
         return weighted_sum(deltas, [scale * w / n for w in each])
-    kept = (_truncated(found, density) for found in svds(deltas, factors))
-    pairs = (
-        (part.left * (part.values * (scale * w / n)), part.right)
-        for part, w in zip(kept, each, strict=True)
-    )
+
+    def pair(found: Svd, w: float) -> Factors:
+        part = _truncated(found, density)
+        return part.left * (part.values * (scale * w / n)), part.right
+
+    pairs = map(pair, svds(deltas, factors), each)
     if factors is not None:
         lefts, rights = zip(*pairs, strict=True)
         return torch.cat(lefts, 1), torch.cat(rights)
-    total = torch.zeros_like(deltas[0])
+    left, right = next(pairs)
+    total = left @ right
     for left, right in pairs:
         total.addmm_(left, right)
     return total

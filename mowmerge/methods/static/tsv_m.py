@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from mowmerge.methods.contracts import PerModel, Unit
+from mowmerge.methods.contracts import Matrices, PerModel, Unit
 from mowmerge.methods.ops import spread, weighted_sum
-from mowmerge.methods.ops.spectral import NOTHING, Factors, polar, svds
+from mowmerge.methods.ops.spectral import (
+    NOTHING,
+    Factors,
+    Svd,
+    beside,
+    gram_numbers,
+    polar,
+    svd_numbers,
+    svds,
+)
 from mowmerge.methods.registry import merge_method
-from mowmerge.tensors import Tensor, torch
+from mowmerge.tensors import Tensor
 
 
 def _rank(most: int, n: int, density: float) -> int:
@@ -18,8 +28,10 @@ def _rank(most: int, n: int, density: float) -> int:
 
 
 def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
-    """One decomposition, all kept triplets, the result, the Gram matrices of both sides in fp64."""
-    return shape[0] * shape[1] + 3 * sum(shape) * min(shape) + 16 * min(shape) ** 2
+    """All kept triplets, and one decomposition; or those twice, and a Gram matrix."""
+    least = min(shape)
+    kept = sum(shape) * min(least, n * _rank(least, n, p["density"]))
+    return kept + max(svd_numbers(shape), kept + gram_numbers(least))
 
 
 def _decompositions(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> list[tuple[int, int]]:
@@ -37,7 +49,7 @@ def _decompositions(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> lis
     exempt={"float64": "fp32's rounding turns directions whose singular values are close"},
 )
 def tsv_m(
-    deltas: Tensor,
+    deltas: Matrices,
     *,
     weight: PerModel[float] = 1.0,
     density: Unit = 0.0,
@@ -71,10 +83,13 @@ def tsv_m(
     if deltas.dim() != 3 or not deltas.numel():
         return weighted_sum(deltas, [scale * w / n for w in each])
     rank = _rank(min(deltas.shape[1:]), n, density)
-    parts = [found.cut(min(rank, found.rank)) for found in svds(deltas, factors)]
-    values = torch.cat([part.values * w for part, w in zip(parts, each, strict=True)])
-    used = values.abs() > NOTHING * values.abs().amax() if len(values) else values > 0
-    left = polar(torch.cat([part.left for part in parts], 1)[:, used])[0]
-    right = polar(torch.cat([part.right for part in parts])[used])[0]
-    stretched = left * (values[used] * scale)
-    return (stretched, right) if factors is not None else stretched @ right
+
+    def leading(found: Svd, w: float) -> Svd:
+        part = found.cut(rank)
+        return replace(part, values=part.values * w)
+
+    kept = beside(map(leading, svds(deltas, factors), each))
+    size = kept.values.abs()
+    kept = kept.only(size > NOTHING * size.amax()) if len(size) else kept
+    left, right = polar(kept.left)[0].mul_(kept.values * scale), polar(kept.right)[0]
+    return (left, right) if factors is not None else left @ right

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from mowmerge.methods.contracts import Count, NonNegative
-from mowmerge.methods.ops import added
+from mowmerge.methods.contracts import Count, Matrices, NonNegative
+from mowmerge.methods.ops import added, square_norm
 from mowmerge.methods.ops.descent import adam
-from mowmerge.methods.ops.spectral import svd
+from mowmerge.methods.ops.spectral import svd, svd_numbers
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
@@ -21,22 +21,25 @@ def _rank(shape: Sequence[int], n: int) -> int:
     return max(1, min(shape) // n)
 
 
-def _terms(deltas: Tensor, interference: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """E_i [m,k], which T is not to differ from in the row space of R_i [r,k]."""
-    mean, rank = deltas.mean(0), _rank(deltas.shape[1:], len(deltas))
+def _terms(deltas: Matrices, interference: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """|D_i|, and E_i [m,k], which T is not to differ from in the row space of R_i [r,k]."""
+    rank = _rank(deltas.shape[1:], len(deltas))
+    mean = added(deltas).div_(len(deltas)) if interference == "leading" else None
     for delta in deltas:
-        if interference == "full":
-            yield delta, delta
+        norm = square_norm(delta).sqrt()
+        if mean is None:
+            yield norm, delta, delta
         else:
             rows = svd(delta).cut(rank)
-            yield mean + svd(delta - mean).cut(rank).matrix, rows.values[:, None] * rows.right
+            wanted = mean + svd(delta - mean).cut(rank).matrix
+            yield norm, wanted, rows.values[:, None] * rows.right
 
 
-def _normal_equations(deltas: Tensor, interference: str) -> tuple[Tensor, Tensor]:
+def _normal_equations(deltas: Matrices, interference: str) -> tuple[Tensor, Tensor]:
     """A = sum_i G_i, B = sum_i E_i G_i, with G_i = R_i' R_i / |D_i|^2: gradient 2(TA - B)."""
-    left, right = deltas.new_zeros(deltas.shape[2], deltas.shape[2]), torch.zeros_like(deltas[0])
-    for delta, (wanted, rows) in zip(deltas, _terms(deltas, interference), strict=True):
-        norm = math.sqrt(delta.double().square().sum())
+    right = torch.zeros_like(deltas[0])
+    left = right.new_zeros(right.shape[1], right.shape[1])
+    for norm, wanted, rows in _terms(deltas, interference):
         if norm > 0:
             unit = rows / norm
             product = unit.T @ unit
@@ -62,14 +65,15 @@ def _closed(left: Tensor, right: Tensor, ridge: float) -> Tensor:
 
 
 def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
-    """In fp64 the task vectors and both sides of the closed form, or Adam's moments; products of
-    k x k; and two decompositions of leading triplets."""
+    """A task vector and its parts, with both sides of the normal equations; then Adam's moments and
+    what makes a step, or the closed form. In fp64 for that."""
     if len(shape) != 2:
         return 0
-    wide = 2 if p["solver"] == "closed" else 1
-    held = 2 * n + 6 if p["solver"] == "closed" else 9
-    svds = 6 * wide * sum(shape) * min(shape) if p["interference"] == "leading" else 0
-    return held * math.prod(shape) + 8 * shape[1] ** 2 + svds
+    closed, leading = p["solver"] == "closed", p["interference"] == "leading"
+    whole, side = math.prod(shape), shape[1] ** 2
+    terms = (2 * whole + svd_numbers(shape) if leading else 2 * whole) + 2 * side
+    solved = max(terms, 3 * side + 2 * whole if closed else 6 * whole)
+    return (2 if closed else 1) * (whole + side + solved)
 
 
 def _decompositions(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> list[tuple[int, int]]:
@@ -84,7 +88,7 @@ def _decompositions(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> lis
     laws={law: {"solver": "closed", "interference": "full"} for law in ("permutation", "scale")},
 )
 def wudi(
-    deltas: Tensor,
+    deltas: Matrices,
     *,
     solver: Literal["adam", "closed"] = "adam",
     interference: Literal["full", "leading"] = "full",
@@ -123,9 +127,11 @@ def wudi(
     of attention and MLP only; here those of other roles too, but for vocabulary tables.
     """
     if deltas.dim() != 3 or not deltas.numel():
-        return deltas.mean(0).mul_(scale) if rest == "mean" else torch.zeros_like(deltas[0])
+        if rest == "base":
+            return torch.zeros_like(deltas[0])
+        return added(deltas).div_(len(deltas)).mul_(scale)
     if solver == "closed":
         sides = _normal_equations(deltas.double(), interference)
         return _closed(*sides, ridge).to(deltas.dtype).mul_(scale)
     left, right = _normal_equations(deltas, interference)
-    return _by_adam(added(list(deltas)), left, right, steps, rate).mul_(scale)
+    return _by_adam(added(deltas), left, right, steps, rate).mul_(scale)

@@ -8,7 +8,7 @@ from torch import Tensor
 from zoo import Zoo
 
 from mowmerge import planner
-from mowmerge.methods.static.drm import _trimmed, drm
+from mowmerge.methods.static.drm import _least, drm
 from mowmerge.plan import RUN
 
 
@@ -35,9 +35,9 @@ def test_by_hand() -> None:
 def test_the_share_kept_is_of_all_rows_together() -> None:
     rows = torch.tensor([[[0.9, 0.1, -0.4]], [[0.5, -0.5, 0.3]]])
     # at index 6 - 3 = 3 of the ascending .1 .3 .4 .5 .5 .9, less one: .4
-    assert _trimmed(rows, 0.5).tolist() == (rows * (rows.abs() >= 0.39)).tolist()
-    assert torch.equal(_trimmed(rows, 1.0), rows)
-    assert _trimmed(rows, 0.0).count_nonzero() == 1  # one above nominal
+    assert _least(rows, 0.5) == pytest.approx(0.4)
+    assert _least(rows, 1.0) == 0.0
+    assert _least(rows, 0.0) == pytest.approx(0.9)  # one above nominal
 
 
 @pytest.mark.parametrize("direction", ["horizontal", "vertical"])
