@@ -9,17 +9,19 @@ from dataclasses import dataclass
 from itertools import chain
 
 from mowmerge import devices
-from mowmerge.blocks import block_length
+from mowmerge.blocks import WHOLE, block_length
 from mowmerge.errors import ResourceError
 from mowmerge.methods import registry
+from mowmerge.methods.ops import TALLY
 from mowmerge.plan import RUN, TensorJob
+from mowmerge.reduction import extent
 from mowmerge.tensors import DTYPES
 
 RUNTIME = 264 << 20  # bytes that Python, torch and the plan itself take
-HISTOGRAM = 5 << 20  # bytes a model while an order statistic is counted: a fold, and its empty one
 LONGER = 16  # times longer blocks on a device, where each call costs
-FOLDS = {"element": 0, "row": 1, "tensor": 1, "model": 2}  # a worker has at once; or all
-CODING = {"low_rank": (4, 4), "basis": (4, 4), "sparse": (7, 3), "mask": (3, 2)}
+TOLD = 5  # of a block of fp32: a merged one while signs are compared, a sum of that in fp64
+COUNTING = 2  # of a block: codes of one model's numbers, and which are counted
+CODING = {"sparse": (2.1, 1.5), "mask": (2, 0), "one_bit": (0.8, 0), "row_sparse": (1, 1)}
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def _narrowed(
     """The block length, and the peak bytes."""
     while True:
         needs = sorted((cost(job, block) for job in jobs), reverse=True)
-        peak = RUNTIME + max(sum(needs[:workers]), _sample_bytes(jobs)) + beside
+        peak = RUNTIME + sum(needs[:workers]) + _total_bytes(jobs) + beside
         if limit is None or peak <= limit:
             return block, peak
         if block == RUN:
@@ -82,42 +84,44 @@ def _narrowed(
         block //= 2
 
 
-def _sample_bytes(jobs: Sequence[TensorJob]) -> int:
-    """Bytes for a sample of a whole model's values, which a statistic over it begins with: all
-    models', and one model's three times more while it is searched."""
+def _total_bytes(jobs: Sequence[TensorJob]) -> int:
+    """Bytes for what all workers together have of a statistic over a whole model: counts, before
+    them a sample, all models' and one model's three times more while it is searched."""
     groups: dict[int, list[TensorJob]] = {}
     for job in chain.from_iterable(job.each for job in jobs):
         if job.group is not None:
             groups.setdefault(job.group, []).append(job)
     found = 0
     for held in groups.values():
-        total = sum(job.output.numel for job in held)
-        taken = max(65_536, min(total // 1024, 1 << 20))
-        found = max(found, 4 * taken * (len(held[0].models) + 3))
+        if counted := max(map(_counted_bytes, held)):
+            total = sum(job.output.numel for job in held)
+            taken = max(65_536, min(total // 1024, 1 << 20))
+            found = max(found, counted, 4 * taken * (len(held[0].models) + 3))
     return found
 
 
 @dataclass(frozen=True)
 class _Held:
-    """Bytes that one worker holds for a job, whose blocks are so long: what is read, its values and
-    temporaries, the result, counts of magnitudes, a code, a decomposition, and what is kept beside.
-    """
+    """Bytes that one worker holds for a job: what is read, its values, the result, and what is kept
+    beside; in turn counts of magnitudes, and what is made of a block, a code's parts among it."""
 
-    length: int
     read: int
     values: int
     out: int
-    counted: int
-    coding: int
-    workspace: int
     beside: int
+    counted: int
+    made: int
+
+    @property
+    def desk(self) -> int:
+        """What stays from block to block."""
+        return self.read + self.values + self.out + self.beside
 
 
 def working_bytes(job: TensorJob, block: int) -> int:
     """Bytes one worker holds for a job on the processor."""
     each = _held(job, block)
-    worked = each.values + each.coding + each.workspace
-    return each.read + worked + each.out + each.counted + each.beside
+    return each.desk + max(each.counted, each.made)
 
 
 def _host_bytes(job: TensorJob, block: int) -> int:
@@ -127,14 +131,15 @@ def _host_bytes(job: TensorJob, block: int) -> int:
     pieces = sum(_pinned(piece * given.spec.itemsize) for given in job.inputs)
     compared = sum(piece * given.spec.itemsize for given in job.inputs)
     twice = 2 * (pieces + _pinned(each.out))
-    return twice + compared + each.counted + each.coding + each.beside
+    coded = each.made if job.code else 0
+    return twice + compared + each.counted + coded + each.beside
 
 
 def _device_bytes(job: TensorJob, block: int) -> int:
     """Bytes one worker holds on a device for a job."""
     each, piece = _held(job, block), min(block, max(1, job.output.numel))
     pieces = sum(piece * given.spec.itemsize for given in job.inputs)
-    return 2 * (pieces + each.out) + each.values + each.coding + each.workspace
+    return 2 * (pieces + each.out) + each.values + each.made
 
 
 def _pinned(nbytes: int) -> int:
@@ -143,60 +148,81 @@ def _pinned(nbytes: int) -> int:
 
 
 def _held(job: TensorJob, block: int) -> _Held:
-    whole = bool(job.method) and registry.get(str(job.method)).reduce is None
-    length, n = block_length(block, job, whole=whole), len(job.inputs)
-    if job.code is not None:  # its statistics are taken in blocks of their own
-        length = max(length, min(block, job.output.numel))
+    spec = registry.get(job.method) if job.method else None
+    length = block_length(block, job, whole=spec is not None and spec.reduce is None)
+    length = min(length, max(1, job.output.numel))
     wide = 8 if any(i.spec.dtype == "F64" for i in job.inputs) else 4
-    folds = 0 if whole else FOLDS[job.scope]
-    workspace = _workspace(job)
-    beside = 0 if workspace and job.code is None else n + 4  # what a method on blocks makes of one
-    held = sum(i.held for one in (job, job.anchor) if one for i in one.inputs)
+    widened = {given.spec.dtype for given in job.inputs} not in ({"F32"}, {"F64"})
+    held = sum(i.held for one in job.each for i in one.inputs)
     if job.packing is not None:  # rows wait until all that share a scale are there
         rows = min(job.packing.block[0], math.prod(job.output.shape[:-1]))
         held += 4 * wide * rows * job.output.shape[-1]
     return _Held(
-        length=length,
-        read=sum(length * i.spec.itemsize for i in job.inputs),
-        values=length * wide * (n + beside),
-        out=length * job.output.itemsize,
-        counted=HISTOGRAM * len(job.models) * folds,
-        coding=_coding_bytes(job, length, wide, block) if job.code else 0,
-        workspace=wide * workspace,
+        read=sum(min(length, block) * i.spec.itemsize for i in job.inputs) if widened else 0,
+        values=length * wide * len(job.inputs),
+        out=0 if job.anchor else length * job.output.itemsize,
+        counted=_counted_bytes(job, length),
+        made=_coding_bytes(job, block, length, wide) if job.code else wide * _made(job, length),
         beside=held,
     )
 
 
-def _workspace(job: TensorJob) -> int:
-    """Elements that are held for a matrix, the base among them, or by a method on a whole tensor
-    beside its inputs."""
-    spec, n = registry.get(job.method) if job.method else None, len(job.models)
-    if spec is None or job.code is not None:
+def _counted_bytes(job: TensorJob, length: int = 0) -> int:
+    """Bytes for the order statistics of a tensor or model, and for the counting of a block: of a
+    method whose statistic begins with a sample, which is none of up to 65,536 elements."""
+    reduce = registry.get(job.method).reduce if job.method else None
+    if reduce is None or job.scope == "element" or not job.output.numel:
         return 0
+    first = next(reduce([extent(job)]), None)
+    if first is None or first.share >= 1:
+        return 0
+    return 4 * (TALLY * len(job.models) + COUNTING * length)
+
+
+def _made(job: TensorJob, length: int) -> int:
+    """Elements that a method makes of a block; or of a matrix, the base among them."""
+    spec, n, numel = registry.get(job.method or "passthrough"), len(job.models), job.output.numel
+    ask = spec.workspace
     if job.matrix:
-        base, shape = job.output.numel * (job.base is not None), job.output.shape
-        held = spec.workspace(shape, n, job.parameters) if spec.workspace else 0
-        return base + (held or (n + 2) * job.output.numel)
-    if spec.workspace is None or spec.decompositions:
-        return 0
-    return spec.workspace(job.output.shape, n, job.parameters)
+        held = ask(job.output.shape, n, job.parameters) if ask else 0
+        return numel * (job.base is not None) + (held or (n + 2) * numel)
+    if ask is None or spec.decompositions:
+        return (n + 4) * length
+    shape = job.output.shape if length == numel else (length,)
+    return max(TOLD * length * (job.base is not None), ask(shape, n, job.parameters))
 
 
-def _coding_bytes(job: TensorJob, length: int, wide: int, block: int) -> int:
-    """Bytes for the parts of a block's code, for what their making takes, and for the anchor."""
-    assert job.code is not None
-    share, made = min(1.0, length / max(1, job.output.numel)), 0.0
-    for part, spec in zip(job.code.parts.values(), job.parts, strict=True):
-        twice = spec.nbytes + spec.numel * wide * (DTYPES[spec.dtype].kind == "float")
-        made += twice * (share if part.axis is not None or part.ragged else 1.0)
-    each, once = CODING.get(job.code.codec, (3, 1))
-    anchor = _anchor_bytes(job, length, block)
-    return int(made) + length * wide * (each * len(job.models) + once) + anchor
-
-
-def _anchor_bytes(job: TensorJob, length: int, block: int) -> int:
-    """Bytes for the static job that makes the anchor in blocks of its own, and for what is put
-    together from them."""
-    if job.anchor is None:
-        return 0
-    return working_bytes(job.anchor, block) + length * job.output.itemsize
+def _coding_bytes(job: TensorJob, block: int, length: int, wide: int) -> int:
+    """Bytes for the anchor of a block, and then in turn: for the static job that makes that, for
+    the making of the code, for the code as it is stored, and for statistics."""
+    code = job.code
+    assert code is not None
+    n, each = len(job.models), length * wide
+    share, parts, stored = min(1.0, length / max(1, job.output.numel)), 0.0, 0.0
+    for part, spec in zip(code.parts.values(), job.parts, strict=True):
+        there = share if part.axis is not None or part.ragged else 1.0
+        floating = DTYPES[spec.dtype].kind == "float"
+        parts += there * (spec.numel * wide if floating else spec.nbytes)
+        stored = max(stored, there * (spec.nbytes + 8 * spec.numel * floating))  # a sum in fp64
+    method = registry.get(str(job.method))
+    apart = n * each if method.values == "models" else 0
+    if code.codec in ("full", "full_abs"):  # views of the models, or of their deltas
+        parts, apart = 0, apart * (code.codec == "full")
+        making = each
+    elif code.codec in WHOLE or job.scope == "row":
+        ask = method.workspace
+        apart = 0
+        making = wide * (ask(code.matrix, n, job.parameters) if ask else (n + 2) * length)
+        if job.scope == "row":
+            making += int(parts) + n * each
+    else:
+        by_model, once = CODING[code.codec]
+        making = int(each * (by_model * n + once) + parts)
+    told = wide * min(length, block) * (TOLD + n * (method.values == "models"))
+    kept, below = 0, 0
+    if job.anchor is not None:
+        static = _held(job.anchor, block)
+        below, kept = max(static.counted, static.made), static.desk - static.beside
+        kept += length * job.output.itemsize + each
+    after = apart + int(parts) + max(int(stored), told)
+    return kept + max(below, apart + making, after)

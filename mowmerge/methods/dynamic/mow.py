@@ -22,7 +22,7 @@ from mowmerge.methods.contracts import (
 )
 from mowmerge.methods.gating import Classifier, Features, block_of, by_choice
 from mowmerge.methods.ops import Sum, exclusive
-from mowmerge.methods.ops.spectral import truncated
+from mowmerge.methods.ops.spectral import truncated, truncated_numbers
 from mowmerge.methods.ops.tall import Turn, by_rows, cut, turns, workspace
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
@@ -116,8 +116,9 @@ def _turns(extents: Sequence[Extent]) -> Reduction:
 
 
 def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
-    turned = p["codec"] == "low_rank" and len(shape) == 2
-    return workspace(shape, n, min(p["rank"], *shape)) if turned else 0
+    """By rows; or one difference from the anchor, and the decompositions."""
+    rank = min(p["rank"], *shape)
+    return workspace(shape, n, rank) or math.prod(shape) + truncated_numbers(shape, n, rank)
 
 
 @merge_method(

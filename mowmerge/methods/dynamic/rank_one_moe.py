@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Annotated, Any
 
 from mowmerge.dynamic.format import Code
 from mowmerge.methods.contracts import Count, Dynamic, Range, Routing, Seed, Site
 from mowmerge.methods.gating import block_of, by_block, in_mlp, of_sum
-from mowmerge.methods.ops.spectral import truncated
+from mowmerge.methods.ops.spectral import truncated, truncated_numbers
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
@@ -27,9 +28,16 @@ def _routing(sites: Sequence[Site], codes: Sequence[Code], p: Mapping[str, Any])
     )  # fmt: skip
 
 
+def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
+    """The decompositions; or their pairs, those together, and two matrices towards the anchor."""
+    rank = min(p["rank"], *shape)
+    return max(truncated_numbers(shape, n, rank), 2 * (n * rank * sum(shape) + prod(shape)))
+
+
 @merge_method(
     paper="https://github.com/EnnengYang/RankOne-MoE",
     scope="tensor",
+    workspace=_workspace,
     dynamic=Dynamic(_code, _routing, of_sum),
 )
 def rank_one_moe(

@@ -19,7 +19,7 @@ from mowmerge.methods.contracts import (
 )
 from mowmerge.methods.gating import Chooser, Features, by_choice, of_base
 from mowmerge.methods.ops import Sum
-from mowmerge.methods.ops.spectral import Factors, polar, product_svd, truncated
+from mowmerge.methods.ops.spectral import Factors, polar, product_svd, truncated, truncated_numbers
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
@@ -79,10 +79,17 @@ def _aligned(pairs: Sequence[Factors]) -> list[Factors]:
     return found
 
 
+def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
+    """The decompositions; or their pairs, and one side of them in fp64 while a basis is found."""
+    rank = min(p["rank"], *shape)
+    return max(truncated_numbers(shape, n, rank), n * rank * (sum(shape) + 6 * max(shape)))
+
+
 @merge_method(
     paper="arXiv:2510.14163",
     scope="tensor",
     at_least=2,
+    workspace=_workspace,
     decompositions=lambda shape, n, p: [(shape[0], shape[1])] * n,
     dynamic=Dynamic(
         _code, _routing, of_base, Survey(lambda site: Sum(_squares, exact=False), _decide)

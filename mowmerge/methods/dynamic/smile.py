@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from mowmerge.dynamic.format import Code, Gate, Router
 from mowmerge.methods.contracts import Dynamic, MethodError, Range, Routing, Site
 from mowmerge.methods.gating import in_block_matrix, of_base
-from mowmerge.methods.ops.spectral import truncated
+from mowmerge.methods.ops.spectral import truncated, truncated_numbers
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
@@ -38,7 +38,18 @@ def _routing(sites: Sequence[Site], codes: Sequence[Code], p: Mapping[str, Any])
     return {"0": Gate("module", "0")}, {"0": router}
 
 
-@merge_method(paper="arXiv:2408.10174", scope="tensor", dynamic=Dynamic(_code, _routing, of_base))
+def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
+    """The decompositions; or their pairs, those together, and right factors of one length."""
+    rank = min(max(p["rank"], p["gate_rank"]), *shape)
+    return max(truncated_numbers(shape, n, rank), n * rank * (2 * sum(shape) + max(shape)))
+
+
+@merge_method(
+    paper="arXiv:2408.10174",
+    scope="tensor",
+    workspace=_workspace,
+    dynamic=Dynamic(_code, _routing, of_base),
+)
 def smile(
     deltas: Tensor,
     base: Tensor,

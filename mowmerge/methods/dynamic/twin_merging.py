@@ -10,7 +10,7 @@ from mowmerge.dynamic.format import Code
 from mowmerge.methods.contracts import Dynamic, Extent, Reduction, Routing, Seed, Site, Unit
 from mowmerge.methods.gating import Classifier, Features, by_choice
 from mowmerge.methods.ops import edges, exclusive, largest, marked
-from mowmerge.methods.ops.spectral import truncated
+from mowmerge.methods.ops.spectral import truncated, truncated_numbers
 from mowmerge.methods.ops.tall import by_rows, cut, turns, workspace
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor
@@ -55,8 +55,9 @@ def _statistics(extents: Sequence[Extent]) -> Reduction:
 
 
 def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
-    turned = p["keep"] == "pairs" and len(shape) == 2
-    return workspace(shape, n, _pairs(min(shape), p)) if turned else 0
+    """By rows; or one difference from the anchor, and the decompositions."""
+    rank = _pairs(min(shape), p)
+    return workspace(shape, n, rank) or prod(shape) + truncated_numbers(shape, n, rank)
 
 
 @merge_method(

@@ -32,9 +32,10 @@ from mowmerge.methods.ops.folds import (
     settle,
     square_norm,
 )
-from mowmerge.methods.ops.selection import kth_largest, trim_ranks, trim_thresholds
+from mowmerge.methods.ops.selection import TALLY, kth_largest, trim_ranks, trim_thresholds
 
 __all__ = [
+    "TALLY",
     "Edge",
     "Elect",
     "Listed",

@@ -13,6 +13,7 @@ from mowmerge.tensors import Tensor, torch
 SAMPLE_SHARE = 1 / 1024  # of a tensor or model; SAMPLE_LEAST elements of a small one
 SAMPLE_LEAST, SAMPLE_MOST = 65_536, 1 << 20  # however large a model is
 BIN_BITS = 18
+TALLY = 1 << (BIN_BITS + 2)  # numbers of 4 bytes: bins of 8, the least and the largest of each
 
 
 Scores = Callable[[Block], Iterable[Tensor] | Tensor]

@@ -180,6 +180,15 @@ def truncated(deltas: Iterable[Tensor], rank: int) -> tuple[list[Factors], dict[
     return pairs, {"lost": torch.stack(lost), "drawn": torch.tensor(drawn)}
 
 
+def truncated_numbers(shape: Sequence[int], n: int, rank: int) -> int:
+    """How many numbers `truncated` of N matrices takes beside them: the pairs, a decomposition."""
+    rows, columns = shape
+    pairs = n * rank * (rows + columns)
+    if few(rank, shape):
+        return pairs + 5 * (rank + OVERSAMPLED) * (rows + columns)
+    return pairs + svd_numbers(shape)
+
+
 def _lost(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """|D - B A| / |D|, measured some rows at a time; 0 of a matrix of zeros."""
     apart = whole = matrix.new_zeros((), dtype=torch.float64)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mowmerge.methods.contracts import Block, Extent, NonNegative, Reduction
-from mowmerge.methods.ops import kth_largest, settle
+from mowmerge.methods.ops import TALLY, kth_largest, settle
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor
 
@@ -36,9 +38,16 @@ def _threshold(extents: Sequence[Extent]) -> Reduction:
     return middle + extents[0].parameters["iqr"] * (high - low)
 
 
+def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
+    """Probabilities of both in fp64, their ratio and what comes of it; or three counts."""
+    size = math.prod(shape)
+    return max(8 * size, 4 * size + 3 * TALLY)
+
+
 @merge_method(
     paper="mergekit, arcee_fusion",
     scope="row",
+    workspace=_workspace,
     models=1,
     reduce=_threshold,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -77,9 +78,15 @@ def _validate(parameters: Mapping[str, Any], n: int) -> None:
             )
 
 
+def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
+    """Chances, what is drawn by them, and the order of one model's entries."""
+    return (2 * n + 1) * math.prod(shape)
+
+
 @merge_method(
     paper="arXiv:2406.11617",
     scope="row",
+    workspace=_workspace,
     laws=("permutation", "scale"),
     reduce=_factors,
     validate=_validate,

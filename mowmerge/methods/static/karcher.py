@@ -50,9 +50,15 @@ def _mean(cosines: Tensor, share: Tensor, max_iter: int, tol: float) -> Tensor:
     return mean
 
 
+def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
+    """The sum."""
+    return math.prod(shape)
+
+
 @merge_method(
     paper="Karcher 1977, doi:10.1002/cpa.3160300502",
     scope="tensor",
+    workspace=_workspace,
     laws={"idempotent": {}, "permutation": {}, "scale": {"eps": 0.0}},
     reduce=_inner_products,
     validate=_validate,

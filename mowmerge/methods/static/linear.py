@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +16,14 @@ def _validate(parameters: Mapping[str, Any], n: int) -> None:
     shares(parameters["weight"], parameters["normalize"], n)
 
 
+def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
+    """The sum."""
+    return math.prod(shape)
+
+
 @merge_method(
     paper="arXiv:2203.05482",
+    workspace=_workspace,
     laws={
         "identity": {},
         "idempotent": {"normalize": True},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from mowmerge.methods.contracts import PerModel
 from mowmerge.methods.ops import added, spread
@@ -10,8 +12,14 @@ from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
 
+def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
+    """The largest and what it is compared in; for a mean all magnitudes, ties and parts."""
+    return (2 * n + 3 if p["tie"] == "mean" else 6) * math.prod(shape)
+
+
 @merge_method(
     paper="arXiv:2407.06322",
+    workspace=_workspace,
     laws={
         "idempotent": {"weight": 1.0, "scale": 1.0},
         "permutation": {"tie": "positive"},

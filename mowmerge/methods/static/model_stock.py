@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Literal
+from typing import Any, Literal
 
 from mowmerge.methods.contracts import Extent, Reduction
 from mowmerge.methods.ops import Sum, gram, settle, weighted_sum
@@ -39,9 +40,15 @@ def _share(products: Tensor, average: str, clamp: bool) -> Tensor:
     return (n * c / below).where(below.abs() > 1e-6, 0.0)
 
 
+def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
+    """The sum; of rows all in fp64."""
+    return (2 * n + 2 if p["filter_wise"] else 1) * math.prod(shape)
+
+
 @merge_method(
     paper="arXiv:2403.19522",
     scope=lambda p: "row" if p["filter_wise"] else "tensor",
+    workspace=_workspace,
     at_least=2,
     laws=("idempotent", "permutation", "scale", "propagates"),
     reduce=_inner_products,

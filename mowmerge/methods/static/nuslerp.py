@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -58,9 +59,15 @@ def _caution(p: Mapping[str, Any], n: int) -> str:
     return "nuslerp extrapolates: the weights have opposite signs" if outside else ""
 
 
+def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
+    """Task vectors and what comes of them; of rows all in fp64."""
+    return (8 if p["axis"] == "rows" else 5) * math.prod(shape)
+
+
 @merge_method(
     paper="mergekit, nuslerp",
     scope=lambda p: "tensor" if p["axis"] == "all" else "row",
+    workspace=_workspace,
     models=2,
     laws=("idempotent", "permutation", "scale"),
     reduce=_statistics,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from mowmerge.methods.contracts import Block, Extent, MethodError, PerModel, Range, Reduction, Unit
 from mowmerge.methods.ops import Most, added, kth_largest, settle, spread
@@ -78,9 +79,15 @@ def _shares(score: Tensor, floor: float, top: float) -> Tensor:
     return (score >= top).to(score.dtype) if top == floor else torch.zeros_like(score)
 
 
+def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
+    """Sums, a score and what goes into it; against each other those of all."""
+    return (9 if p["competition"] == "sum" else 2 * n + 7) * math.prod(shape)
+
+
 @merge_method(
     paper="arXiv:2410.02396",
     scope=lambda p: "model" if p["trim"] == "global" else "tensor",
+    workspace=_workspace,
     laws=("permutation",),
     exempt={"float64": "tanh saturates on large values: what is a tie in fp32 is none in fp64"},
     reduce=_statistics,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -41,9 +42,15 @@ def _scope(parameters: Mapping[str, Any]) -> str:
     return "model" if parameters["counts"] == "global" else "tensor"
 
 
+def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
+    """What is touched, and that of it; with a boost its count, in 8 bytes."""
+    return (2 * n + 2 if p["boost"] == 0 else 4 * n + 1) * math.prod(shape)
+
+
 @merge_method(
     paper="arXiv:2601.13572",
     scope=_scope,
+    workspace=_workspace,
     laws={"permutation": {}, "scale": {"eps": 0.0}},
     reduce=_statistics,
 )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from mowmerge.methods.contracts import Block, Extent, NonNegative, Reduction, Unit
 from mowmerge.methods.ops import (
+    TALLY,
     Edge,
     Sum,
     agree,
@@ -69,9 +71,16 @@ def _caution(p: Mapping[str, Any], n: int) -> str:
     return "sce selects nothing of a single model below density 1: the result is the base"
 
 
+def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
+    """What is selected, and sums; its variance, its count, and it by its coefficients."""
+    size = math.prod(shape)
+    return (2 * n + 2) * size + TALLY if p["density"] < 1 else (n + 2) * size
+
+
 @merge_method(
     paper="arXiv:2408.07990",
     scope="tensor",
+    workspace=_workspace,
     laws={
         "idempotent": {"density": 1.0, "scale": 1.0},
         "permutation": {},

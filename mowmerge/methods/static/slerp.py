@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mowmerge.methods.contracts import Extent, NonNegative, Reduction, Unit
 from mowmerge.methods.ops import Sum, gram, settle, weighted_sum
@@ -16,10 +17,16 @@ def _inner_products(extents: Sequence[Extent]) -> Reduction:
     return products.total
 
 
+def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
+    """The sum."""
+    return math.prod(shape)
+
+
 @merge_method(
     paper="Shoemake 1985, doi:10.1145/325334.325242",
     scope="tensor",
     models=2,
+    workspace=_workspace,
     laws=("idempotent", "scale", "propagates"),
     reduce=_inner_products,
 )

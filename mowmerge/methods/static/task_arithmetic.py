@@ -34,9 +34,15 @@ def _caution(p: Mapping[str, Any], n: int) -> str:
     )
 
 
+def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
+    """The sum."""
+    return math.prod(shape)
+
+
 @merge_method(
     paper="arXiv:2212.04089",
     scope=lambda p: "model" if p["coefficients"] == "metagpt" else "element",
+    workspace=_workspace,
     laws={
         "identity": {},
         "permutation": {},

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -73,9 +74,15 @@ def _statistics(extents: Sequence[Extent]) -> Reduction:
     return state
 
 
+def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
+    """What is kept, and sums; of a vote by squares all of it in fp64."""
+    return (9 * n if p["elect"].startswith("norm") else n + 2) * math.prod(shape)
+
+
 @merge_method(
     paper="arXiv:2306.01708",
     scope=lambda p: "model" if p["trim"] == "global" else "tensor",
+    workspace=_workspace,
     laws={"permutation": {}, "scale": {}, "propagates": {"elect": "mass"}},
     reduce=_statistics,
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mowmerge.methods.contracts import Block, Extent, NonNegative, Reduction
@@ -71,9 +72,15 @@ def _by_token(role: str, dimensions: int) -> bool:
     return role == "embedding" and dimensions == 2
 
 
+def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
+    """Task vectors, their weights and the products."""
+    return (2 * n + 1) * math.prod(shape)
+
+
 @merge_method(
     paper="arXiv:2408.03092",
     scope="row",
+    workspace=_workspace,
     laws=("permutation",),
     reduce=_statistics,
 )
