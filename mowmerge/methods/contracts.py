@@ -332,11 +332,12 @@ class Draws:
 
         mask = probability.cpu().contiguous() * 2.0**16
         for i, shares in enumerate(mask.view(len(mask), -1).numpy()):
-            over = np.subtract(shares, self._words(i, self.start, shares.size), out=shares)
-            kept = over >= 1
-            for at in np.flatnonzero(kept != (over >= 0)):  # words that meet their limit
-                kept[at] = self._rest(i, at) < round(over[at] * 2**16)
-            np.copyto(over, kept)
+            words = self._words(i, self.start, shares.size)
+            limit = np.minimum(shares, 65_535).astype(np.uint16)
+            kept = words < limit
+            for at in np.flatnonzero(words == limit):
+                kept[at] = self._rest(i, at) < round((float(shares[at]) - limit[at]) * 2**16)
+            np.copyto(shares, kept)
         return mask.to(probability.device)
 
     def ahead(self, count: int) -> Draws:

@@ -36,23 +36,24 @@ def _order(size: Tensor) -> Tensor:
     return codes.bitwise_and_(0xFFFFFFFF)
 
 
-def _chances(delta: Tensor, density: float, epsilon: float) -> Tensor:
+def _chances(deltas: Tensor, density: Sequence[float], epsilon: Sequence[float]) -> Tensor:
     """The probability of each entry to be kept, from its rank by magnitude in its row."""
-    if density in (0.0, 1.0) or not delta.numel():
-        return torch.full_like(delta, density)
-    size = delta.abs().reshape(len(delta) if delta.dim() > 1 else 1, -1)
-    count = size.shape[1]
-    table = torch.full((1, 1), density, dtype=torch.float64)
-    if count > 1:
-        table = density + epsilon * torch.linspace(-1.0, 1.0, count, dtype=torch.float64)[None]
-    chance = torch.empty_like(size).scatter_(-1, _order(size), table.to(size).expand_as(size))
-    return chance.view(delta.shape)
+    chances = torch.empty_like(deltas)
+    rows = len(deltas[0]) if deltas.dim() > 2 else 1
+    for delta, out, center, half in zip(deltas, chances, density, epsilon, strict=True):
+        size, out = delta.abs().reshape(rows, -1), out.view(rows, -1)
+        count = size.shape[1]
+        if center in (0.0, 1.0) or count < 2:
+            out.fill_(center)
+            continue
+        table = center + half * torch.linspace(-1.0, 1.0, count, dtype=torch.float64)
+        out.scatter_(-1, _order(size), table.to(size).expand_as(size))
+    return chances
 
 
 def _kept(deltas: Tensor, p: Mapping[str, Any], rng: Draws) -> list[Tensor]:
     """New D_i with the dropped entries at 0, over their chances where the rescale is that."""
-    pairs = zip(deltas, p["density"], p["epsilon"], strict=True)
-    chances = torch.stack([_chances(*pair) for pair in pairs])
+    chances = _chances(deltas, p["density"], p["epsilon"])
     kept = rng.keep_each(chances).mul_(deltas)
     return list(kept.div_(chances.clamp_(min=LEAST)) if p["rescale"] == "probability" else kept)
 
