@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mowmerge import staging
+from mowmerge.blocks import WHOLE
 from mowmerge.errors import ResourceError
 from mowmerge.plan import Plan
 from mowmerge.tensors import DTYPES, Tensor, torch
@@ -110,6 +111,8 @@ def _keep(piece: int) -> None:
 
 
 def _on_matrices(plan: Plan) -> bool:
-    """Whether it has jobs on matrices, or another plan does that is merged as it is read."""
+    """Whether it has jobs on matrices, or codes of whole tensors, or another plan does that is
+    merged as it is read."""
     nested = (source for source in plan.sources.values() if isinstance(source, Plan))
-    return any(job.matrix for job in plan.each) or any(map(_on_matrices, nested))
+    coded = any(job.code and job.code.codec in WHOLE for job in plan.jobs)
+    return coded or any(job.matrix for job in plan.each) or any(map(_on_matrices, nested))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from mowmerge import devices
-from mowmerge.blocks import WHOLE, block_length
+from mowmerge.blocks import block_length
 from mowmerge.errors import ResourceError
 from mowmerge.methods import registry
 from mowmerge.methods.ops import TALLY
@@ -20,6 +20,10 @@ from mowmerge.tensors import DTYPES
 RUNTIME = 264 << 20  # bytes that Python, torch and the plan itself take
 LONGER = 16  # times longer blocks on a device, where each call costs
 TOLD = 5  # of a block of fp32: a merged one while signs are compared, a sum of that in fp64
+KEPT = 8  # blocks of fp32 that a worker's allocator keeps: freed ones come apart by slivers, until
+# those fill its caches; and a share of what is made. Both measured over hundreds of blocks
+KEPT_SHARE = 1 / 4
+TRIMMED = 62 << 20  # bytes that are freed and kept in a worker's heap; see `buffers.keeping_freed`
 COUNTING = 2  # of a block: codes of one model's numbers, and which are counted
 CODING = {"sparse": (2.1, 1.5), "mask": (2, 0), "one_bit": (0.8, 0), "row_sparse": (1, 1)}
 
@@ -57,6 +61,12 @@ def room(
     found, peak = _narrowed(jobs, count, LONGER * block, limit, beside, _host_bytes)
     each = sorted((_device_bytes(job, found) for job in jobs), reverse=True)
     return Room(named, count, found, peak, sum(each[: -(-count // len(named))]))
+
+
+def then(peak: int, workers: int, nbytes: int) -> int:
+    """The peak where, when the tensors are done, that much more is held: of what workers freed
+    large pieces are given back."""
+    return max(peak, min(peak, RUNTIME + workers * TRIMMED) + nbytes)
 
 
 def _narrowed(
@@ -103,7 +113,8 @@ def _total_bytes(jobs: Sequence[TensorJob]) -> int:
 @dataclass(frozen=True)
 class _Held:
     """Bytes that one worker holds for a job: what is read, its values, the result, and what is kept
-    beside; in turn counts of magnitudes, and what is made of a block, a code's parts among it."""
+    beside; in turn counts of magnitudes, and what is made of a block, a code's parts among it; and
+    what its allocator keeps."""
 
     read: int
     values: int
@@ -111,6 +122,7 @@ class _Held:
     beside: int
     counted: int
     made: int
+    kept: int
 
     @property
     def desk(self) -> int:
@@ -121,7 +133,7 @@ class _Held:
 def working_bytes(job: TensorJob, block: int) -> int:
     """Bytes one worker holds for a job on the processor."""
     each = _held(job, block)
-    return each.desk + max(each.counted, each.made)
+    return each.desk + max(each.counted, each.made + each.kept)
 
 
 def _host_bytes(job: TensorJob, block: int) -> int:
@@ -157,12 +169,17 @@ def _held(job: TensorJob, block: int) -> _Held:
     if job.packing is not None:  # rows wait until all that share a scale are there
         rows = min(job.packing.block[0], math.prod(job.output.shape[:-1]))
         held += 4 * wide * rows * job.output.shape[-1]
+    made = _coding_bytes(job, block, length, wide) if job.code else wide * _made(job, length)
+    kept = KEPT * min(length, block) * wide if made else 0
+    if not job.matrix and length <= block:  # what is longer is mapped, and given back
+        kept += int(KEPT_SHARE * made)
     return _Held(
         read=sum(min(length, block) * i.spec.itemsize for i in job.inputs) if widened else 0,
         values=length * wide * len(job.inputs),
         out=0 if job.anchor else length * job.output.itemsize,
         counted=_counted_bytes(job, length),
-        made=_coding_bytes(job, block, length, wide) if job.code else wide * _made(job, length),
+        made=made,
+        kept=kept,
         beside=held,
     )
 
@@ -195,34 +212,31 @@ def _made(job: TensorJob, length: int) -> int:
 def _coding_bytes(job: TensorJob, block: int, length: int, wide: int) -> int:
     """Bytes for the anchor of a block, and then in turn: for the static job that makes that, for
     the making of the code, for the code as it is stored, and for statistics."""
-    code = job.code
+    code, method, n, each = job.code, registry.get(str(job.method)), len(job.models), length * wide
     assert code is not None
-    n, each = len(job.models), length * wide
     share, parts, stored = min(1.0, length / max(1, job.output.numel)), 0.0, 0.0
     for part, spec in zip(code.parts.values(), job.parts, strict=True):
         there = share if part.axis is not None or part.ragged else 1.0
         floating = DTYPES[spec.dtype].kind == "float"
         parts += there * (spec.numel * wide if floating else spec.nbytes)
         stored = max(stored, there * (spec.nbytes + 8 * spec.numel * floating))  # a sum in fp64
-    method = registry.get(str(job.method))
     apart = n * each if method.values == "models" else 0
-    if code.codec in ("full", "full_abs"):  # views of the models, or of their deltas
-        parts, apart = 0, apart * (code.codec == "full")
-        making = each
-    elif code.codec in WHOLE or job.scope == "row":
-        ask = method.workspace
-        apart = 0
-        making = wide * (ask(code.matrix, n, job.parameters) if ask else (n + 2) * length)
-        if job.scope == "row":
-            making += int(parts) + n * each
-    else:
+    making = float(apart)
+    if code.codec in CODING:
         by_model, once = CODING[code.codec]
-        making = int(each * (by_model * n + once) + parts)
+        making += each * (by_model * n + once) + parts
+    elif code.codec in ("full", "full_abs"):  # views of the models, or of their deltas
+        parts = apart if code.codec == "full" else 0
+        making = parts = max(parts, each)  # or an anchor
+    else:
+        ask = method.workspace
+        making += wide * (ask(code.matrix, n, job.parameters) if ask else (n + 2) * length)
+        making -= 0 if job.scope == "row" else apart  # one by one
+        making += parts if job.scope == "row" else 0
     told = wide * min(length, block) * (TOLD + n * (method.values == "models"))
-    kept, below = 0, 0
+    found, below = 0, 0
     if job.anchor is not None:
         static = _held(job.anchor, block)
-        below, kept = max(static.counted, static.made), static.desk - static.beside
-        kept += length * job.output.itemsize + each
-    after = apart + int(parts) + max(int(stored), told)
-    return kept + max(below, apart + making, after)
+        below, found = max(static.counted, static.made), static.desk - static.beside
+        found += length * job.output.itemsize + each
+    return found + int(max(below, making, parts + max(stored, told)))

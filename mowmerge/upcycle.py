@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from mowmerge import memory
 from mowmerge.checkpoint import modules, naming
 from mowmerge.checkpoint.encoder import Named
 from mowmerge.checkpoint.layout import layout, shard_of
@@ -127,7 +128,7 @@ class Upcycling:
         return replace(
             plan, shards=tuple(anchor), heads={}, manifest=manifest, codes=tuple(shards),
             router=router, head_names=names, warnings=tuple(warnings),
-            peak_bytes=plan.peak_bytes + 2 * largest,  # freed memory is kept, not given back
+            peak_bytes=memory.then(plan.peak_bytes, plan.workers, largest),
             undecided=self.dynamic.survey is not None and self.found is None,
             rest=self._rest_told(), encoder=self.encoder.stored if self.encoder else None,
         )  # fmt: skip

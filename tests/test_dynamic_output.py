@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from zoo import Zoo, left, load, raw, run
+from zoo import Zoo, left, load, raw
 
 from mowmerge import api, memory, survey
 from mowmerge.checkpoint import writer
@@ -319,33 +319,6 @@ def test_a_kill_leaves_nothing_or_a_whole_checkpoint(zoo: Zoo) -> None:
 
 
 # --- memory
-
-
-PEAK = """
-import sys
-from mowmerge import merge
-from mowmerge.planner import Options
-result = merge(sys.argv[1], "out", options=Options(workers=1), hashes=False, force=True)
-status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-peak = int(status["VmHWM"].split()[0]) * 1024  # ru_maxrss would be the parent's at the fork
-print(peak, result.report["planned_peak_bytes"])
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", [
-    "mow", "wemoe", "e_wemoe", "rank_one_moe", "smile", "twin_merging", "emr", "one_bit",
-])  # fmt: skip
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_peak_is_within_what_the_plan_states(zoo: Zoo, method: str, dtype: Any) -> None:
-    shapes = {"model.layers.0.input_layernorm.weight": (1200,), "model.norm.weight": (1200,)}
-    shapes |= {"model.layers.0.self_attn.q_proj.weight": (1200, 1200)}
-    shapes |= {"model.layers.0.mlp.up_proj.weight": (1600, 1200)}
-    zoo.family(shapes, 4, dtype=dtype)
-    file = zoo.recipe({"method": method})
-    ran = run([sys.executable, "-c", PEAK, str(file)], zoo.folder)
-    peak, stated = map(int, ran.out.split())
-    assert peak <= stated, f"{peak:,} of {stated:,}"
 
 
 def test_max_memory_narrows_blocks_and_names_the_tensor_it_cannot(zoo: Zoo) -> None:

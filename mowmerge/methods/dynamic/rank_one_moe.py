@@ -30,7 +30,7 @@ def _routing(sites: Sequence[Site], codes: Sequence[Code], p: Mapping[str, Any])
 
 def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
     """The decompositions; or their pairs, those together, and two matrices towards the anchor."""
-    rank = min(p["rank"], *shape)
+    rank: int = min(p["rank"], *shape)
     return max(truncated_numbers(shape, n, rank), 2 * (n * rank * sum(shape) + prod(shape)))
 
 

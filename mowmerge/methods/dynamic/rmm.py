@@ -81,7 +81,7 @@ def _aligned(pairs: Sequence[Factors]) -> list[Factors]:
 
 def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
     """The decompositions; or their pairs, and one side of them in fp64 while a basis is found."""
-    rank = min(p["rank"], *shape)
+    rank: int = min(p["rank"], *shape)
     return max(truncated_numbers(shape, n, rank), n * rank * (sum(shape) + 6 * max(shape)))
 
 

@@ -40,7 +40,7 @@ def _routing(sites: Sequence[Site], codes: Sequence[Code], p: Mapping[str, Any])
 
 def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
     """The decompositions; or their pairs, those together, and right factors of one length."""
-    rank = min(max(p["rank"], p["gate_rank"]), *shape)
+    rank: int = min(max(p["rank"], p["gate_rank"]), *shape)
     return max(truncated_numbers(shape, n, rank), n * rank * (2 * sum(shape) + max(shape)))
 
 

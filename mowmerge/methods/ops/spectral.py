@@ -99,9 +99,12 @@ def _svd(matrix: Tensor) -> Svd:
 
 
 def svd_numbers(shape: Sequence[int]) -> int:
-    """How many numbers of fp32 `svd` takes at once, its matrix and the triplets among them: a basis
-    beside the matrix, and LAPACK's workspace."""
-    return 2 * math.prod(shape) + 9 * min(shape) ** 2
+    """How many numbers of fp32 `svd` takes at once, its matrix and the triplets among them, with
+    LAPACK's copy and workspace; of a long one a basis, and then the core's or the product."""
+    whole, core = math.prod(shape), min(shape) ** 2
+    if max(shape) < LONG * min(shape):
+        return 3 * whole + 5 * core
+    return 2 * whole + max(whole, 4 * core) + 3 * core
 
 
 def gram_numbers(side: int) -> int:
@@ -186,7 +189,7 @@ def truncated_numbers(shape: Sequence[int], n: int, rank: int) -> int:
     pairs = n * rank * (rows + columns)
     if few(rank, shape):
         return pairs + 5 * (rank + OVERSAMPLED) * (rows + columns)
-    return pairs + svd_numbers(shape)
+    return pairs + svd_numbers(shape) - rows * columns
 
 
 def _lost(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:

@@ -71,8 +71,9 @@ def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
         return 0
     closed, leading = p["solver"] == "closed", p["interference"] == "leading"
     whole, side = math.prod(shape), shape[1] ** 2
-    terms = (2 * whole + svd_numbers(shape) if leading else 2 * whole) + 2 * side
-    solved = max(terms, 3 * side + 2 * whole if closed else 6 * whole)
+    parts = 3 * whole + _rank(shape, n) * shape[0] + svd_numbers(shape)
+    terms = (parts if leading else 7 * whole // 2) + 2 * side
+    solved = max(terms, 3 * side + 2 * whole if closed else 8 * whole)
     return (2 if closed else 1) * (whole + side + solved)
 
 
