@@ -104,6 +104,8 @@ def test_equal_probabilities_keep_what_one_density_keeps(dtype: torch.dtype) -> 
     over = 0.30001 * 2**16 % 1  # a word that meets its limit is kept with what is left of it
     met = draws.keep([density[0] - over / 2**16] * 2, chance) != draws.keep_each(chance)
     assert 0 < int(met.sum()) < 40
+
+
 @pytest.mark.parametrize("models", [(), ("a", "b", "c")])
 def test_the_draws_of_one_model_are_those_it_has_among_others(models: Sequence[str]) -> None:
     values = torch.ones(3, 1000)

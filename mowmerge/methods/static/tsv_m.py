@@ -85,7 +85,7 @@ def tsv_m(
     rank = _rank(min(deltas.shape[1:]), n, density)
 
     def leading(found: Svd, w: float) -> Svd:
-        part = found.cut(rank)
+        part = found.cut(min(rank, found.rank))
         return replace(part, values=part.values * w)
 
     kept = beside(map(leading, svds(deltas, factors), each))
