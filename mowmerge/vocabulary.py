@@ -19,7 +19,7 @@ from mowmerge.plan import Adapted, Source, Stored, TensorJob, config_source
 from mowmerge.recipe.model import Recipe
 from mowmerge.recipe.vocabulary import Row
 from mowmerge.rows import Lines, counted
-from mowmerge.tensors import DTYPES
+from mowmerge.tensors import DTYPES, TensorSpec
 
 if TYPE_CHECKING:
     from numpy import bool_, int32
@@ -160,6 +160,12 @@ def _resized(recipe: Recipe, model: str, source: Adapted) -> Problem:
         recipe.where("models", model, "adapter"),
         "place the rows by token, `vocabulary: {source: union}` (or base, or a model's name)",
     )
+
+
+def tied(source: Source, name: str, held: Mapping[str, TensorSpec]) -> TensorSpec | None:
+    """What a model has in the place of a tensor that it does not store, if that is tied."""
+    rows = source.rows.get(name) if isinstance(source, Placed) else None
+    return rows.spec if rows else naming.tied_to(name, held)
 
 
 class Placing:
