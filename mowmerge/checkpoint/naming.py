@@ -17,7 +17,8 @@ _ROLES = tuple(
         ("router", r"(?:^|\.)(?:router|gate|shared_expert_gate)(?:\.|$)"),
         (
             "head",
-            r"^(?:.*\.)?(?:lm_head|embed_out|proj_out|score|classifier|qa_outputs|cls|head)\.",
+            r"^(?:.*\.)?(?:lm_head|embed_out|proj_out|score|classifier|qa_outputs|cls|head"
+            r"|classification_head)\.|(?:^|\.)text_projection(?:\.|$)",
         ),
         (
             "embedding",
@@ -36,7 +37,7 @@ _BY_TOKEN = re.compile(
     r"lm_head|vocab_projector|final_logits_bias|predictions\.(?:decoder|bias)", re.I
 )
 _NOT_BY_TOKEN = re.compile(
-    r"(?:^|[._])(?:pos|token_type|wpe|patch|cls_token|class|segment|relative|time|rotary|dense"
+    r"(?:^|[._])(?:pos|text_projection|token_type|wpe|patch|cls_token|class|segment|relative|time|rotary|dense"
     r"|transform(?!er)|score|qa_outputs|seq_rel|layer_?norm)",
     re.I,
 )

@@ -94,6 +94,7 @@ FAMILIES: dict[str, dict[str, str]] = {
         "vision_model.embeddings.class_embedding": "embedding",
         "vision_model.pre_layrnorm.weight": "norm",
         "visual_projection.weight": "other",
+        "text_projection.weight": "head",
         "logit_scale": "other",
     },
     "whisper": {
@@ -111,6 +112,11 @@ FAMILIES: dict[str, dict[str, str]] = {
         "gpt_neox.layers.0.attention.query_key_value.weight": "attention",
         "gpt_neox.layers.0.mlp.dense_h_to_4h.weight": "mlp",
         "embed_out.weight": "head",
+    },
+    "bart": {
+        "model.shared.weight": "embedding",
+        "classification_head.dense.weight": "head",
+        "classification_head.out_proj.weight": "head",
     },
     "distilbert": {
         "distilbert.transformer.layer.0.attention.q_lin.weight": "attention",

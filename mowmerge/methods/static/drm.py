@@ -70,8 +70,8 @@ def _merged(parts: Sequence[Tensor], weight: Sequence[float], sign: Any, mean: s
     total = weighted_sum(parts, weight)
     if mean == "all":
         return total.div_(len(parts))
-    number = added([(part != 0).to(total.dtype) for part in parts])
-    return total.div_(number.clamp_(min=1.0))
+    taken = [(part != 0).to(total.dtype) for part, w in zip(parts, weight, strict=True) if w]
+    return total.div_(added(taken).clamp_(min=1.0)) if taken else total
 
 
 def _decomposed(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> list[tuple[int, int]]:

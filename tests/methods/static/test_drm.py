@@ -129,3 +129,10 @@ def test_a_share_that_is_rounding_is_none() -> None:
     _, rows, lengths = _coordinates(deltas, 0.01)
     assert ((lengths > 0).sum(1) == 4).all()
     assert torch.equal(rows.norm(dim=-1, keepdim=True) > 0.5, lengths > 0)
+
+
+def test_a_model_of_no_weight_is_not_counted() -> None:
+    deltas, given = normal(3, 6, 5), {"density": 1.0, "elect": False, "tol": 0.0}
+    weighed = drm(deltas, weight=[1.0, 0.0, 1.0], **given)
+    assert torch.allclose(weighed, (deltas[0] + deltas[2]) / 2, atol=1e-5)
+    assert not drm(deltas, weight=0.0, **given).any()
