@@ -254,6 +254,7 @@ def test_the_names_of_real_models(model_class: str) -> None:
     ("cls.predictions.transform.dense.weight", False), ("lm_head.layer_norm.weight", False),
     ("vision_model.embeddings.patch_embedding.weight", False), ("classifier.weight", False),
     ("model.layers.0.mlp.up_proj.weight", False), ("model.norm.weight", False),
+    ("text_projection.weight", False), ("classification_head.dense.weight", False),
 ])  # fmt: skip
 def test_what_may_have_a_row_for_each_token(name: str, fits: bool) -> None:
     assert by_token(name) == fits
