@@ -236,6 +236,7 @@ class _Fit:
 
     def deltas(self) -> Iterator[tuple[str, Patch]]:
         """The low-rank updates."""
+        stretched = set()
         for module, held in self._modules.items():
             for path, parts in self._paired(module, held):
                 if not {"a", "b"} <= parts.keys():
@@ -245,6 +246,9 @@ class _Fit:
                 ours = self._base.find(path) or self._tied(path)
                 if ours is None:
                     raise self._stranger(path)
+                if ours.name in stretched:
+                    raise self._wrong(f"use_dora is set for '{path}' and what it is tied to", MERGE)
+                stretched |= {ours.name} if "m" in parts else set()
                 yield ours.name, self._patch(module, path, parts, ours)
 
     def _paired(self, module: str, held: _Module) -> Iterator[tuple[str, dict[str, str]]]:

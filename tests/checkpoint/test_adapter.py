@@ -187,6 +187,26 @@ def test_tied_embeddings_stay_tied(zoo: Zoo) -> None:
     assert "ties to 'model.embed_tokens.weight': both change" in told[0]
 
 
+def test_a_magnitude_on_both_ends_of_a_tie_is_refused(zoo: Zoo) -> None:
+    """peft stretches the one after the other, by norms of what the first has left."""
+    base = save(zoo.folder / "base", "llama", tie_word_embeddings=True)
+    both = ["embed_tokens", "lm_head"]
+    adapter = adapt(base, zoo.folder / "a", target_modules=both, use_dora=True)
+    with pytest.raises(MowmergeError, match="use_dora is set for .* and what it is tied to"):
+        plan_of(zoo, base, adapter)
+    plain = adapt(base, zoo.folder / "b", target_modules=both)
+    want = merged(base, [plain], zoo.folder / "theirs")
+    assert_equal(ours(zoo, base, str(plain)), want)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "falcon"])
+def test_a_head_that_is_tied_to_embeddings_of_another_name(zoo: Zoo, kind: str) -> None:
+    base = save(zoo.folder / "base", kind)
+    adapter = adapt(base, zoo.folder / "a", target_modules=["lm_head", "dense"])
+    want = merged(base, [adapter], zoo.folder / "theirs")
+    assert_equal(ours(zoo, base, str(adapter)), want)
+
+
 def plan_of(zoo: Zoo, base: Path, adapter: Any, **options: Any) -> Any:
     model = {"source": str(base), "adapter": str(adapter)}
     recipe = zoo.recipe({"models": {"m": model}, "method": "passthrough"})
