@@ -76,6 +76,21 @@ def test_a_parameter_outside_its_range(zoo: Zoo, name: str) -> None:
             assert known[word].range in line or isinstance(value, str | bool)
 
 
+def test_a_misspelt_method_hides_no_other_fault(zoo: Zoo) -> None:
+    models = {"a": {"source": "o/a", "wieght": 1}, "b": {"source": "o/b", "weight": "much"}}
+    ran = checked(zoo, base="o/z", models=models, method="tiess", parameters={"density": 2})
+    assert (ran.rc, ran.out) == (RECIPE, "")
+    for told in (
+        "there is no method 'tiess'\n  -> did you mean 'ties'?", "parameters.density must be 0..1",
+        "models.a.wieght is not a parameter of 'ties'\n  -> did you mean 'weight'?",
+        "models.b.weight must be a number, not 'much'",
+    ):  # fmt: skip
+        assert told in ran.err
+    ran = checked(zoo, models=models, method="quite another", parameters={"density": 2})
+    assert "there is no method" in ran.err
+    assert "density" not in ran.err
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_numbers_that_are_none(zoo: Zoo, name: str) -> None:
     numbers = [p for p in registry.get(name).parameters.values() if p.kind in ("number", "integer")]
