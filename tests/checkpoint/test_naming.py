@@ -188,6 +188,15 @@ def specs(*names: str) -> Mapping[str, TensorSpec]:
     ("cls.predictions.decoder.bias", "cls.predictions.bias"),
     ("encoder.embed_tokens.weight", "shared.weight"),
     ("embed_out.weight", "gpt_neox.embed_in.weight"),
+    ("lm_head.weight", "transformer.word_embeddings.weight"),
+    ("lm_head.weight", "backbone.embeddings.weight"),
+    ("lm_head.weight", "transformer.tokens_embed.weight"),
+    ("lm_head.out_proj.weight", "model.decoder.embed_tokens.weight"),
+    ("decoder.weight", "model.embeddings.tok_embeddings.weight"),
+    ("predictions.decoder.weight", "albert.embeddings.word_embeddings.weight"),
+    ("predictions.decoder.bias", "predictions.bias"),
+    ("generator_lm_head.weight", "electra.embeddings.word_embeddings.weight"),
+    ("lm_loss.weight", "transformer.word_embedding.weight"),
 ])  # fmt: skip
 def test_tied_to(name: str, source: str) -> None:
     held = specs("a.b.weight", source)
