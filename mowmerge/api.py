@@ -85,7 +85,7 @@ def plan(
 
 
 def looked(recipe: Recipe, options: Options | None = None) -> Plan | None:
-    """The same where all models are paths on this machine; None where one is on the network."""
+    """The same where all models are on this machine; None where one may be on the network."""
     from mowmerge.sources import here
 
     return build(recipe, options) if here(recipe) else None

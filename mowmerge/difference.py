@@ -120,6 +120,15 @@ class Difference:
         value = value.flatten(2 if self.stack(name) > 1 else 1)
         return value.mT.contiguous() if self._across(name) else value
 
+    def not_finite(self, name: str) -> CheckpointError:
+        """The error of a delta that is not finite: whose fault it is."""
+        base = _whole(self.base, self.base.specs[name])
+        whose = "the model" if torch.isfinite(base).all() else f"the base {self.origin.origin}"
+        return CheckpointError(
+            f"tensor '{name}' of {whose} holds NaN or Inf",
+            hint="the file is damaged or the training diverged: there is no adapter of it",
+        )
+
     def differs(self, name: str) -> bool:
         """Whether any value of the tensor is another."""
         ours = self.held[name]

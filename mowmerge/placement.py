@@ -43,7 +43,8 @@ class Rows:
 class Placed:
     """A model whose vocabulary rows stand where the output has them; its names are the model's.
 
-    `lenders` are the model and those that lend it rows of tokens it lacks.
+    `lenders` are the model and those that lend it rows of tokens it lacks. `rows` also has, by the
+    output's name, what the model ties to a tensor of its own, and the output does not.
     """
 
     model: Stored | Adapted | Plan
@@ -53,7 +54,8 @@ class Placed:
     @property
     def specs(self) -> Mapping[str, TensorSpec]:
         """The model's tensors, those with a row for each token as tall as the output's."""
-        return {**self.model.specs, **{name: rows.spec for name, rows in self.rows.items()}}
+        own = self.model.specs
+        return {**own, **{name: rows.spec for name, rows in self.rows.items() if name in own}}
 
     @cached_property
     def fingerprint(self) -> str:

@@ -263,7 +263,7 @@ class _Planner:
     def _input(self, model: str, spec: TensorSpec, base: str | None, piece: Piece) -> Input | None:
         """The model's tensor of that name, or its tie; a problem where that does not fit."""
         held = piece.specs.get(model, {})
-        found = held.get(spec.name) or naming.tied_to(spec.name, held)
+        found = held.get(spec.name) or vocabulary.tied(self.sources[model], spec.name, held)
         if found is None:
             given = piece.specs.get("base", {}).get(spec.name) if base else None
             if self.recipe.missing == "base" and given:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mowmerge.checkpoint import encoder, peft, source
-from mowmerge.errors import CheckpointError, Problem, SourceError
+from mowmerge.errors import CheckpointError, Problem, SourceError, did_you_mean
 from mowmerge.plan import Adapted, Plan, Source, Stored
-from mowmerge.recipe.model import AdapterRef, ModelRef, Recipe, existing
+from mowmerge.recipe.model import AdapterRef, Loc, ModelRef, Recipe, existing
 
 
 @dataclass
@@ -81,8 +82,15 @@ class Search:
         return stored
 
     def _find(self, origin: str, kind: source.Kind = "checkpoint") -> Stored:
-        where = self.recipe.locate(origin)
-        return source.find(where, download=self.download, allow_pickle=self.allow_pickle, kind=kind)
+        where = os.path.expanduser(self.recipe.locate(origin))
+        try:
+            return source.find(
+                where, download=self.download, allow_pickle=self.allow_pickle, kind=kind
+            )
+        except SourceError as error:
+            near = _near(self.recipe, origin)
+            told = [replace(problem, hint=near or problem.hint) for problem in error.problems]
+            raise SourceError(told) from error
 
     def adapted(self, name: str, model: Stored | Plan, refs: Iterable[AdapterRef]) -> Adapted:
         """The model with the adapters that the recipe puts on it."""
@@ -98,16 +106,50 @@ class Search:
 
 
 def here(recipe: Recipe) -> bool:
-    """Whether every model that a recipe names is a path on this machine."""
-    refs = recipe.models.values()
-    named = [recipe.base, recipe.encoder]
-    named += [ref.source for ref in refs if not (ref.adapter and ref.source == "base")]
-    named += [each.source for ref in refs for each in ref.adapter]
-    named += [recipe.vocabulary.outside] if recipe.vocabulary else []
+    """Whether every model that a recipe names is a path on this machine.
+
+    Raises:
+        SourceError: those that can be nothing but paths, and are not there.
+    """
+    if lost := list(_lost(recipe)):
+        raise SourceError(lost)
     return all(
-        here(each) if isinstance(each, Recipe) else each is None or existing(each, recipe.folder)
-        for each in named
+        here(each) if isinstance(each, Recipe) else bool(existing(each, recipe.folder))
+        for _, each in _named(recipe)
     )
+
+
+def _lost(recipe: Recipe) -> Iterator[Problem]:
+    for loc, each in _named(recipe):
+        if isinstance(each, Recipe):
+            yield from _lost(each)
+        elif not existing(each, recipe.folder) and source.is_path(each):
+            message, hint = f"there is no folder or file '{each}'", _near(recipe, each)
+            yield Problem(message, recipe.where(*loc), hint or source.WANTED)
+
+
+def _named(recipe: Recipe) -> Iterator[tuple[Loc, str | Recipe]]:
+    """Every source that a recipe names, and where."""
+    if recipe.base is not None:
+        yield ("base",), recipe.base
+    if recipe.encoder is not None:
+        yield ("encoder",), recipe.encoder
+    for name, ref in recipe.models.items():
+        if not (ref.adapter and ref.source == "base"):
+            yield ("models", name), ref.source
+        for each in ref.adapter:
+            yield ("models", name, "adapter"), each.source
+    if recipe.vocabulary and recipe.vocabulary.outside:
+        yield ("vocabulary", "source", "tokenizer"), recipe.vocabulary.outside
+
+
+def _near(recipe: Recipe, origin: str) -> str:
+    """The hint that names what lies where a path is not, and is called nearly so."""
+    path = recipe.folder / Path(origin).expanduser()
+    if existing(origin, recipe.folder) or not path.parent.is_dir():
+        return ""
+    hint = did_you_mean(path.name, [beside.name for beside in path.parent.iterdir()])
+    return hint if hint.startswith("did") else ""
 
 
 def adapted(recipe: Recipe, name: str) -> Adapted:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from threading import Event
 from typing import Any
@@ -304,21 +304,22 @@ class OpenJob:
         if self._by_matrix:
             fold.observe(self._matrix.block(self._draws(0), self._once))
             return fold
-        step = wide = self._step
+        wide = self._step
         shape: tuple[int, ...] = (-1,)
         if self.job.scope == "row":  # a vector is one
             shape = (-1, *(self.job.output.shape[1:] or self.job.output.shape or (1,)))
         row = math.prod(shape[1:])
         if fold.share < 1:
             wide = max(row, SAMPLE_RUN // row * row)
-            due = [math.ceil(at * fold.share / wide) for at in (before, before + stop - start)]
-            if due[0] == due[1]:
-                return fold
-            step = max(row, (stop - start) // (due[1] - due[0]) // row * row)
-        for first in range(start, stop, step):
+            due = [round(at * fold.share / wide) for at in (before, before + stop - start)]
+            pieces, rows = due[1] - due[0], (stop - start) // row
+            starts: Iterable[int] = (start + rows * i // pieces * row for i in range(pieces))
+        else:
+            starts = range(start, stop, wide)
+        for first in starts:
             if self._stopped.is_set():
                 raise KeyboardInterrupt
-            base, values = self._working(first, min(first + min(wide, step), stop), check=False)
+            base, values = self._working(first, min(first + wide, stop), check=False)
             fold.observe(
                 Block(
                     values.view(len(values), *shape),

@@ -233,7 +233,7 @@ def _factors(difference: Difference, name: str, cut: Cut) -> Factors | None:
     delta = difference.delta(name)
     low, high = (float(end) for end in delta.aminmax()) if delta.numel() else (0.0, 0.0)
     if not (math.isfinite(low) and math.isfinite(high)):
-        raise CheckpointError(f"'{name}' holds NaN or Inf", where=difference.origin.origin)
+        raise difference.not_finite(name)
     if not (low or high):
         return None
     matrices = delta if delta.dim() == 3 else [delta]

@@ -19,7 +19,7 @@ from mowmerge.plan import Adapted, Source, Stored, TensorJob, config_source
 from mowmerge.recipe.model import Recipe
 from mowmerge.recipe.vocabulary import Row
 from mowmerge.rows import Lines, counted
-from mowmerge.tensors import DTYPES
+from mowmerge.tensors import DTYPES, TensorSpec
 
 if TYPE_CHECKING:
     from numpy import bool_, int32
@@ -162,6 +162,12 @@ def _resized(recipe: Recipe, model: str, source: Adapted) -> Problem:
     )
 
 
+def tied(source: Source, name: str, held: Mapping[str, TensorSpec]) -> TensorSpec | None:
+    """What a model has in the place of a tensor that it does not store, if that is tied."""
+    rows = source.rows.get(name) if isinstance(source, Placed) else None
+    return rows.spec if rows else naming.tied_to(name, held)
+
+
 class Placing:
     """One recipe's vocabulary as it is worked out: tokens first, then each model's rows."""
 
@@ -293,9 +299,9 @@ class Placing:
         for name, model in self.models.items():
             lenders = [model, *(m for m in self.models.values() if m is not model)]
             placed = {
-                model.specs[tensor].name: self._rows(model, tensor, lenders)
+                own: self._rows(model, tensor, own, lenders)
                 for tensor in names
-                if model.has(tensor)
+                if (own := self._called(model, tensor))
             }
             used = 1 + max((n for rows in placed.values() for n, _ in rows.inputs), default=0)
             taken = tuple(m.source for m in lenders[:used])
@@ -303,11 +309,21 @@ class Placing:
         self.raise_problems()
         return found
 
-    def _rows(self, model: Holder, tensor: str, lenders: Sequence[Holder]) -> Rows:
-        """How a model's tensor is placed."""
+    def _called(self, model: Holder, tensor: str) -> str:
+        """What the model's own is called; empty where it has none. A tied head is one of its own
+        where the output has one: rows that it lacks are of others' heads, not embeddings."""
+        if model.has(tensor):
+            return model.specs[tensor].name
+        tied = tensor not in model.specs and self.models[self.donor].has(tensor)
+        return tensor if tied and model.lent(tensor) else ""
+
+    def _rows(self, model: Holder, tensor: str, name: str, lenders: Sequence[Holder]) -> Rows:
+        """How a model's tensor is placed, or what is tied to it."""
         import numpy
 
-        own, dtype = model.specs[tensor], model.specs[tensor].dtype
+        own = model.lent(tensor)
+        assert own is not None
+        dtype = own.dtype
         lent = {m.name: spec for m in lenders if (spec := m.lent(tensor))}
         lent = {n: s for n, s in lent.items() if after(s) == after(own)} | {model.name: own}
         lines = self._lines(model, tuple(lent))
@@ -320,7 +336,7 @@ class Placing:
         narrow = DTYPES[own.dtype].bits < 32 and bool(((index > NONE).sum(0) > 1).any())
         if model.name != self.donor and (len(several) > 1 or narrow):
             dtype = "F64" if "F64" in several else "F32"
-        spec = replace(own, shape=tuple(shape), dtype=dtype)
+        spec = replace(own, name=name, shape=tuple(shape), dtype=dtype)
         return Rows(spec, tuple((order.index(n), lent[n].name) for n in used), index)
 
     def _lines(self, model: Holder, having: tuple[str, ...]) -> Mapping[str, NDArray[int32]]:

@@ -71,7 +71,24 @@ def qwen2_moe() -> Any:
     )  # fmt: skip
 
 
-MODELS = {"llama": llama, "gpt2": gpt2, "vit": vit, "gpt_oss": gpt_oss, "qwen2_moe": qwen2_moe}
+def bloom() -> Any:
+    return transformers.BloomForCausalLM(
+        transformers.BloomConfig(vocab_size=40, hidden_size=16, n_layer=2, n_head=2)
+    )
+
+
+def falcon() -> Any:
+    return transformers.FalconForCausalLM(
+        transformers.FalconConfig(
+            vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2
+        )
+    )
+
+
+MODELS = {
+    "llama": llama, "gpt2": gpt2, "vit": vit, "gpt_oss": gpt_oss, "qwen2_moe": qwen2_moe,
+    "bloom": bloom, "falcon": falcon,
+}  # fmt: skip
 
 
 def save(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:

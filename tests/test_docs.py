@@ -5,11 +5,14 @@ from __future__ import annotations
 import importlib.util
 import re
 from pathlib import Path
+from textwrap import dedent
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
+from mowmerge.methods import registry
 from mowmerge.recipe import parse
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +46,19 @@ def test_links_in_pages_lead_somewhere() -> None:
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!http|#)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (4, 0), (2, 3)])
+def test_the_first_method_that_one_writes_takes_every_shape(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^ +```python\n( +\"\"\"Median.*?)^ +```", text, re.M | re.S)
+    monkeypatch.setattr(registry, "_found", {})
+    made: dict[str, Any] = {"__name__": "mowmerge.methods.static.median"}
+    exec(dedent(block), made)
+    deltas = torch.tensor([5.0, -1.0, 2.0]).view(3, *(1 for _ in shape)).expand(3, *shape)
+    assert torch.equal(made["median"](deltas, scale=2.0), torch.full(shape, 4.0))
 
 
 def _recipes() -> list[Any]:

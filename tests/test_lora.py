@@ -168,7 +168,7 @@ def test_what_cannot_go_in_is_told_by_its_rule(zoo: Zoo) -> None:
         ({"x.q_proj.weight": torch.zeros(4, 4)}, "nothing differs from the base"),
         ({"x.q_proj.weight": torch.zeros(5, 4)}, r"is \[4, 4\] in the base, and in the model \[5"),
         ({"x.o_proj.weight": torch.zeros(4, 4)}, "in the model not there"),
-        ({"x.q_proj.weight": torch.full((4, 4), torch.nan)}, "holds NaN or Inf"),
+        ({"x.q_proj.weight": torch.full((4, 4), torch.nan)}, "of the model holds NaN or Inf"),
     ],
 )
 def test_models_that_do_not_fit_leave_nothing(
@@ -179,6 +179,13 @@ def test_models_that_do_not_fit_leave_nothing(
     with pytest.raises(MowmergeError, match=words):
         api.extract_lora(other, base, zoo.folder / "out")
     assert not (zoo.folder / "out").exists()
+
+
+def test_a_base_that_is_not_finite_is_told_as_such(zoo: Zoo) -> None:
+    base = zoo.save("base", {"x.q_proj.weight": torch.full((4, 4), torch.inf)})
+    model = zoo.save("model", {"x.q_proj.weight": torch.zeros(4, 4)})
+    with pytest.raises(MowmergeError, match="of the base .*base holds NaN or Inf"):
+        api.extract_lora(model, base, zoo.folder / "out")
 
 
 def test_bytes_do_not_depend_on_workers(zoo: Zoo) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from zoo import Zoo, left, llama
 
 from mowmerge import api, lock
@@ -305,6 +306,17 @@ def fail_at(
 
     monkeypatch.setattr(os, name, call)
     return calls
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no full device")
+def test_a_full_disk_as_a_state_is_kept(tmp_path: Path) -> None:
+    """What writes it is not `os`: torch says of a full disk that its own stream is broken."""
+    kept = journal.Journal(tmp_path)
+    kept.begin({"merge": 1}, [])
+    (tmp_path / "state-0.new").symlink_to("/dev/full")
+    with pytest.raises(ResourceError, match="No space left"):
+        kept.keep_state(0, {"edge": torch.zeros(9)})
+    kept.close()
 
 
 @pytest.mark.parametrize("name", ["pwrite", "write"])

@@ -179,6 +179,13 @@ def test_ties_on_either_side(five: Zoo) -> None:
     save(five, "a", said, rows(10, 20, 40, 30, 50, tied=True))
     got, _ = five.merge({**LINEAR, "models": {"a": "./a"}, "vocabulary": {}})
     assert firsts(got[HEAD]) == [10, 20, 30, 40, 50] == firsts(got[EMBED])
+    few, embed = words(listed(["<unk>", "y"])), rows(7, 8, tied=True)[EMBED]
+    for name in (EMBED, EMBED.removeprefix("model.")):  # rows that it lacks are of others' heads
+        save(five, "few", few, {name: embed})
+        content = {"models": {"few": "./few", "b": {"source": "./b", "weight": 0}}}
+        got, _ = five.merge({**LINEAR, **content, "vocabulary": {}}, force=True)
+        assert firsts(got[EMBED]) == [7, 2, 8, 4, 500, 600]
+        assert firsts(got[HEAD]) == [7, 200, 8, 400, 50000, 60000]
 
     save(five, "base", words(listed(["<unk>", "x", "y", "z"])), rows(1, 2, 3, 4, tied=True))
     embed = rows(10, 20, 40, 30, 50)[EMBED]

@@ -47,7 +47,7 @@ def paired(
     """
     found: dict[str, Scale] = {}
     settings = config.get("quantization_config") or {}
-    block = settings.get("weight_block_size") or BLOCK
+    block = _said(settings.get("weight_block_size"))
     named = config.get("dtype") or config.get("torch_dtype")
     wide = dtype_named(named).code if named in ("float32", "float16", "bfloat16") else "BF16"
     dropped = set()
@@ -56,13 +56,21 @@ def paired(
         weight = tensors.get(match["weight"]) if match else None
         if weight is None or weight.spec.dtype not in _FP8:
             continue
-        fit = _blocks(weight.spec, location.spec, (int(block[0]), int(block[1])))
+        fit = _blocks(weight.spec, location.spec, block)
         if fit is not None:
             found[weight.spec.name] = Scale(location, fit, wide)
             dropped.add(name)
     if found:
         dropped |= {name for name in tensors if _OF_INPUTS.search(name)}
     return {n: location for n, location in tensors.items() if n not in dropped}, found
+
+
+def _said(block: Any) -> tuple[int, int]:
+    """A block of rows and columns as config.json says, where it says one."""
+    match block:
+        case [int(rows), int(columns)] if min(rows, columns) > 0:
+            return rows, columns
+    return BLOCK
 
 
 def _blocks(

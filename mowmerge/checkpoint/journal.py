@@ -15,6 +15,7 @@ however many ranks, and puts what they hold into its own.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
@@ -158,9 +159,10 @@ class Journal:
 
     def keep_state(self, group: int, state: Any) -> None:
         """Keeps what a reduction over the whole model returned."""
-        staged = self._folder / f"state-{group}.new"
+        staged, stream = self._folder / f"state-{group}.new", io.BytesIO()
+        torch.save(state, stream)  # which says of a full disk that it is a bug
         with refused(staged):
-            torch.save(state, staged)
+            staged.write_bytes(stream.getbuffer())
             sync(staged)
             staged.replace(staged.with_suffix(".pt"))
         self.keep(f"state-{group}", True)

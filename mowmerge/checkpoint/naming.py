@@ -17,7 +17,8 @@ _ROLES = tuple(
         ("router", r"(?:^|\.)(?:router|gate|shared_expert_gate)(?:\.|$)"),
         (
             "head",
-            r"^(?:.*\.)?(?:lm_head|embed_out|proj_out|score|classifier|qa_outputs|cls|head)\.",
+            r"^(?:.*\.)?(?:lm_head|embed_out|proj_out|score|classifier|qa_outputs|cls|head"
+            r"|classification_head)\.|(?:^|\.)text_projection(?:\.|$)",
         ),
         (
             "embedding",
@@ -36,20 +37,39 @@ _BY_TOKEN = re.compile(
     r"lm_head|vocab_projector|final_logits_bias|predictions\.(?:decoder|bias)", re.I
 )
 _NOT_BY_TOKEN = re.compile(
-    r"(?:^|[._])(?:pos|token_type|wpe|patch|cls_token|class|segment|relative|time|rotary|dense"
+    r"(?:^|[._])(?:pos|text_projection|token_type|wpe|patch|cls_token|class|segment|relative|time|rotary|dense"
     r"|transform(?!er)|score|qa_outputs|seq_rel|layer_?norm)",
     re.I,
 )
 
 _TIES = (  # a head or copy that may be absent because it is tied, and the embedding it is tied to
-    ("lm_head.weight", ("embed_tokens.weight", "wte.weight", "shared.weight", "embed_in.weight")),
+    (
+        "lm_head.weight",
+        (
+            "embed_tokens.weight",
+            "wte.weight",
+            "shared.weight",
+            "embed_in.weight",
+            "word_embeddings.weight",
+            "tokens_embed.weight",
+            "tok_embeddings.weight",
+            "backbone.embeddings.weight",
+            "transformer.w.weight",
+        ),
+    ),
+    ("lm_head.out_proj.weight", ("decoder.embed_tokens.weight",)),
     ("embed_out.weight", ("embed_in.weight", "embed_tokens.weight")),
     ("proj_out.weight", ("decoder.embed_tokens.weight",)),
-    ("cls.predictions.decoder.weight", ("word_embeddings.weight",)),
-    ("cls.predictions.decoder.bias", ("cls.predictions.bias",)),
+    ("output_projection.weight", ("embed_tokens.weight",)),
+    ("predictions.decoder.weight", ("word_embeddings.weight",)),
+    ("predictions.decoder.bias", ("predictions.bias",)),
     ("lm_head.decoder.weight", ("word_embeddings.weight",)),
     ("lm_head.decoder.bias", ("lm_head.bias",)),
+    ("generator_lm_head.weight", ("word_embeddings.weight",)),
+    ("lm_loss.weight", ("word_embedding.weight",)),
+    ("pred_layer.proj.weight", ("transformer.embeddings.weight",)),
     ("vocab_projector.weight", ("word_embeddings.weight",)),
+    ("decoder.weight", ("tok_embeddings.weight",)),
     ("encoder.embed_tokens.weight", ("shared.weight",)),
     ("decoder.embed_tokens.weight", ("shared.weight",)),
 )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mowmerge.checkpoint import modules, naming, token_rows
+from mowmerge.checkpoint.adapter_config import by_pattern, malformed
 from mowmerge.checkpoint.aliases import Aliases
 from mowmerge.errors import CheckpointError
 from mowmerge.plan import Adapted, Patch, Plan, Stored
@@ -87,6 +88,9 @@ def read(stored: Stored, weight: float = 1.0) -> Adapter:
             raise CheckpointError(
                 f"{name}: {json.dumps(value)[:60]} is not understood", where=str(file), hint=MERGE
             )
+    if name := malformed(config):
+        told = f"{name}: {json.dumps(config[name])[:60]} is nothing that peft writes"
+        raise CheckpointError(told, where=str(file), hint="save or download it again")
     start = config.get("init_lora_weights", True)
     if start not in _PLAIN_STARTS:
         raise CheckpointError(
@@ -232,6 +236,7 @@ class _Fit:
 
     def deltas(self) -> Iterator[tuple[str, Patch]]:
         """The low-rank updates."""
+        stretched = set()
         for module, held in self._modules.items():
             for path, parts in self._paired(module, held):
                 if not {"a", "b"} <= parts.keys():
@@ -241,6 +246,9 @@ class _Fit:
                 ours = self._base.find(path) or self._tied(path)
                 if ours is None:
                     raise self._stranger(path)
+                if ours.name in stretched:
+                    raise self._wrong(f"use_dora is set for '{path}' and what it is tied to", MERGE)
+                stretched |= {ours.name} if "m" in parts else set()
                 yield ours.name, self._patch(module, path, parts, ours)
 
     def _paired(self, module: str, held: _Module) -> Iterator[tuple[str, dict[str, str]]]:
@@ -326,8 +334,8 @@ class _Fit:
 
     def _scale(self, key: str, rank: int) -> float:
         """lora_alpha / r, or / sqrt(r) with use_rslora; r and alpha after their patterns."""
-        r = _by_pattern(self._config.get("rank_pattern"), key, self._config.get("r", 8))
-        alpha = _by_pattern(
+        r = by_pattern(self._config.get("rank_pattern"), key, self._config.get("r", 8))
+        alpha = by_pattern(
             self._config.get("alpha_pattern"), key, self._config.get("lora_alpha", 8)
         )
         if r != rank:
@@ -387,11 +395,3 @@ class _Fit:
 
     def _wrong(self, message: str, hint: str) -> CheckpointError:
         return CheckpointError(message, where=f"adapter {self.origin}", hint=hint)
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, key: str, default: Any) -> Any:
-    """The value of the first pattern that matches a module's path or its end."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", key):
-            return value
-    return default

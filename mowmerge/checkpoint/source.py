@@ -20,9 +20,10 @@ SIDECARS = (
     "USE_POLICY*", "additional_chat_templates/*", "1_Pooling/*",
 )  # fmt: skip
 CARD = "README.md"  # read for licence, languages and data; the output has one of its own
+WANTED = "give a folder with safetensors files, or a Hub id such as org/name@revision"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?|[\w.-]+@[\w./-]+")
 _QUANTISED = re.compile(
-    r"\.(?:qweight|qzeros|g_idx|weight_packed|weight_scale(?:_inv)?|absmax|quant_map|SCB"
+    r"\.(?:qweight|qzeros|g_idx|weight_packed|weight_scales?(?:_inv)?|absmax|quant_map|SCB|W_q"
     r"|nested_absmax|quant_state\..*|input_scale)$"
 )
 _ADAPTER = "adapter_model.safetensors"
@@ -52,12 +53,9 @@ def find(
             f"'{path}' is a folder, which has no revisions", where=origin,
             hint=f"leave '@{revision}' away",
         )  # fmt: skip
-    if origin.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(origin):
+    if is_path(origin):
         near = "; '~' is not expanded here" if origin.startswith("~") else ""
-        raise SourceError(
-            f"there is no folder or file '{origin}'{near}",
-            hint="give a folder with safetensors files, or a Hub id such as org/name@revision",
-        )
+        raise SourceError(f"there is no folder or file '{origin}'{near}", hint=WANTED)
     repo, _, revision = origin.partition("@")
     try:
         return _from_hub(origin, repo, revision or None, download, allow_pickle, kind)
@@ -65,6 +63,11 @@ def find(
         raise
     except Exception as error:  # the Hub's own error types vary by version: told apart by name
         raise _hub_error(repo, revision, error) from error
+
+
+def is_path(origin: str) -> bool:
+    """Whether it can be nothing on the Hub."""
+    return origin.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(origin)
 
 
 def _from_hub(
@@ -320,6 +323,8 @@ def _refuse_packed(origin: str, locations: Iterable[Location], scales: Mapping[s
     for spec in left:
         if _QUANTISED.search(spec.name):
             raise _quantised(origin, f"tensor '{spec.name}' belongs to a quantised weight")
+        if spec.dtype in ("I8", "U8") and spec.name.endswith((".weight", "_blocks")):
+            raise _quantised(origin, f"tensor '{spec.name}' is {spec.dtype}")
 
 
 def _quantised(origin: str, why: str) -> CheckpointError:

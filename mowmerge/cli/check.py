@@ -27,7 +27,8 @@ def check(
     """Check a recipe, and show it with every default filled in.
 
     Where all its models are on this machine, what their headers say is checked too: names, shapes,
-    numbers of layers, tokenizers. No tensor is read, and nothing is asked of the network.
+    numbers of layers, tokenizers. A path that is not there is an error. No tensor is read, and
+    nothing is asked of the network.
     """
     from mowmerge import api
     from mowmerge.cli.output import warn

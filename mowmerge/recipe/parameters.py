@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from typing import Any
 
 from mowmerge.errors import RecipeError, did_you_mean
 from mowmerge.methods.contracts import MethodError
-from mowmerge.methods.registry import MethodSpec, Parameter, get
+from mowmerge.methods.registry import MethodSpec, Parameter, get, names
 from mowmerge.recipe.mergekit.presets import OURS
 from mowmerge.recipe.model import BESIDE, Loc, Recipe
 from mowmerge.recipe.text import dotted
@@ -77,11 +78,12 @@ def method_faults(data: Mapping[str, Any], match_faults: MatchFaults) -> Iterato
     checked = Parameters(list(entries), match_faults)
     spec = yield from _spec(data.get("method"), ("method",), data)
     faults: list[Fault] = []
-    if spec:
-        faults += checked.faults(spec, outer, ("parameters",))
+    if meant := spec or _meant(data.get("method")):
+        faults += checked.faults(meant, outer, ("parameters",))
         for name, own in entries.items():
-            faults += checked.entry_faults(spec, own, ("models", name))
+            faults += checked.entry_faults(meant, own, ("models", name))
         yield from faults
+    if spec:
         some = data.get("slices") or any(rule.get("models") for rule in rules)
         if not some:  # else the slices say who takes part, or the planner knows
             levels = [per_model(entries), outer]
@@ -223,6 +225,12 @@ def _spec(
         message = f"{dotted(loc)}: '{name}' needs a base, and the recipe names none"
         yield Fault(loc, message, "add base: the model that the others were fine-tuned from")
     return spec
+
+
+def _meant(name: Any) -> MethodSpec | None:
+    """The method of nearly that name: one that is misspelt hides no other fault."""
+    near = get_close_matches(name, names(), n=1) if isinstance(name, str) else []
+    return get(near[0]) if near else None
 
 
 def _together(

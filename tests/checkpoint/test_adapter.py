@@ -187,6 +187,26 @@ def test_tied_embeddings_stay_tied(zoo: Zoo) -> None:
     assert "ties to 'model.embed_tokens.weight': both change" in told[0]
 
 
+def test_a_magnitude_on_both_ends_of_a_tie_is_refused(zoo: Zoo) -> None:
+    """peft stretches the one after the other, by norms of what the first has left."""
+    base = save(zoo.folder / "base", "llama", tie_word_embeddings=True)
+    both = ["embed_tokens", "lm_head"]
+    adapter = adapt(base, zoo.folder / "a", target_modules=both, use_dora=True)
+    with pytest.raises(MowmergeError, match="use_dora is set for .* and what it is tied to"):
+        plan_of(zoo, base, adapter)
+    plain = adapt(base, zoo.folder / "b", target_modules=both)
+    want = merged(base, [plain], zoo.folder / "theirs")
+    assert_equal(ours(zoo, base, str(plain)), want)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "falcon"])
+def test_a_head_that_is_tied_to_embeddings_of_another_name(zoo: Zoo, kind: str) -> None:
+    base = save(zoo.folder / "base", kind)
+    adapter = adapt(base, zoo.folder / "a", target_modules=["lm_head", "dense"])
+    want = merged(base, [adapter], zoo.folder / "theirs")
+    assert_equal(ours(zoo, base, str(adapter)), want)
+
+
 def plan_of(zoo: Zoo, base: Path, adapter: Any, **options: Any) -> Any:
     model = {"source": str(base), "adapter": str(adapter)}
     recipe = zoo.recipe({"models": {"m": model}, "method": "passthrough"})
@@ -224,6 +244,16 @@ def test_a_head_that_only_the_adapter_has_is_added(zoo: Zoo) -> None:
         ({}, {"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
         ({}, {"trainable_token_indices": [1]}, "names rows of the embedding, and the file has"),
         ({}, {"trainable_token_indices": {"x": [1]}}, "names rows of x, and the file has none"),
+        ({}, {"lora_alpha": None}, "lora_alpha: null is nothing that peft writes"),
+        ({}, {"lora_alpha": "much"}, 'lora_alpha: "much" is nothing'),
+        ({}, {"lora_alpha": float("nan")}, "lora_alpha: NaN is nothing"),
+        ({}, {"r": True}, "r: true is nothing"),
+        ({}, {"rank_pattern": ["q_proj"]}, "rank_pattern: .* is nothing"),
+        ({}, {"rank_pattern": {"*q_proj": 3}}, "rank_pattern: .* is nothing"),
+        ({}, {"alpha_pattern": {"q_proj": None}}, "alpha_pattern: .* is nothing"),
+        ({}, {"modules_to_save": "lm_head"}, "modules_to_save: .* is nothing"),
+        ({}, {"target_parameters": 3}, "target_parameters: 3 is nothing"),
+        ({}, {"trainable_token_indices": {"x": 3}}, "trainable_token_indices: .* is nothing"),
         ({}, {"a_field_of_next_year": 3}, "a_field_of_next_year: 3 is not understood"),
         ({"x.q_proj.lora_B.bias": torch.ones(4)}, {}, "x.q_proj.lora_B.bias' is not understood"),
         ({"x.hada_w1_a": torch.ones(4)}, {}, "hada_w1_a' is not understood"),

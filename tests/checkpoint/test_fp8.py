@@ -138,6 +138,14 @@ def test_a_scale_of_another_shape_is_refused(zoo: Zoo, scale: tuple[int, ...]) -
         source.find(str(folder))
 
 
+@pytest.mark.parametrize("block", [128, [0, 128], [128], "128", [128, 128.0]], ids=str)
+def test_a_block_that_is_none_is_taken_for_the_usual_one(zoo: Zoo, block: Any) -> None:
+    tensors = {"x.weight": fp8_of(300, 517), "x.weight_scale_inv": scales(3, 5)}
+    settings = {**DEEPSEEK, "weight_block_size": block}
+    found = source.find(str(zoo.save("m", tensors, config=config(settings))))
+    assert found.scales["x.weight"].block == (128, 128)
+
+
 def test_a_nan_is_told(zoo: Zoo) -> None:
     weight = fp8_of(4, 4)
     weight.view(torch.uint8)[1, 1] = 0x7F

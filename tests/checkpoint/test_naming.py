@@ -94,6 +94,7 @@ FAMILIES: dict[str, dict[str, str]] = {
         "vision_model.embeddings.class_embedding": "embedding",
         "vision_model.pre_layrnorm.weight": "norm",
         "visual_projection.weight": "other",
+        "text_projection.weight": "head",
         "logit_scale": "other",
     },
     "whisper": {
@@ -111,6 +112,11 @@ FAMILIES: dict[str, dict[str, str]] = {
         "gpt_neox.layers.0.attention.query_key_value.weight": "attention",
         "gpt_neox.layers.0.mlp.dense_h_to_4h.weight": "mlp",
         "embed_out.weight": "head",
+    },
+    "bart": {
+        "model.shared.weight": "embedding",
+        "classification_head.dense.weight": "head",
+        "classification_head.out_proj.weight": "head",
     },
     "distilbert": {
         "distilbert.transformer.layer.0.attention.q_lin.weight": "attention",
@@ -182,6 +188,15 @@ def specs(*names: str) -> Mapping[str, TensorSpec]:
     ("cls.predictions.decoder.bias", "cls.predictions.bias"),
     ("encoder.embed_tokens.weight", "shared.weight"),
     ("embed_out.weight", "gpt_neox.embed_in.weight"),
+    ("lm_head.weight", "transformer.word_embeddings.weight"),
+    ("lm_head.weight", "backbone.embeddings.weight"),
+    ("lm_head.weight", "transformer.tokens_embed.weight"),
+    ("lm_head.out_proj.weight", "model.decoder.embed_tokens.weight"),
+    ("decoder.weight", "model.embeddings.tok_embeddings.weight"),
+    ("predictions.decoder.weight", "albert.embeddings.word_embeddings.weight"),
+    ("predictions.decoder.bias", "predictions.bias"),
+    ("generator_lm_head.weight", "electra.embeddings.word_embeddings.weight"),
+    ("lm_loss.weight", "transformer.word_embedding.weight"),
 ])  # fmt: skip
 def test_tied_to(name: str, source: str) -> None:
     held = specs("a.b.weight", source)
@@ -248,6 +263,7 @@ def test_the_names_of_real_models(model_class: str) -> None:
     ("cls.predictions.transform.dense.weight", False), ("lm_head.layer_norm.weight", False),
     ("vision_model.embeddings.patch_embedding.weight", False), ("classifier.weight", False),
     ("model.layers.0.mlp.up_proj.weight", False), ("model.norm.weight", False),
+    ("text_projection.weight", False), ("classification_head.dense.weight", False),
 ])  # fmt: skip
 def test_what_may_have_a_row_for_each_token(name: str, fits: bool) -> None:
     assert by_token(name) == fits

@@ -197,11 +197,25 @@ def test_fp8_is_refused(zoo: Zoo, dtype: str) -> None:
     "model.layers.0.mlp.up_proj.qweight", "model.layers.0.mlp.up_proj.g_idx",
     "model.layers.0.mlp.up_proj.weight.absmax", "model.layers.0.mlp.up_proj.weight_packed",
     "model.layers.0.mlp.up_proj.weight.quant_state.bitsandbytes__nf4",
-    "model.layers.0.mlp.up_proj.SCB",
+    "model.layers.0.mlp.up_proj.SCB", "model.layers.0.mlp.up_proj.W_q",
+    "model.layers.0.mlp.up_proj.weight_scales",
 ])  # fmt: skip
 def test_quantised_weights_are_refused(zoo: Zoo, name: str) -> None:
     folder = zoo.save("m", TENSORS | {name: torch.ones(3)})
     refused(folder, f"tensor '{name}' belongs to a quantised weight", "merge the bf16 or fp16")
+
+
+@pytest.mark.parametrize(("name", "dtype"), [
+    ("model.layers.0.mlp.up_proj.weight", torch.int8),
+    ("model.layers.0.mlp.experts.up_proj_blocks", torch.uint8),
+])  # fmt: skip
+def test_weights_in_integers_of_8_bits_are_refused(zoo: Zoo, name: str, dtype: torch.dtype) -> None:
+    """No config says so where only the weights were copied; a causal mask may be of such."""
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.uint8)
+    found = source.find(str(zoo.save("fine", TENSORS | {"h.0.attn.bias": mask})))
+    assert found.specs["h.0.attn.bias"].dtype == "U8"
+    folder = zoo.save("m", TENSORS | {name: torch.ones(3, 4).to(dtype)})
+    refused(folder, f"this checkpoint is quantised: tensor '{name}' is ", "merge the bf16 or fp16")
 
 
 @pytest.mark.parametrize("settings", [

@@ -397,6 +397,15 @@ def test_agree_by_hand(aggregate: Any, weight: Sequence[float], result: list[flo
     assert ops.agree(values, sign, aggregate, weight).tolist() == pytest.approx(result)
 
 
+@pytest.mark.parametrize("weight", [(-0.9, 0.1, 0.8), (0.1, 0.2, -0.3), (0.7, -0.4, -0.3)])
+def test_weights_that_cancel_are_no_divisor(weight: Sequence[float]) -> None:
+    """The sum of all is 0, or in fp32 some 1e-8; that of the first two is neither."""
+    values = [torch.tensor([1.0, 1.0]) for _ in weight]
+    values[2][1] = -1.0
+    out = ops.agree(values, torch.ones(2), "mean", weight)
+    assert out.tolist() == pytest.approx([3.0, 2.0 / sum(weight[:2])])
+
+
 def test_where_no_sign_is_elected_nothing_agrees() -> None:
     for aggregate in ("sum", "mean", "max"):
         values = [v.clone() for v in (*COLUMNS, LAST)]

@@ -23,7 +23,7 @@ RANKED = [
     for word in ("rank", "gate_rank")
     if word in registry.get(name).parameters
 ]
-RECIPE, CHECKPOINT = 3, 4  # exit codes
+RECIPE, CHECKPOINT, SOURCE = 3, 4, 5  # exit codes
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +76,21 @@ def test_a_parameter_outside_its_range(zoo: Zoo, name: str) -> None:
             assert known[word].range in line or isinstance(value, str | bool)
 
 
+def test_a_misspelt_method_hides_no_other_fault(zoo: Zoo) -> None:
+    models = {"a": {"source": "o/a", "wieght": 1}, "b": {"source": "o/b", "weight": "much"}}
+    ran = checked(zoo, base="o/z", models=models, method="tiess", parameters={"density": 2})
+    assert (ran.rc, ran.out) == (RECIPE, "")
+    for told in (
+        "there is no method 'tiess'\n  -> did you mean 'ties'?", "parameters.density must be 0..1",
+        "models.a.wieght is not a parameter of 'ties'\n  -> did you mean 'weight'?",
+        "models.b.weight must be a number, not 'much'",
+    ):  # fmt: skip
+        assert told in ran.err
+    ran = checked(zoo, models=models, method="quite another", parameters={"density": 2})
+    assert "there is no method" in ran.err
+    assert "density" not in ran.err
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_numbers_that_are_none(zoo: Zoo, name: str) -> None:
     numbers = [p for p in registry.get(name).parameters.values() if p.kind in ("number", "integer")]
@@ -95,6 +110,33 @@ def test_a_missing_base(zoo: Zoo, name: str) -> None:
     ran = checked(zoo, **taken(name) | {"base": None})
     assert (ran.rc, ran.out) == (RECIPE, "")
     assert f"'{name}' needs a base, and the recipe names none" in ran.err
+
+
+def test_paths_to_nothing(zoo: Zoo) -> None:
+    """All at once, by line; what may be on the Hub is left to the merge."""
+    zoo.family(llama(1), 2)
+    text = (
+        "base: ./bas\nmodels:\n  a: ~/nowhere-at-all\n  b: org/b\n"
+        "  c: {source: base, adapter: [./lora, org/lora]}\n"
+        "  d: {source: {models: {x: ./a, y: ./none}, method: linear}}\nmethod: linear\n"
+    )
+    zoo.recipe(text)
+    ran = zoo.here("check", "recipe.yaml")
+    assert (ran.rc, ran.out) == (SOURCE, "")
+    told = [line for line in ran.err.splitlines() if "there is no folder or file" in line]
+    lines = {line.split("'")[1]: line.split(":")[2].strip() for line in told}
+    assert lines == {"./bas": "1", "~/nowhere-at-all": "3", "./lora": "5", "./none": "6"}
+    assert "did you mean 'base'?" in ran.err
+    zoo.recipe(text.replace("./bas", "./base").replace("./lora", "org/x").replace("./none", "./b"))
+    assert zoo.here("check", "recipe.yaml", "--set", "models.a=org/a").rc == 0
+
+
+def test_a_merge_names_what_lies_beside_a_path(zoo: Zoo) -> None:
+    zoo.family(llama(1), 2)
+    zoo.recipe("models: {a: ./a, c: ./bse}\nmethod: linear\n")
+    ran = zoo.here("merge", "recipe.yaml", "--dry-run")
+    assert ran.rc == SOURCE
+    assert "recipe.yaml:1: there is no folder or file './bse'\n  -> did you mean 'base'?" in ran.err
 
 
 COUNTED = [n for n in METHODS if registry.get(n).count or registry.get(n).at_least > 1]

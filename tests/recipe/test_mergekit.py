@@ -409,6 +409,19 @@ parameters:
         torch.testing.assert_close(tensor, whole if summed else whole / 4)
 
 
+@pytest.mark.parametrize("filter_wise", [False, True])
+def test_model_stock_of_short_task_vectors(zoo: Zoo, filter_wise: bool) -> None:
+    """There the product of two lengths is 1e-6 at least, so their cosine is less: t with it."""
+    steps = {"base": (0.0, 0.0), "a": (3e-4, 4e-4), "b": (6e-4, 0.0)}
+    for name, step in steps.items():
+        zoo.save(name, {"w": torch.tensor([[*step]])})
+    models = "base_model: base\nmodels: [{model: a}, {model: b}]\n"
+    text = f"merge_method: model_stock\n{models}parameters: {{filter_wise: {filter_wise}}}\n"
+    found, _ = zoo.merge(text)
+    t = 2 * 0.18 / 1.18  # cosine 0.6, but 1.8e-7 over 1e-6
+    torch.testing.assert_close(found["w"], torch.tensor([[4.5e-4 * t, 2e-4 * t]]))
+
+
 def test_a_folder_named_base_is_not_the_base(zoo: Zoo) -> None:
     """base_model is base+lora; what takes another LoRA takes it on the folder."""
     base = zoo.save("base", {"x.q_proj.weight": torch.zeros(2, 2)})

@@ -15,6 +15,7 @@ from mowmerge.methods.contracts import Block, Matrices, MethodError
 from mowmerge.tensors import Tensor, torch
 
 SHORT = 1e-30
+CANCELLED = 1e-6  # share of all weights up to which a sum of some is the rounding of 0
 Elect = Literal["none", "mass", "count", "normfrac", "normmass"]
 
 
@@ -127,8 +128,9 @@ def agree(
 ) -> Tensor:
     """Aggregates the entries whose sign is the elected one (TIES, disjoint merge).
 
-    sum: their sum. mean: their sum over the sum of their weights (over 1 where that is 0). max: the
-    largest magnitude, with the elected sign. Overwrites the values.
+    sum: their sum. mean: their sum over the sum of their weights, over 1 where that is 0: where
+    weights of both signs cancel, to 1e-6 of all. max: the largest magnitude, with the elected sign.
+    Overwrites the values.
     """
     masses = [value.mul_(sign).relu_() for value in values]
     if aggregate == "max":
@@ -143,6 +145,8 @@ def agree(
         if min(weight) > 0:  # a share is 0, where total is 0 too, or at least the smallest weight
             share.clamp_min_(min(weight))
         else:
+            if min(weight) < 0:
+                share = torch.hardshrink(share, CANCELLED * math.fsum(map(abs, weight)))
             share += 1.0 - share.sign().abs_()
         total /= share
     return total.mul_(sign)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from mowmerge.methods.contracts import Count, NonNegative, PerModel, Unit
 from mowmerge.methods.ops import added, settle, spread
@@ -11,11 +12,21 @@ from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor
 
 
+def _caution(p: Mapping[str, Any], n: int) -> str:
+    if p["agreement"] <= n:
+        return ""
+    return (
+        f"consensus_ta keeps what matters to {p['agreement']} tasks, and there are {n}: the result"
+        " is the base"
+    )
+
+
 @merge_method(
     paper="arXiv:2405.07813",
     scope=lambda p: "model" if p["merge"] == "ties" else "element",
     laws=("permutation", "scale"),
     reduce=trim,
+    caution=_caution,
 )
 def consensus_ta(
     deltas: Tensor,

@@ -40,14 +40,14 @@ def _chances(deltas: Tensor, density: Sequence[float], epsilon: Sequence[float])
     """The probability of each entry to be kept, from its rank by magnitude in its row."""
     chances = torch.empty_like(deltas)
     rows = len(deltas[0]) if deltas.dim() > 2 else 1
+    count = deltas[0].numel() // max(1, rows)
     for delta, out, center, half in zip(deltas, chances, density, epsilon, strict=True):
-        size, out = delta.abs().reshape(rows, -1), out.view(rows, -1)
-        count = size.shape[1]
         if center in (0.0, 1.0) or count < 2:
             out.fill_(center)
             continue
+        size = delta.abs().reshape(rows, count)
         table = center + half * torch.linspace(-1.0, 1.0, count, dtype=torch.float64)
-        out.scatter_(-1, _order(size), table.to(size).expand_as(size))
+        out.view(rows, count).scatter_(-1, _order(size), table.to(size).expand_as(size))
     return chances
 
 

@@ -24,7 +24,7 @@ from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor
 
 Tolerance = Annotated[float, Range(0.0, 1.0)]
-NOTHING = 1e-6  # a model's share of a direction, 0..1, that is the rounding of none
+NOTHING = 1e-6  # of the largest singular value: coordinates that are the rounding of none
 
 
 def _coordinates(deltas: Matrices, tol: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,10 +35,12 @@ def _coordinates(deltas: Matrices, tol: float) -> tuple[Tensor, Tensor, Tensor]:
     basis, values = basis[:, used], values[used]
     turn = (basis / values).T
     rows = stacked((turn @ delta for delta in deltas), len(deltas))
-    lengths = rows.norm(dim=-1, keepdim=True)
-    lengths = lengths.where(lengths > NOTHING, 0.0)
-    rows.div_(lengths.where(lengths > 0, 1.0)).masked_fill_(lengths == 0, 0.0)
-    return basis, rows, lengths * values[:, None]
+    shares = rows.norm(dim=-1, keepdim=True)
+    lengths = shares * values[:, None]
+    least = NOTHING * float(values[0]) if len(values) else 0.0
+    lengths = lengths.where(lengths > least, 0.0)
+    rows.div_(shares.where(lengths > 0, 1.0)).masked_fill_(lengths == 0, 0.0)
+    return basis, rows, lengths
 
 
 def _least(rows: Tensor, density: float) -> float:
@@ -68,8 +70,8 @@ def _merged(parts: Sequence[Tensor], weight: Sequence[float], sign: Any, mean: s
     total = weighted_sum(parts, weight)
     if mean == "all":
         return total.div_(len(parts))
-    number = added([(part != 0).to(total.dtype) for part in parts])
-    return total.div_(number.clamp_(min=1.0))
+    taken = [(part != 0).to(total.dtype) for part, w in zip(parts, weight, strict=True) if w]
+    return total.div_(added(taken).clamp_(min=1.0)) if taken else total
 
 
 def _decomposed(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> list[tuple[int, int]]:
@@ -127,8 +129,9 @@ def drm(
 
     Source: Decom-Renorm-Merge, arXiv:2505.23117; reference code _decom_renorm_merge.py.
     Differs: density 1 runs every other step, where the code averages the task vectors. A model
-    without a share in a direction (below 1e-6), NaN or noise there, has a zero row. Fused matrices
-    are one, and what is no matrix is not trimmed: options of the code that are off by default.
+    without a share in a direction (X_ij below 1e-6 S_1), NaN or noise there, has a zero row. Fused
+    matrices are one, and what is no matrix is not trimmed: options of the code that are off by
+    default.
     """
     each = [float(w) for w in spread(weight, len(deltas))]
     if deltas.dim() != 3 or not deltas.numel():

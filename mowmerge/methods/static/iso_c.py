@@ -41,8 +41,8 @@ def iso_c(deltas: Matrices, *, vocabulary: bool = False, scale: float = 1.0) -> 
 
     Source: Iso-C, arXiv:2502.04959, section 4; reference code iso.py.
     Differs: directions without a singular value (below 1e-6 of the largest) take no part, neither
-    in U V' nor in the mean: of a sum of low rank the code strengthens arbitrary ones. Vocabulary
-    tables are not decomposed, where the code spares text_projection.
+    in U V' nor in the mean: of a sum of low rank the code strengthens arbitrary ones. The
+    code decomposes all matrices but text_projection, vocabulary tables too.
     """
     if deltas.dim() != 3 or not deltas.numel():
         return weighted_sum(deltas, [scale / len(deltas)] * len(deltas))

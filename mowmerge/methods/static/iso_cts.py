@@ -74,7 +74,7 @@ def iso_cts(
     Differs: directions without a singular value (1e-6 of the largest, or rounding; own ones 1e-5 of
     the task vector) take no part, neither in P Q' nor in the mean, where the code has arbitrary
     ones. No more own directions than there are: the code's count can leave less than none to the
-    sum. Vocabulary tables are not decomposed, where the code spares text_projection. Matrices are
+    sum. The code decomposes all matrices but text_projection, vocabulary tables too. Matrices are
     decomposed whole, however few own directions are kept: a drawn basis has others near the cut,
     and all are made as strong.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import starmap
@@ -34,6 +35,7 @@ from mowmerge.methods.ops import (
     trim_thresholds,
     weighted_sum,
 )
+from mowmerge.methods.ops.blocks import CANCELLED
 from mowmerge.methods.ops.spectral import NOTHING, Factors, basis_numbers, left_basis
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
@@ -252,5 +254,6 @@ def _aggregated(
     total = added(kept)
     if aggregate == "mean":
         share = weighted_sum([(k != 0).to(k.dtype) for k in kept], weight)
-        total /= share.where(share.abs() > 1e-8, 1.0)
+        least = CANCELLED * math.fsum(map(abs, weight))
+        total /= share.where(share.abs() > least, 1.0)
     return total

@@ -75,7 +75,7 @@ def tsv_m(
     Differs: triplets without a singular value (1e-6 of the largest, or rounding) take no part, and
     polar is of the rank that there is: a task vector of zeros, of low rank, or there twice does not
     bend the others' directions by arbitrary ones. More models than triplets keep one each, the code
-    none. Vocabulary tables are not decomposed, where the code spares text_projection.
+    none. The code decomposes all matrices but text_projection, vocabulary tables too.
     Adapters on the base are decomposed as the products that they are, all others whole, however few
     triplets are kept: a drawn basis has other directions near the cut, and they are all turned.
     """
@@ -85,7 +85,7 @@ def tsv_m(
     rank = _rank(min(deltas.shape[1:]), n, density)
 
     def leading(found: Svd, w: float) -> Svd:
-        part = found.cut(rank)
+        part = found.cut(min(rank, found.rank))
         return replace(part, values=part.values * w)
 
     kept = beside(map(leading, svds(deltas, factors), each))

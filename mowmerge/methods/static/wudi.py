@@ -115,7 +115,7 @@ def wudi(
             version, known as v2.
         steps: of Adam.
         rate: of Adam, absolute: an entry moves by about rate x steps at most, whatever the size of
-            the task vectors.
+            the task vectors. v2 was published with 1e-6.
         ridge: of the closed form: added to A's eigenvalues, in units of their mean. Leading
             triplets need not agree, so that their minimum may lie far off without.
         rest: what is not a matrix stays at the base, or takes the mean task vector.

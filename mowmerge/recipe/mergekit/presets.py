@@ -150,7 +150,7 @@ PRESETS: Mapping[str, Preset] = {
     ),
     "model_stock": Preset(
         "model_stock", {"filter_wise": Word("filter_wise", default=False, flag=FLAG)}, "required",
-        {"clamp": False},
+        {"clamp": False, "floor": 1e-6},
     ),
     "nearswap": Preset("nearswap", {"t": Word("t", required=True)}, "required", {"floor": 1e-6}),
     "arcee_fusion": Preset("arcee_fusion", {}, "required"),

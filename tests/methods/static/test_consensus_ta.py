@@ -52,6 +52,13 @@ def test_limits() -> None:
     assert not consensus_ta(one).any()
 
 
+def test_more_tasks_than_there_are() -> None:
+    caution = registry.get("consensus_ta").caution
+    assert caution is not None
+    assert "the result is the base" in caution({"agreement": 2}, 1)
+    assert caution({"agreement": 2}, 2) == ""
+
+
 def test_beside_ties() -> None:
     deltas = normal(3, 200)
     merged = ties(deltas, aggregate="sum", density=0.3)

@@ -36,15 +36,18 @@ class Fixed(Draws):
 def test_chances_by_hand() -> None:
     # ranks 2, 1, 3 of three: 0.5 - 0.2, 0.5, 0.5 + 0.2 in the order of magnitude
     rows = torch.tensor([[-2.0, 1.0, 3.0], [0.1, 0.3, -0.2]])
-    chances = _chances(rows, 0.5, 0.2)
-    assert chances.tolist() == [
+
+    def chances(delta: Tensor, density: float = 0.5, epsilon: float = 0.2) -> Tensor:
+        return _chances(delta[None], [density], [epsilon])[0]
+
+    assert chances(rows).tolist() == [
         pytest.approx([0.5, 0.3, 0.7]), pytest.approx([0.3, 0.7, 0.5])
     ]  # fmt: skip
-    assert _chances(torch.tensor([[5.0], [1.0]]), 0.5, 0.2).tolist() == [[0.5], [0.5]]
-    assert _chances(torch.tensor(3.0), 0.5, 0.2).item() == 0.5
+    assert chances(torch.tensor([[5.0], [1.0]])).tolist() == [[0.5], [0.5]]
+    assert chances(torch.tensor(3.0)).item() == 0.5
     # equal magnitudes rank by index; a kernel's rows are all its entries of one output
-    assert _chances(torch.ones(3), 0.5, 0.2).tolist() == pytest.approx([0.3, 0.5, 0.7])
-    kernel = _chances(normal(4, 2, 3, 3), 0.6, 0.1).flatten(1)
+    assert chances(torch.ones(3)).tolist() == pytest.approx([0.3, 0.5, 0.7])
+    kernel = chances(normal(4, 2, 3, 3), 0.6, 0.1).flatten(1)
     assert torch.allclose(kernel.sort(-1).values, torch.linspace(0.5, 0.7, 18).expand(4, -1))
 
 
@@ -84,7 +87,7 @@ def test_unbiased_over_seeds() -> None:
     given: dict[str, Any] = {"density": [0.3, 0.7], "epsilon": [0.2, 0.1]}
     given |= {"elect": "none", "aggregate": "sum"}
     runs = torch.stack([della(deltas, rng=draws(s, ("a", "b")), **given) for s in range(seeds)])
-    chances = [_chances(d, q, e) for d, q, e in zip(deltas, [0.3, 0.7], [0.2, 0.1], strict=True)]
+    chances = _chances(deltas, [0.3, 0.7], [0.2, 0.1])
     spread = sum(d**2 * (1 - p) / p for d, p in zip(deltas, chances, strict=True))
     off = (runs.mean(0) - deltas.sum(0)) / (spread / seeds).sqrt()
     assert off.abs().max() < 5

@@ -8,7 +8,7 @@ from torch import Tensor
 from zoo import Zoo
 
 from mowmerge import planner
-from mowmerge.methods.static.drm import _least, drm
+from mowmerge.methods.static.drm import _coordinates, _least, drm
 from mowmerge.plan import RUN
 
 
@@ -114,3 +114,25 @@ def test_embeddings_and_heads_are_no_matrices(zoo: Zoo) -> None:
             flat = "embed" in name and not table
             merged = drm(deltas.flatten(1) if flat else deltas).view_as(base)
             assert torch.allclose(found[name], base + merged, atol=1e-6), (name, table)
+
+
+def test_a_share_that_is_rounding_is_none() -> None:
+    draws = torch.Generator().manual_seed(0)
+
+    def orthonormal(rank: int) -> Tensor:
+        return torch.linalg.qr(torch.randn(768, rank, generator=draws).double()).Q
+
+    left, sizes = orthonormal(8), torch.logspace(0, -1.9, 8, dtype=torch.float64)
+    deltas = torch.stack([
+        (left[:, i::2] * sizes[i::2]) @ orthonormal(4).T for i in range(2)
+    ]).float()  # fmt: skip
+    _, rows, lengths = _coordinates(deltas, 0.01)
+    assert ((lengths > 0).sum(1) == 4).all()
+    assert torch.equal(rows.norm(dim=-1, keepdim=True) > 0.5, lengths > 0)
+
+
+def test_a_model_of_no_weight_is_not_counted() -> None:
+    deltas, given = normal(3, 6, 5), {"density": 1.0, "elect": False, "tol": 0.0}
+    weighed = drm(deltas, weight=[1.0, 0.0, 1.0], **given)
+    assert torch.allclose(weighed, (deltas[0] + deltas[2]) / 2, atol=1e-5)
+    assert not drm(deltas, weight=0.0, **given).any()

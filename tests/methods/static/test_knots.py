@@ -134,3 +134,9 @@ def test_a_recipe_decomposes_each_matrix_once_as_a_notebook_does(
     for name, base in models["base"].items():
         deltas = torch.stack([models[e][name] - base for e in "abc"])
         assert torch.allclose(found[name], base + knots(deltas, **given), atol=1e-6)
+
+
+def test_weights_that_cancel_have_no_mean() -> None:
+    given = {"weight": [-0.9, 0.1, 0.8], "elect": "none", "aggregate": "mean"}
+    found = knots(normal(3, 6, 9), **given)
+    assert found.abs().max() < 10

@@ -83,6 +83,14 @@ def test_mean_of_cosines_or_of_angles() -> None:
         assert share(deltas, average=average) == pytest.approx(3 * c / (1 + 2 * c), abs=1e-4)
 
 
+@pytest.mark.parametrize("filter_wise", [False, True])
+def test_a_floor_under_the_product_of_two_lengths(filter_wise: bool) -> None:
+    deltas = torch.tensor([[[3e-4, 4e-4]], [[6e-4, 0.0]]])  # of 5e-4 and 6e-4: 3e-7; <,> = 1.8e-7
+    for floor, c in ((0.0, 0.6), (2e-7, 0.6), (1e-6, 0.18)):
+        out = model_stock(deltas, floor=floor, filter_wise=filter_wise)
+        assert float(out[0, 0]) == pytest.approx(4.5e-4 * 2 * c / (1 + c), rel=1e-5)
+
+
 def test_one_share_a_row() -> None:
     deltas = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]])
     # the first rows agree (t = 1), the second are orthogonal (t = 0)
