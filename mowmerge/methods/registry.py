@@ -206,9 +206,10 @@ def merge_method(
         validate: raises MethodError where parameters contradict each other.
         caution: what is allowed and rarely meant, of parameters and the number of models, as a
             sentence for the user; empty where there is nothing to say.
-        workspace: how many elements a method on whole tensors holds at once, from the tensor's
-            shape, the number of models and the parameters: its result among them, and of a method
-            on matrices what it reads, else beside the inputs.
+        workspace: how many elements of 4 bytes a method holds at once, its result among them, from
+            a shape, the number of models and the parameters: of a method on matrices a matrix's,
+            and what it reads counts too; of a dynamic one a coded matrix's; else that of a block,
+            (length,). Without, n + 4 for each element of a block, n + 2 for one of a matrix.
         decompositions: of a method on matrices, the shapes of the singular value decompositions
             that it takes for a matrix of that shape, so many models and its parameters. Such a
             method gets matrices whole, and elements of everything else, which is what vocabulary
