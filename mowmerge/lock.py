@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mowmerge import __version__, devices
-from mowmerge.checkpoint import identity
+from mowmerge.checkpoint import identity, sidecars
 from mowmerge.errors import CheckpointError
-from mowmerge.plan import Adapted, Plan, Stored, unplaced
+from mowmerge.plan import Adapted, Plan, Stored, config_source, unplaced
 from mowmerge.recipe.complete import completed
 from mowmerge.recipe.model import Digest, Lock, Recipe
 from mowmerge.recipe.text import dump
@@ -54,12 +54,20 @@ def versions() -> dict[str, str]:
     return {"mowmerge": __version__, "torch": str(torch.__version__)}
 
 
-def _read(stored: Stored, plan: Plan) -> list[str]:
-    """The files of a checkpoint that decide bytes: its shards, how an adapter is applied, and where
-    rows are placed by token its tokenizer."""
+def _weights(stored: Stored, plan: Plan) -> dict[str, str]:
+    """The files of a checkpoint that decide weights, by name: its shards, how an adapter is
+    applied, and where rows are placed by token its tokenizer."""
     names = ("adapter_config.json", *(("tokenizer.json",) if plan.vocabulary else ()))
-    beside = [os.path.join(stored.folder, name) for name in names]
-    return [*stored.files, *filter(os.path.isfile, beside)]
+    beside = {name: os.path.join(stored.folder, name) for name in names}
+    shards = {Path(file).name: file for file in stored.files}
+    return shards | {name: file for name, file in beside.items() if os.path.isfile(file)}
+
+
+def _read(stored: Stored, plan: Plan) -> dict[str, str]:
+    """Those, and of the donor what the output's config, tokenizer and the like are made from."""
+    donor = config_source(plan.sources[plan.donor]).folder
+    names = sidecars.carried(Path(donor)) if stored.folder == donor else ()
+    return {name: os.path.join(donor, name) for name in names} | _weights(stored, plan)
 
 
 def device_type(plan: Plan) -> str:
@@ -72,7 +80,7 @@ def seen(plan: Plan) -> Seen:
     found: dict[str, dict[str, list[int]]] = {}
     for model, stored in plan.checkpoints:
         files = found.setdefault(model, {})
-        files.update({Path(file).name: identity.of(file) for file in _read(stored, plan)})
+        files.update({name: identity.of(file) for name, file in _read(stored, plan).items()})
     return found
 
 
@@ -80,9 +88,9 @@ def sampled(plan: Plan) -> dict[str, str]:
     """A digest of each input file's size, its beginning and some of the rest: what a copy of it on
     another host has in common with it, and a checkpoint of the same shapes has not."""
     return {
-        f"model '{model}': {Path(file).name}": identity.sampled(file)
+        f"model '{model}': {name}": identity.sampled(file)
         for model, stored in plan.checkpoints
-        for file in _read(stored, plan)
+        for name, file in _weights(stored, plan).items()
     }
 
 
@@ -90,7 +98,7 @@ def unchanged(before: Seen, now: Seen) -> None:
     """CheckpointError where an input is no longer the file that the merge began with."""
     for model, files in now.items():
         for name, facts in files.items():
-            if before[model][name] != facts:
+            if before[model].get(name) != facts:
                 raise CheckpointError(
                     f"{name} was changed while the merge was running", where=f"model '{model}'",
                     hint="start again when the inputs are whole",
@@ -99,16 +107,14 @@ def unchanged(before: Seen, now: Seen) -> None:
 
 def inputs(plan: Plan, *, hashed: bool) -> Files:
     """Each input file, by model; with its digest if that is wanted."""
-    files = sorted({file for _, stored in plan.checkpoints for file in _read(stored, plan)})
+    each = [(model, _read(stored, plan)) for model, stored in plan.checkpoints]
+    files = sorted({file for _, read in each for file in read.values()})
     digests = identity.sha256_of(files, plan.workers) if hashed else {}
     found: dict[str, dict[str, Digest]] = {}
-    for model, stored in plan.checkpoints:
-        found.setdefault(model, {}).update(
-            {
-                Path(file).name: Digest(bytes=identity.of(file)[0], sha256=digests.get(file))
-                for file in _read(stored, plan)
-            }
-        )
+    for model, read in each:
+        held = found.setdefault(model, {})
+        for name, file in read.items():
+            held[name] = Digest(bytes=identity.of(file)[0], sha256=digests.get(file))
     return found
 
 

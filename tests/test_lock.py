@@ -110,7 +110,10 @@ def test_what_stands_in_it(family: Zoo) -> None:
     for model in ("base", "a", "b", "c"):
         file = family.folder / model / "model.safetensors"
         wanted = {"bytes": file.stat().st_size, "sha256": sha256(file)}
-        assert held["inputs"][model] == {"model.safetensors": wanted}
+        read_of = held["inputs"][model]
+        assert read_of["model.safetensors"] == wanted
+        beside = {file.name for file in (family.folder / model).iterdir()} - {"README.md"}
+        assert set(read_of) == (beside if model == "base" else {"model.safetensors"})
     weights = out / "model.safetensors"
     wanted = {"bytes": weights.stat().st_size, "sha256": sha256(weights)}
     assert held["outputs"] == {"model.safetensors": wanted}
@@ -198,6 +201,21 @@ def test_another_input_is_said_and_with_locked_refused(family: Zoo) -> None:
     ran = family.cli("merge", recipe, "shown")
     assert "warning: replayed as on torch" in ran.err
     assert "beyond tolerance, 'model.norm.weight' is" in ran.err
+
+
+def test_what_the_config_and_the_tokenizer_are_made_from_is_an_input(family: Zoo) -> None:
+    out = merged(family, TIES)
+    recipe = str(out / "recipe.lock.yaml")
+    (family.folder / "a/config.json").write_text("{}")  # of no model that lends the output's
+    assert family.cli("merge", recipe, "again", "--locked").rc == 0
+    config = family.folder / "base/config.json"
+    config.write_text(config.read_text().replace("{", '{"rope_theta": 7.0, ', 1))
+    (family.folder / "base/added_tokens.json").write_text("{}")
+    ran = family.cli("merge", recipe, "no", "--locked")
+    assert ran.rc == 4
+    assert "model 'base': config.json is not the file that the lock names" in ran.err
+    assert "model 'base': added_tokens.json is new" in ran.err
+    assert not (family.folder / "no").exists()
 
 
 def test_locked_wants_a_lock_with_digests(family: Zoo) -> None:

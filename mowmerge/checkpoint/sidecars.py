@@ -36,13 +36,13 @@ def copy(
     Another model's licence file is copied under a name of its own where its text differs. With a
     vocabulary the files of the tokenizer are its source's, as it changes them.
     """
-    taken = {file for pattern in SIDECARS for file in donor.glob(pattern) if file.is_file()}
+    taken = _beside(donor)
     if vocabulary is not None:
         taken = {file for file in taken if not _of_tokenizer(donor, file)}
         _write_tokenizer(vocabulary, out)
     for file in sorted(taken):
         name = file.relative_to(donor).as_posix()
-        if not any(fnmatch(name, pattern) for pattern in _OURS):
+        if not _ours(name):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, out / name)
     for model, folder in others:
@@ -52,6 +52,21 @@ def copy(
                 shutil.copyfile(file, out / f"{file.stem}-{model}{file.suffix}")
     rest = {file for file in donor.iterdir() if file.is_file()} - taken
     return sorted(f.name for f in rest if f.suffix not in _WEIGHTS and not f.name.startswith("."))
+
+
+def carried(donor: Path) -> list[str]:
+    """The donor's files, beside its weights, from which the output's are made."""
+    names = sorted(file.relative_to(donor).as_posix() for file in _beside(donor))
+    return [name for name in names if name == "config.json" or not _ours(name)]
+
+
+def _beside(donor: Path) -> set[Path]:
+    return {file for pattern in SIDECARS for file in donor.glob(pattern) if file.is_file()}
+
+
+def _ours(name: str) -> bool:
+    """Whether a file of that name is written anew."""
+    return any(fnmatch(name, pattern) for pattern in _OURS)
 
 
 def _of_tokenizer(folder: Path, file: Path) -> bool:

@@ -8,7 +8,7 @@ Memory is counted in largest matrices, of fp32.
 
 - *layers*: that memory for twice the layers over once, four experts (aim: at most 1.1)
 - *eight*: that memory for eight experts, in largest matrices
-- *further*: what each further expert adds to it from two to eight (aim: at most 1)
+- *further*: what each further expert adds to it from four to eight (aim: at most 1)
 - *time*: CPU time a further expert from four to eight over that from two to four (linear: 1); not
   taken with --memory, which needs no quiet machine
 """
@@ -97,7 +97,7 @@ def row(room: Path, method: str, hidden: int, *, time: bool) -> list[str]:
         return [method, layers, f"{peak[middle] / unit:.2f} of {middle}", ""] + [""] * time
     few, some, many = COUNTS
     found = [method, layers, f"{peak[many] / unit:.2f}"]
-    found.append(f"{(peak[many] - peak[few]) / (many - few) / unit:.2f}")
+    found.append(f"{(peak[many] - peak[some]) / (many - some) / unit:.2f}")
     slope = (cpu[many] - cpu[some]) / (cpu[some] - cpu[few]) / 2
     return [*found, f"{slope:.2f}"] if time else found
 
