@@ -164,11 +164,12 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Measuring]:
     made.close()
 
 
-def cases() -> list[tuple[str, str, int]]:
+def cases() -> list[Any]:
     """Every method, with parameters that make it hold something else too; other tensors, and
-    several workers, for some of each scope and codec."""
+    several workers, whose peaks meet or do not, for some of each scope and codec."""
     names = [*registry.names(), *(case for case in GIVEN if case not in registry.names())]
-    return [*((name, "tall", 1) for name in names if name not in APART), *OTHERS]
+    each = [*((name, "tall", 1) for name in names if name not in APART), *OTHERS]
+    return [pytest.param(*case, marks=[pytest.mark.slow] if case[2] > 1 else []) for case in each]
 
 
 @pytest.mark.parametrize(("case", "family", "workers"), cases())
