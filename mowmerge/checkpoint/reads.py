@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from mowmerge.placement import MEAN, Placed, Rows
 from mowmerge.plan import Adapted, Plan, Source, Stored
 
