@@ -11,8 +11,9 @@ from typing import Any
 
 from mowmerge import __version__
 from mowmerge.checkpoint import modules, naming, source
+from mowmerge.checkpoint.adapter_config import PREFIX
 from mowmerge.checkpoint.layout import shard_of
-from mowmerge.checkpoint.peft import PREFIX, WEIGHTS
+from mowmerge.checkpoint.peft import WEIGHTS
 from mowmerge.errors import CheckpointError
 from mowmerge.known import Known, Unknown
 from mowmerge.plan import Shard, Stored

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,8 +68,25 @@ class ThresholdError(MowmergeError):
     exit_code = 7
 
 
+def unreadable(error: OSError) -> ResourceError | None:
+    """That a file or folder may not be read, where that is what the system refused."""
+    named = str(error.filename or "")
+    mode = os.R_OK | os.X_OK if os.path.isdir(named) else os.R_OK
+    if error.errno not in (errno.EACCES, errno.EPERM) or not os.path.exists(named):
+        return None
+    if os.access(named, mode):
+        return None
+    return ResourceError(
+        f"cannot be read: {os.strerror(error.errno)}",
+        where=named,
+        hint=f"let this user read it (`chmod -R a+rX {shlex.quote(named)}`), or be one who may",
+    )
+
+
 def denied(error: OSError, path: Path) -> ResourceError:
-    """What the system refused, as an error that says what to do."""
+    """What the system refused while `path` was written, as an error that says what to do."""
+    if found := unreadable(error):
+        return found
     hints = {
         errno.ENOSPC: "free some space, or write to another disk",
         errno.EDQUOT: "the quota is used up: free some space, or write to another disk",

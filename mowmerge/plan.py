@@ -119,10 +119,11 @@ class Adapted:
 
 @dataclass(frozen=True)
 class Input:
-    """One tensor of one model that a job reads; an open handle on it takes `held` bytes."""
+    """One tensor of one model that a job reads: `read` bytes of files; a handle holds `held`."""
 
     model: str
     spec: TensorSpec
+    read: int
     held: int = 0
 
 
@@ -182,8 +183,8 @@ class TensorJob:
 
     @cached_property
     def read_bytes(self) -> int:
-        """Bytes of input, read once."""
-        return sum(i.spec.nbytes for i in self.inputs)
+        """Bytes of files behind its input, read once."""
+        return sum(given.read for given in self.inputs)
 
 
 @dataclass(frozen=True)
@@ -326,7 +327,7 @@ class Plan:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of input tensors, each counted once."""
+        """Bytes of files that the jobs read, each input once: of nested recipes too."""
         return sum(job.read_bytes for job in self.jobs)
 
     @property
@@ -372,10 +373,9 @@ Source = Stored | Adapted | Plan | Placed
 
 def _stored(name: str, source: Source) -> list[tuple[str, Stored]]:
     """The checkpoints of one source."""
+    source = unplaced(source)
     if isinstance(source, Stored):
         return [(name, source)]
-    if isinstance(source, Placed):
-        return _stored(name, source.model)
     if isinstance(source, Plan):
         return [(f"{name}-{inner}", stored) for inner, stored in source.checkpoints]
     many = len(source.adapters) > 1

@@ -11,6 +11,7 @@ from mowmerge import __version__, algebra, devices, memory, slicing, vocabulary
 from mowmerge.checkpoint import chat, fp8, layers, modules, naming, source
 from mowmerge.checkpoint.layout import layout, shard_of
 from mowmerge.checkpoint.placed import held_bytes
+from mowmerge.checkpoint.reads import reads
 from mowmerge.errors import CheckpointError, Problem, RecipeError
 from mowmerge.methods import registry
 from mowmerge.methods.contracts import Extent, MethodError
@@ -69,6 +70,7 @@ class _Planner:
         self.rules_used: set[int] = set()
         self.upcycling: Upcycling | None = None
         self.sources: Mapping[str, Source] = {}
+        self.reads: Mapping[str, Mapping[str, int]] = {}
         self.packings: Mapping[str, Packing] = {}
 
     def plan(self) -> Plan:
@@ -78,6 +80,7 @@ class _Planner:
         read = search.sources()
         sources, tokens, told = vocabulary.placed(self.recipe, read, donor, search.tokenizer())
         self.sources, self.warnings = sources, [*self.warnings, *search.warnings, *told]
+        self.reads = {name: reads(each) for name, each in sources.items()}
         where = self.recipe.where("output", "chat_template")
         asked = self.recipe.output.chat_template
         template = chat.chosen(asked, sources, where)
@@ -267,7 +270,7 @@ class _Planner:
         if found is None:
             given = piece.specs.get("base", {}).get(spec.name) if base else None
             if self.recipe.missing == "base" and given:
-                return Input("base", given, held_bytes(self.sources["base"], given.name))
+                return self._given("base", given)
             self.problems.append(
                 Problem(
                     f"tensor '{spec.name}' is missing",
@@ -287,11 +290,15 @@ class _Planner:
                         f"tensor '{spec.name}' has the {what} {theirs}, but {ours} in the"
                         f" {'base' if piece.like == 'base' else 'first model'}",
                         f"model '{model}'",
-                        _why_apart(spec, found),
+                        naming.why_apart(spec, found),
                     )
                 )
                 return None
-        return Input(model, found, held_bytes(self.sources[model], found.name))
+        return self._given(model, found)
+
+    def _given(self, model: str, spec: TensorSpec) -> Input:
+        read = self.reads[model][spec.name]
+        return Input(model, spec, read, held_bytes(self.sources[model], spec.name))
 
     def _extras(self, piece: Piece) -> None:
         """Tensors that only other models have: tied, dropped by a rule, or a problem."""
@@ -386,14 +393,3 @@ class _Planner:
     def _layout(self, jobs: Sequence[TensorJob]) -> list[Shard]:
         stored = [spec for job in jobs for spec in job.stored]
         return layout(stored, self.recipe.output.shard_size, self._metadata)
-
-
-def _why_apart(ours: TensorSpec, theirs: TensorSpec) -> str:
-    """What to do about a tensor that has another shape in one model."""
-    if naming.by_token(ours.name) and ours.shape[1:] == theirs.shape[1:] and ours.shape:
-        rows = theirs.shape[0] - ours.shape[0] if theirs.shape else 0
-        return (
-            f"its vocabulary has {abs(rows)} rows {'more' if rows > 0 else 'less'}: place rows by"
-            " token, `vocabulary: {source: union}` (or base, or a model's name)"
-        )
-    return "only models of one architecture can be merged"

@@ -10,9 +10,9 @@ from functools import partial
 from typing import Any
 
 from mowmerge.checkpoint import heads, lowrank, parts
+from mowmerge.checkpoint.adapter_config import PREFIX
 from mowmerge.checkpoint.lowrank import Factors
 from mowmerge.checkpoint.parts import Part
-from mowmerge.checkpoint.peft import PREFIX
 from mowmerge.checkpoint.writer import ShardSink, Staging
 from mowmerge.difference import FUSED, Difference, bias_key, kept, placed, rest, shown, within
 from mowmerge.errors import CheckpointError, refused

@@ -417,3 +417,41 @@ def test_no_permission_to_read(shared: Zoo, what: str, mode: int, rc: int) -> No
     assert ran.rc == rc, ran.err
     assert "ermission denied" in ran.err
     assert "Traceback" not in ran.err
+
+
+@as_root
+def test_a_tokenizer_or_an_output_that_may_not_be_read_is_named(shared: Zoo) -> None:
+    shared.merge({"method": "linear"}, name="made", hashes=True)
+    shared.folder.chmod(0o777)
+    for path in (shared.folder / "out").iterdir():
+        path.chmod(0o755)
+    words, out = shared.folder / "base/tokenizer.json", shared.folder / "out"
+    advice = "\n  -> let this user read it (`chmod -R a+rX {}`), or be one who may"
+    words.chmod(0o600)
+    ran = shared.python(NOBODY_RUNS, "merge", "recipe.yaml", "new")
+    assert ran.rc == 6, ran.err
+    name = words.relative_to(shared.folder)
+    assert f"error: {name}: cannot be read: Permission denied{advice.format(name)}" in ran.err
+    words.chmod(0o644)
+    out.chmod(0o700)
+    ran = shared.python(NOBODY_RUNS, "merge", "recipe.yaml", "out", "--force")
+    assert ran.rc == 6, ran.err
+    assert f"error: {out}: cannot be read: Permission denied{advice.format(out)}" in ran.err
+
+
+@as_root
+@pytest.mark.parametrize(("names", "rc"), [
+    (("model.safetensors", "tokenizer.json"), 4), (("SHA256SUMS",), 6),
+])  # fmt: skip
+def test_what_verify_may_not_read_is_named_once(
+    shared: Zoo, names: tuple[str, ...], rc: int
+) -> None:
+    shared.merge({"method": "linear"}, name="made", hashes=True)
+    out = shared.folder / "out"
+    out.chmod(0o755)
+    for path in out.iterdir():
+        path.chmod(0o600 if path.name in names else 0o644)
+    ran = shared.python(NOBODY_RUNS, "verify", "out")
+    assert (ran.rc, ran.err.count("error:"), "Errno" in ran.err) == (rc, len(names), False), ran.err
+    for name in names:
+        assert f"{name}: cannot be read: Permission denied\n  -> " in ran.err

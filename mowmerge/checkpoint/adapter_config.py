@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+PREFIX = "base_model.model."  # of every name in the file
+
 
 def by_pattern(patterns: Mapping[str, Any] | None, key: str, default: Any) -> Any:
     """The value of the first pattern that matches a module's path or its end."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from mowmerge.checkpoint import modules, naming, source
 from mowmerge.plan import Plan, Stored, config_source
 from mowmerge.tensors import TensorSpec
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 class Aliases:
@@ -38,6 +41,10 @@ class Aliases:
     def tied(self, name: str) -> TensorSpec | None:
         """The tensor that an absent one is tied to."""
         return next((t for v in self._views if (t := naming.tied_to(name, v))), None)
+
+    def of_an_expert(self) -> str:
+        """A tensor that one expert of several has to itself; empty where there is none."""
+        return next((name for name in self._specs if _EXPERT.search(name)), "")
 
     def _memory_names(self) -> Mapping[str, TensorSpec]:
         """The tensors by their names in memory, asked only where those on disk do not fit."""

@@ -164,3 +164,14 @@ def tied_to(name: str, specs: Mapping[str, TensorSpec]) -> TensorSpec | None:
                     if other != name and (other == source or other.endswith("." + source)):
                         return spec
     return None
+
+
+def why_apart(ours: TensorSpec, theirs: TensorSpec) -> str:
+    """What to do about a tensor that has another shape in one model."""
+    if by_token(ours.name) and ours.shape[1:] == theirs.shape[1:] and ours.shape:
+        rows = theirs.shape[0] - ours.shape[0] if theirs.shape else 0
+        return (
+            f"its vocabulary has {abs(rows)} rows {'more' if rows > 0 else 'less'}: place rows by"
+            " token, `vocabulary: {source: union}` (or base, or a model's name)"
+        )
+    return "only models of one architecture can be merged"

@@ -15,15 +15,15 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
-from mowmerge.checkpoint import modules, naming, token_rows
-from mowmerge.checkpoint.adapter_config import by_pattern, malformed
+from mowmerge.checkpoint import clashes, modules, naming, token_rows
+from mowmerge.checkpoint.adapter_config import PREFIX, by_pattern, malformed
 from mowmerge.checkpoint.aliases import Aliases
+from mowmerge.checkpoint.clashes import UNTIE
 from mowmerge.errors import CheckpointError
 from mowmerge.plan import Adapted, Patch, Plan, Stored
 from mowmerge.tensors import TensorSpec
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
 MERGE = "merge it with peft (merge_and_unload, then save_pretrained) and name the result instead"
 _LORA = re.compile(
     r"^(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B"
@@ -111,6 +111,7 @@ def adapted(
         CheckpointError: an adapter fits another model, or its tensors are not understood.
     """
     base = Aliases(model)
+    origins = [adapter.stored.origin for adapter in adapters]
     values: dict[str, list[Patch]] = {}
     rows: dict[str, list[Patch]] = {}
     deltas: dict[str, list[Patch]] = {}
@@ -118,20 +119,13 @@ def adapted(
         fitted = _Fit(adapter, number, base)
         for name, patch in fitted.values():
             replaced = values.setdefault(name, [])
-            if replaced and ".base_layer." not in patch.parts["value"]:
-                first = adapters[replaced[0].adapter].stored.origin
-                raise CheckpointError(
-                    f"'{name}' is replaced by this adapter and by {first}", where=fitted.origin,
-                    hint="name them as two models, and merge those",
-                )  # fmt: skip
+            if clash := clashes.values(name, patch, replaced, origins):
+                raise clash
             replaced.append(patch)
         for name, patch in fitted.rows():
             here = rows.setdefault(name, [])
-            if taken := {n for other in here for n in other.rows} & {*patch.rows}:
-                raise CheckpointError(
-                    f"the row {min(taken)} of '{name}' is replaced twice", where=fitted.origin,
-                    hint="name adapters that change one token as two models, and merge those",
-                )  # fmt: skip
+            if clash := clashes.rows(name, patch, here, origins):
+                raise clash
             here.append(patch)
         for name, patch in fitted.deltas():
             deltas.setdefault(name, []).append(patch)
@@ -214,11 +208,8 @@ class _Fit:
             told = f"{token_rows.KEY} names rows of {name}, and the file has none"
             raise self._wrong(told, "save it again")
         for module, key in self._rows.items():
-            path, spec, numbers = (
-                f"{module}.weight",
-                self._specs[key],
-                token_rows.numbers(self._config, module),
-            )
+            path, spec = f"{module}.weight", self._specs[key]
+            numbers = token_rows.numbers(self._config, module)
             ours = self._base.find(path) or self._tied(path)
             if ours is None:
                 raise self._stranger(path)
@@ -229,10 +220,8 @@ class _Fit:
                     f"'{key}' is {list(spec.shape)}, and {CONFIG} names {len(numbers)} tokens,"
                     f" {len(fitting)} of them among the {tall} rows of '{path}'", "save it again",
                 )  # fmt: skip
-            yield (
-                ours.name,
-                Patch(self._number, {"value": key}, weight=self._adapter.weight, rows=numbers),
-            )
+            weight = self._adapter.weight
+            yield ours.name, Patch(self._number, {"value": key}, weight=weight, rows=numbers)
 
     def deltas(self) -> Iterator[tuple[str, Patch]]:
         """The low-rank updates."""
@@ -257,6 +246,8 @@ class _Fit:
         if not names and list(held.levels) == [0]:
             yield f"{module}.weight", held.levels[0]
             return
+        if absent := [name for name in names if self._base.find(name) is None]:
+            raise self._unfused(absent)
         levels = [held.levels[i] for i in sorted(held.levels, reverse=True)]  # the first declared
         fitting = [
             order
@@ -378,11 +369,19 @@ class _Fit:
         if tied is not None:
             return self._wrong(
                 f"it saves '{name}', which the model ties to '{tied.name}'",
-                "untie them in the base (tie_word_embeddings: false, and both stored) and start"
-                " from that",
+                UNTIE,
             )
         return self._wrong(
             f"the model has no tensor '{name}'", "this adapter was trained on another model"
+        )
+
+    def _unfused(self, absent: Sequence[str]) -> CheckpointError:
+        """Where target_parameters name what is no tensor of the model's."""
+        apart = self._base.of_an_expert()
+        why = f": there each expert has its own, such as '{apart}'" if apart else ""
+        named = " and ".join(f"'{name}'" for name in absent)
+        return self._wrong(
+            f"its updates are on {named}, which the model does not store{why}", MERGE
         )
 
     def _misfit(self, name: str, shape: Sequence[int], ours: TensorSpec) -> CheckpointError:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from mowmerge.checkpoint import fp8
 from mowmerge.checkpoint.header import locations, pickle_header, read_header
-from mowmerge.errors import CheckpointError, MowmergeError, SourceError
+from mowmerge.errors import CheckpointError, MowmergeError, SourceError, unreadable
 from mowmerge.plan import Location, Scale, Stored
 
 SIDECARS = (
@@ -43,6 +43,8 @@ def find(
         try:
             return _stored(origin, Path(origin), None, allow_pickle, kind)
         except OSError as error:
+            if refused := unreadable(error):
+                raise SourceError(refused.problems) from error
             raise SourceError(
                 f"cannot be read: {error.strerror}", where=str(error.filename or origin),
                 hint="check who may read it",

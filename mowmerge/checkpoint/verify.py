@@ -15,7 +15,7 @@ from mowmerge.checkpoint.header import read_header
 from mowmerge.checkpoint.reader import StoredReader
 from mowmerge.checkpoint.source import Kind, config, find
 from mowmerge.checkpoint.writer import NOT_HASHED
-from mowmerge.errors import MowmergeError, Problem, SourceError
+from mowmerge.errors import MowmergeError, Problem, SourceError, unreadable
 from mowmerge.plan import Stored
 from mowmerge.tensors import DTYPES, torch
 
@@ -73,7 +73,8 @@ def verify(
     there = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     unlisted = sorted(n for n in there if n not in sums and n not in UNHASHED)
     tensors = sum(len(one.tensors) for one in looked)
-    return Verified(sums, tuple(unlisted), tensors, sum(sizes.values()), tuple(problems))
+    said = tuple(dict.fromkeys(problems))
+    return Verified(sums, tuple(unlisted), tensors, sum(sizes.values()), said)
 
 
 def _listed(folder: Path) -> tuple[dict[str, str], list[Problem]]:
@@ -108,9 +109,22 @@ def _differing(
     for name, digest in sums.items():
         if name not in sizes:
             yield Problem(f"{name} is not there", str(folder), f"{SUMS} lists it: merge again")
-        elif _sha256(folder / name, advance) != digest:
+            continue
+        try:
+            found = _sha256(folder / name, advance)
+        except OSError as error:
+            yield from _refused(error)
+            continue
+        if found != digest:
             hint = f"it changed after it was written: merge again, or if you changed it, {SUMS} too"
             yield Problem(f"{name} is not what {SUMS} says", str(folder), hint)
+
+
+def _refused(error: OSError) -> tuple[Problem, ...]:
+    """That a file may not be read; any other failure is none of the folder's."""
+    if found := unreadable(error):
+        return found.problems
+    raise error
 
 
 def _sha256(file: Path, advance: Advance) -> str:
@@ -129,6 +143,8 @@ def _whole(folder: Path, sums: Mapping[str, str]) -> list[Problem]:
         settings = config(folder)
     except MowmergeError as error:
         return list(error.problems)
+    except OSError as error:
+        return list(_refused(error))
     if _is_adapter(folder) or (sums and not settings and "config.json" not in sums):
         return []
     if not settings:
@@ -172,6 +188,8 @@ def _weights(folder: Path) -> tuple[Stored | None, Stored | None, list[Problem]]
             read_header(file)
         except MowmergeError as error:
             problems += error.problems
+        except OSError as error:
+            problems += _refused(error)
     try:
         if config(folder).get("model_type") == "mowmerge":
             whole = held(folder)
@@ -181,6 +199,8 @@ def _weights(folder: Path) -> tuple[Stored | None, Stored | None, list[Problem]]
             stored, encoder = find(str(folder), kind=kind), None
     except MowmergeError as error:
         return None, None, [*problems, *error.problems]
+    except OSError as error:
+        return None, None, [*problems, *_refused(error)]
     for index in sorted(folder.glob("*.safetensors.index.json")):
         placed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         for name, location in stored.tensors.items():

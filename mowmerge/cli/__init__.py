@@ -23,7 +23,7 @@ from mowmerge.cli.schema import schema
 from mowmerge.cli.soup import soup
 from mowmerge.cli.train_router import train_router
 from mowmerge.cli.verify import verify
-from mowmerge.errors import MowmergeError, ResourceError
+from mowmerge.errors import MowmergeError, ResourceError, unreadable
 
 SEARCH = 50_000  # objects between searches for cycles: plans are many objects, and none is garbage
 
@@ -71,7 +71,7 @@ def main() -> None:
             print(f"error: {problem}", file=sys.stderr)
         sys.exit(error.exit_code)
     except OSError as error:  # a full stdout, a disk that fails: the machine's fault, not a bug
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {unreadable(error) or error}", file=sys.stderr)
         sys.exit(ResourceError.exit_code)
     except (KeyboardInterrupt, SystemExit) as end:  # typer makes Ctrl-C an exit with 130
         if isinstance(end, SystemExit) and end.code != 130:

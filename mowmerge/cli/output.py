@@ -169,6 +169,7 @@ def plan_object(plan: Plan) -> dict[str, Any]:
                         "tensor": given.spec.name,
                         "dtype": given.spec.dtype,
                         "bytes": given.spec.nbytes,
+                        "read_bytes": given.read,
                     }
                     for given in job.inputs
                 ],

@@ -267,8 +267,16 @@ def _put(document: Document, path: list[str], value: Document, where: str) -> st
         if isinstance(here, dict) and key not in here:
             here[key] = {}
             document.lines[loc] = where
+        if isinstance(here[key], str) and _names_source(loc):
+            here[key] = {"source": here[key]}
+            document.lines[*loc, "source"] = document.lines[loc]
         here = here[key]
     here[key] = value.data
     _forget(document, loc)
     document.lines.update({loc + below: where for below in value.lines} | {loc: where})
     return ""
+
+
+def _names_source(loc: Loc) -> bool:
+    """Whether a string there is the short form of a mapping with a `source`."""
+    return loc[-2:-1] in (("models",), ("adapter",)) or loc[-1] == "adapter"

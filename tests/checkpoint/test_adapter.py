@@ -13,7 +13,7 @@ import torch
 from peft_models import adapt, merged, quiet, save
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from zoo import Zoo
+from zoo import Zoo, rewrite
 
 from mowmerge import api
 from mowmerge.checkpoint import adapter as reading
@@ -295,6 +295,57 @@ def test_two_adapters_cannot_replace_one_tensor(zoo: Zoo) -> None:
     ]
     with pytest.raises(MowmergeError, match="'norm' is replaced by this adapter and by"):
         ours(zoo, base, paths)
+
+
+@pytest.mark.parametrize("saved_first", [False, True])
+def test_a_saved_embedding_and_an_update_on_its_tied_head_are_refused(
+    zoo: Zoo, saved_first: bool
+) -> None:
+    """peft trains them apart; untied, they are read as it merges them."""
+    base = save(zoo.folder / "base", "llama", tie_word_embeddings=True)
+    adapter = adapt(
+        base, zoo.folder / "a", target_modules=["lm_head"], modules_to_save=["embed_tokens"]
+    )
+    at = "base_model.model."
+    keys = f"{at}lm_head.base_layer.weight", f"{at}model.embed_tokens.weight"
+
+    def swap(header: dict[str, Any]) -> None:
+        header[keys[0]], header[keys[1]] = header[keys[1]], header[keys[0]]
+
+    if saved_first:  # as they lie where the embedding's name comes first
+        rewrite(adapter / "adapter_model.safetensors", swap)
+    words = (
+        "it has 'model.embed_tokens.weight' and 'lm_head.weight' of its own, which the model ties"
+    )
+    with pytest.raises(MowmergeError, match=words) as found:
+        plan_of(zoo, base, adapter)
+    assert "'model.embed_tokens.weight' and 'lm_head.weight' of its own" in str(found.value)
+    assert "untie them in the base" in found.value.problems[0].hint
+    held = load_file(base / "model.safetensors")
+    held["lm_head.weight"] = held["model.embed_tokens.weight"].clone()
+    config = json.loads((base / "config.json").read_text())
+    untied = zoo.save("untied", held, config={**config, "tie_word_embeddings": False})
+    want = merged(untied, [adapter], zoo.folder / "theirs")
+    assert_equal(ours(zoo, untied, str(adapter)), want)
+
+
+def test_updates_on_fused_experts_of_a_model_that_stores_them_apart(zoo: Zoo) -> None:
+    """As peft 0.21 makes all-linear of Mixtral."""
+    names = [f"model.layers.0.block_sparse_moe.experts.{i}.w1.weight" for i in range(2)]
+    base = zoo.save("base", {"x.q_proj.weight": torch.zeros(4, 4), names[0]: torch.zeros(4, 4),
+                             names[1]: torch.zeros(4, 4)})  # fmt: skip
+    module = "model.layers.0.mlp.experts"
+    tensors = {**low_rank(module), **low_rank(f"{module}.base_layer")}
+    targets = ["gate.weight", "gate_up_proj", "down_proj"]
+    adapter = write(zoo.folder / "a", tensors, target_parameters=targets)
+    with pytest.raises(MowmergeError, match="which the model does not store") as found:
+        plan_of(zoo, base, adapter)
+    told = found.value.problems[0]
+    assert told.message == (
+        f"its updates are on '{module}.gate_up_proj' and '{module}.down_proj', which the model does"
+        f" not store: there each expert has its own, such as '{names[0]}'"
+    )
+    assert "merge_and_unload" in told.hint
 
 
 def test_what_is_no_adapter_is_said(zoo: Zoo) -> None:

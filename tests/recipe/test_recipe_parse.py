@@ -184,6 +184,23 @@ def test_a_key_with_dots_is_found_by_an_override() -> None:
     assert recipe.models["llama-3.1"].parameters == {"weight": 2}
 
 
+def test_an_override_beside_a_source_in_its_short_form() -> None:
+    text = GOOD.replace("math: org/math", "math: {source: base, adapter: ./lora}").replace(
+        "{source: ./code, weight: 0.6}", "./code"
+    )
+    asked = ["models.code.weight=0.5", "models.math.adapter.weight=2"]
+    recipe = loads(text, file="r.yaml", overrides=asked)
+    code, (lora,) = recipe.models["code"], recipe.models["math"].adapter
+    assert (code.source, code.parameters) == ("./code", {"weight": 0.5})
+    assert (lora.source, lora.weight) == ("./lora", 2)
+    assert recipe.where("models", "code", "source") == "r.yaml:4"
+    assert loads(recipe.text).model_dump() == recipe.model_dump()
+    inner = "models: {n: {source: {models: {a: ./a}, method: linear}}}\nmethod: linear\n"
+    nested = loads(inner, overrides=["models.n.source.models.a.weight=0.5"]).models["n"].source
+    assert isinstance(nested, Recipe)
+    assert nested.models["a"].parameters == {"weight": 0.5}
+
+
 def test_faulty_overrides() -> None:
     overrides = (
         "parameters.densty=0.3", "rules.2.method=ties", "method.x=1", "density", "output.dtype=[",
