@@ -162,4 +162,4 @@ def test_vocabulary_tables_are_not_what_takes_the_memory(
     columns = tables[0].output.shape[1]
     products = 3 * 8 * columns**2
     for job in tables:
-        assert products < working_bytes(job, plan.block) < 3 * products
+        assert products < working_bytes(job, plan.block) < 4 * products
