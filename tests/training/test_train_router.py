@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from mowmerge import api
-from mowmerge.dynamic import modeling
+from mowmerge.dynamic import beside, modeling
+from mowmerge.dynamic.format import FORMAT
 from mowmerge.errors import CheckpointError, MowmergeError, RecipeError, ResourceError, SourceError
 from mowmerge.training import desk as desks
 from mowmerge.training import loop
@@ -344,6 +345,7 @@ def test_the_router_file_says_whose_it_is(make: Make) -> None:
     with safe_open(made.out / "router.safetensors", "pt") as file:
         told = file.metadata()
     assert told["trained"] == "true" and json.loads(told["experts"]) == list(EXPERTS)
+    assert told["weights"] == beside.digest(made.out)
     assert oct((made.out / "router.safetensors").stat().st_mode)[-3:] != "600"
 
 
@@ -359,7 +361,7 @@ def _other_experts(made: Made) -> None:
 
 def _newer(made: Made) -> None:
     config = json.loads((made.out / "config.json").read_text())
-    config["mowmerge"]["format"] = 6
+    config["mowmerge"]["format"] = FORMAT + 1
     (made.out / "config.json").write_text(json.dumps(config))
 
 
@@ -370,7 +372,7 @@ def _plain(made: Made) -> None:
 FAULTS: dict[str, tuple[str, Callable[[Made], None], type[MowmergeError], str]] = {
     "shape": ("linear", _other_shape, CheckpointError, "last.weight' is .4, 16. in it and .3, 16."),
     "experts": ("linear", _other_experts, CheckpointError, "other experts: x, y, z"),
-    "newer": ("linear", _newer, CheckpointError, "has format 6 and this mowmerge reads up to 5"),
+    "newer": ("linear", _newer, CheckpointError, f"reads up to {FORMAT}"),
     "plain": ("linear", _plain, CheckpointError, "no dynamic checkpoint"),
     "no router": ("emr", lambda made: None, CheckpointError, "no router to train: the caller says"),
 }
