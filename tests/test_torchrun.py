@@ -29,7 +29,7 @@ for way in ("linear", "ties", "mow", "adapter"):
 try:
     merge("bad.yaml", "bad-out", options=Options(workers=1))
 except CheckpointError as error:
-    print(str(error).replace(chr(10), " "), file=sys.stderr)
+    sys.stderr.write(str(error).replace(chr(10), " ") + chr(10))  # at once: two ranks write
     sys.exit(error.exit_code)
 """
 KILLED = """
