@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from zoo import Zoo, llama
 
 from mowmerge import api
-from mowmerge.checkpoint import reader
 from mowmerge.planner import Options
 from tests.tokenized import listed, rows, save, words
 
@@ -25,20 +24,6 @@ def family(zoo: Zoo) -> Zoo:
     models = zoo.family("llama", 3)
     assert sum(value.nbytes for value in models["a"].values()) == BYTES
     return zoo
-
-
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Bytes that were read of tensors in files, since the last look at it."""
-    total, real = [0], reader._File.read
-
-    def read(self: reader._File, out: memoryview, offset: int) -> int:
-        got = real(self, out, offset)
-        total[0] += got
-        return got
-
-    monkeypatch.setattr(reader._File, "read", read)
-    return total
 
 
 def planned(zoo: Zoo, content: dict[str, Any]) -> int:

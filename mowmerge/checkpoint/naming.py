@@ -37,8 +37,8 @@ _BY_TOKEN = re.compile(
     r"lm_head|vocab_projector|final_logits_bias|predictions\.(?:decoder|bias)", re.I
 )
 _NOT_BY_TOKEN = re.compile(
-    r"(?:^|[._])(?:pos|text_projection|token_type|wpe|patch|cls_token|class|segment|relative|time|rotary|dense"
-    r"|transform(?!er)|score|qa_outputs|seq_rel|layer_?norm)",
+    r"(?:^|[._])(?:pos|text_projection|token_type|wpe|patch|cls_token|class|segment|relative|time"
+    r"|rotary|dense|transform(?!er)|score|qa_outputs|seq_rel|layer_?norm)",
     re.I,
 )
 

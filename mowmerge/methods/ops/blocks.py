@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from mowmerge.methods.contracts import Block, Matrices, MethodError
@@ -39,6 +39,11 @@ def shares(weight: Any, normalize: bool, n: int) -> list[float]:
     if abs(total) < 1e-12:
         raise MethodError(f"the weights {each} sum to zero, so they cannot be normalized")
     return [w / total for w in each]
+
+
+def one_block(shape: tuple[int, ...], n: int, parameters: Mapping[str, Any]) -> int:
+    """The `workspace` of a method that makes nothing but its result."""
+    return math.prod(shape)
 
 
 def weighted_sum(values: Sequence[Tensor] | Matrices, weight: Sequence[float]) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mowmerge.methods.contracts import Count, Extent, MethodError, NonNegative, PerModel, Reduction
-from mowmerge.methods.ops import Sum, directions, gram, settle, spread, weighted_sum
+from mowmerge.methods.ops import Sum, directions, gram, one_block, settle, spread, weighted_sum
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor, torch
 
@@ -50,15 +50,10 @@ def _mean(cosines: Tensor, share: Tensor, max_iter: int, tol: float) -> Tensor:
     return mean
 
 
-def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
-    """The sum."""
-    return math.prod(shape)
-
-
 @merge_method(
     paper="Karcher 1977, doi:10.1002/cpa.3160300502",
     scope="tensor",
-    workspace=_workspace,
+    workspace=one_block,
     laws={"idempotent": {}, "permutation": {}, "scale": {"eps": 0.0}},
     reduce=_inner_products,
     validate=_validate,

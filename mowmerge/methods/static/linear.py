@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from mowmerge.methods.contracts import PerModel
-from mowmerge.methods.ops import shares, weighted_sum
+from mowmerge.methods.ops import one_block, shares, weighted_sum
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor
 
@@ -16,14 +15,9 @@ def _validate(parameters: Mapping[str, Any], n: int) -> None:
     shares(parameters["weight"], parameters["normalize"], n)
 
 
-def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
-    """The sum."""
-    return math.prod(shape)
-
-
 @merge_method(
     paper="arXiv:2203.05482",
-    workspace=_workspace,
+    workspace=one_block,
     laws={
         "identity": {},
         "idempotent": {"normalize": True},

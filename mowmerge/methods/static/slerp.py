@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from mowmerge.methods.contracts import Extent, NonNegative, Reduction, Unit
-from mowmerge.methods.ops import Sum, gram, settle, weighted_sum
+from mowmerge.methods.ops import Sum, gram, one_block, settle, weighted_sum
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor
 
@@ -17,16 +16,11 @@ def _inner_products(extents: Sequence[Extent]) -> Reduction:
     return products.total
 
 
-def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
-    """The sum."""
-    return math.prod(shape)
-
-
 @merge_method(
     paper="Shoemake 1985, doi:10.1145/325334.325242",
     scope="tensor",
     models=2,
-    workspace=_workspace,
+    workspace=one_block,
     laws=("idempotent", "scale", "propagates"),
     reduce=_inner_products,
 )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from mowmerge.methods.contracts import Extent, MethodError, PerModel, Reduction
-from mowmerge.methods.ops import Sum, settle, spread, weighted_sum
+from mowmerge.methods.ops import Sum, one_block, settle, spread, weighted_sum
 from mowmerge.methods.registry import merge_method
 from mowmerge.tensors import Tensor
 
@@ -34,15 +34,10 @@ def _caution(p: Mapping[str, Any], n: int) -> str:
     )
 
 
-def _workspace(shape: tuple[int, ...], n: int, p: Mapping[str, Any]) -> int:
-    """The sum."""
-    return math.prod(shape)
-
-
 @merge_method(
     paper="arXiv:2212.04089",
     scope=lambda p: "model" if p["coefficients"] == "metagpt" else "element",
-    workspace=_workspace,
+    workspace=one_block,
     laws={
         "identity": {},
         "permutation": {},
