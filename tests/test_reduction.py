@@ -54,18 +54,23 @@ def test_a_sample_is_as_large_however_many_layers(
 def test_a_sample_has_its_pieces_from_all_over_the_model(
     zoo: Zoo, sampled: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[str] = []
+    seen: list[tuple[str, int]] = []
     true = selection._Sample.observe
 
     def observe(self: Any, block: Block) -> None:
-        seen.append(block.rng.tensor)
+        seen.append((block.rng.tensor, block.rng.start))
         true(self, block)
 
     monkeypatch.setattr(selection._Sample, "observe", observe)
     zoo.family(layers(8), 2)
     zoo.merge(TIES, workers=1)
-    each = [seen.count(f"model.layers.{i}.mlp.up_proj.weight") for i in range(8)]
-    assert min(each) >= 1 and max(each) - min(each) <= 1
+    each = [
+        [start for name, start in seen if name == f"model.layers.{i}.mlp.up_proj.weight"]
+        for i in range(8)
+    ]
+    assert min(map(len, each)) >= 2 and max(map(len, each)) - min(map(len, each)) <= 1
+    for starts in each:  # evenly over the tensor
+        assert starts == [2 * RUN * k // len(starts) for k in range(len(starts))]
 
 
 @pytest.mark.parametrize("workers", [1, 3])
